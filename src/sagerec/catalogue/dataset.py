@@ -1,0 +1,283 @@
+"""The canonical dataset folder: `interactions.parquet` and `items.parquet`, validated on reading.
+
+First stage of the pipeline. Inside, users and items are indices (0 … U-1, 0 … N-1); outside they are the ids of
+the files, and `IdMap` is the one place that translates. Events stand in one order everywhere: by user, then by
+time, then as the file has them, so that events of the same time keep their order from run to run.
+
+Shapes: E events, U users, N items.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from safetensors.numpy import save_file
+
+from sagerec.artifacts import MANIFEST, read_manifest, write_artifact
+from sagerec.errors import DatasetError
+
+INTERACTIONS, ITEMS = "interactions.parquet", "items.parquet"
+USER_ID, ITEM_ID, TIMESTAMP, SPLIT = "user_id", "item_id", "timestamp", "split"
+TITLE, CATEGORIES = "title", "categories"
+TEXT_COLUMNS = (TITLE, "brand", "text", "description")
+"""Columns of `items.parquet` that describe an item in words, in the order in which they are joined."""
+FEEDBACK_COLUMNS = ("click", "like", "dislike", "follow", "watch_seconds", "duration_seconds", "rating")
+"""Known feedback columns of `interactions.parquet`; others are carried along unread."""
+
+
+class IdMap:
+    """External id <-> index, frozen. `index` raises DatasetError for an id that is not there."""
+
+    def __init__(self, ids: pl.Series, what: str) -> None:
+        self.ids = ids
+        self.what = what
+        self._index: dict[str, int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def index(self, ids: Iterable[str]) -> np.ndarray:
+        """Indices (n,) int64 of external ids."""
+        if self._index is None:
+            self._index = {value: i for i, value in enumerate(self.ids)}
+        try:
+            return np.array([self._index[value] for value in ids], dtype=np.int64)
+        except KeyError as error:
+            raise DatasetError(
+                f"unknown {self.what} {error.args[0]!r}; expected one of the {len(self.ids)} ids of the dataset, "
+                f"such as {self.ids[0]!r}"
+            ) from None
+
+    def external(self, indices: np.ndarray | Sequence[int]) -> list[str]:
+        """External ids of indices (n,)."""
+        values: list[str] = self.ids.gather(np.asarray(indices, dtype=np.int64)).to_list()
+        return values
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """A catalogue and its log."""
+
+    items: pl.DataFrame
+    """N rows, row number = item index: item_id, title, further text columns, categories (list of strings)."""
+    events: pl.DataFrame
+    """E rows in the canonical order, with every column of the file."""
+    item_ids: IdMap
+    """External item ids."""
+    user_ids: IdMap
+    """External user ids, in sorted order."""
+    event_items: np.ndarray
+    """(E,) int32 item index of each event."""
+    event_users: np.ndarray
+    """(E,) int32 user index of each event, ascending."""
+    user_offsets: np.ndarray
+    """(U + 1,) int64: the events of user u are rows user_offsets[u] … user_offsets[u + 1] - 1."""
+
+    @property
+    def n_items(self) -> int:
+        return len(self.items)
+
+    @property
+    def n_users(self) -> int:
+        return len(self.user_ids)
+
+    @property
+    def n_events(self) -> int:
+        return len(self.events)
+
+    def texts(self) -> list[str]:
+        """(N,) the words that describe each item: its text columns joined by a blank line's worth of space."""
+        columns = [c for c in TEXT_COLUMNS if c in self.items.columns]
+        joined = self.items.select(pl.concat_str(columns, separator=" . ", ignore_nulls=True).fill_null(""))
+        values: list[str] = joined.to_series().to_list()
+        return values
+
+    def titles(self, indices: np.ndarray | Sequence[int]) -> list[str]:
+        """Titles of items, the id where an item has none."""
+        rows = self.items[np.asarray(indices, dtype=np.int64)]
+        values: list[str] = rows.select(pl.coalesce(TITLE, ITEM_ID)).to_series().to_list()
+        return values
+
+    def has_categories(self) -> bool:
+        """Whether any item has a category."""
+        return CATEGORIES in self.items.columns and bool(
+            self.items.select((pl.col(CATEGORIES).list.len().fill_null(0) > 0).any()).item()
+        )
+
+
+def read_table(path: Path) -> pl.DataFrame:
+    """Read a Parquet file. Raises: DatasetError where it is missing, not Parquet, or has no row."""
+    if not path.is_file():
+        raise DatasetError(
+            f"{path} is missing; a dataset is a folder with {INTERACTIONS} (user_id, item_id, timestamp) and "
+            f"{ITEMS} (item_id, title, categories). `sagerec simulate DATASET` writes one to look at"
+        )
+    try:
+        table = pl.read_parquet(path)
+    except (pl.exceptions.PolarsError, OSError) as error:
+        raise DatasetError(f"{path} cannot be read as Parquet ({error}); write it again") from error
+    if table.is_empty():
+        raise DatasetError(f"{path} has no row; expected at least one")
+    return table
+
+
+def require_columns(table: pl.DataFrame, columns: Sequence[str], path: Path) -> None:
+    """Raise DatasetError for the first of `columns` that `table` lacks."""
+    for column in columns:
+        if column not in table.columns:
+            raise DatasetError(
+                f"{path}: column {column!r} is missing; got {', '.join(table.columns)}. Rename or add it"
+            )
+
+
+def as_ids(table: pl.DataFrame, column: str, path: Path) -> pl.DataFrame:
+    """`table` with `column` as strings. Raises: DatasetError for other types than text and integers, or a null."""
+    dtype = table.schema[column]
+    if not (dtype == pl.String or dtype.is_integer() or isinstance(dtype, (pl.Categorical, pl.Enum))):
+        raise DatasetError(f"{path}: column {column!r} has type {dtype}, expected text or integers. Cast it")
+    require_no_null(table, column, path)
+    return table.with_columns(pl.col(column).cast(pl.String))
+
+
+def require_no_null(table: pl.DataFrame, column: str, path: Path) -> None:
+    """Raise DatasetError, with the first row, where `column` has a null or a NaN."""
+    bad = table[column].is_null()
+    if table.schema[column].is_float():
+        bad = bad | table[column].is_nan()
+    if bad.any():
+        raise DatasetError(
+            f"{path}: column {column!r} has {bad.sum()} empty values, the first in row {bad.arg_max()} (from 0). "
+            "Drop these rows or fill them"
+        )
+
+
+def check_items(items: pl.DataFrame, path: Path) -> pl.DataFrame:
+    """The items table in canonical types. Raises: DatasetError naming file, column and row of the first fault."""
+    require_columns(items, (ITEM_ID, TITLE), path)
+    items = as_ids(items, ITEM_ID, path)
+    duplicated = items[ITEM_ID].is_duplicated()
+    if duplicated.any():
+        row = duplicated.arg_max()
+        raise DatasetError(
+            f"{path}: column 'item_id' holds {items[ITEM_ID][row]!r} more than once, first in row {row} (from 0). "
+            "Keep one row an item"
+        )
+    for column in TEXT_COLUMNS:
+        if column in items.columns and items.schema[column] not in (pl.String, pl.Null):
+            raise DatasetError(
+                f"{path}: column {column!r} has type {items.schema[column]}, expected text. Cast or rename it"
+            )
+    if CATEGORIES in items.columns:
+        dtype = items.schema[CATEGORIES]
+        if dtype == pl.List(pl.Null):
+            items = items.with_columns(pl.col(CATEGORIES).cast(pl.List(pl.String)))
+        elif dtype != pl.List(pl.String):
+            raise DatasetError(
+                f"{path}: column 'categories' has type {dtype}, expected a list of strings. "
+                "Split it, for example with pl.col('categories').str.split('|')"
+            )
+    return items
+
+
+def check_interactions(events: pl.DataFrame, path: Path) -> pl.DataFrame:
+    """The interactions table in canonical types. Raises: DatasetError naming file, column and row."""
+    require_columns(events, (USER_ID, ITEM_ID, TIMESTAMP), path)
+    events = as_ids(as_ids(events, USER_ID, path), ITEM_ID, path)
+    dtype = events.schema[TIMESTAMP]
+    if not (dtype.is_numeric() or isinstance(dtype, (pl.Datetime, pl.Date))):
+        raise DatasetError(
+            f"{path}: column 'timestamp' has type {dtype}, expected numbers or times. "
+            "Parse it, for example with pl.col('timestamp').str.to_datetime()"
+        )
+    require_no_null(events, TIMESTAMP, path)
+    if SPLIT in events.columns:
+        values = set(events[SPLIT].unique().to_list())
+        unknown = values - {"train", "align", "valid", "test"}
+        if unknown:
+            raise DatasetError(
+                f"{path}: column 'split' holds {sorted(map(str, unknown))[0]!r}; expected train, align, valid or test. "
+                "Rename the value, or drop the column to have sagerec split"
+            )
+    return events
+
+
+def read_dataset(folder: str | Path) -> Dataset:
+    """Read and validate a canonical dataset folder.
+
+    Raises: DatasetError for a missing file or column, a wrong type, an empty value, an item id that stands twice
+    in the items, or one of the log that the items do not hold; each with the file, the column and how to mend it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DatasetError(f"{folder} is not a folder; expected one with {INTERACTIONS} and {ITEMS}")
+    items = check_items(read_table(folder / ITEMS), folder / ITEMS)
+    events = check_interactions(read_table(folder / INTERACTIONS), folder / INTERACTIONS)
+    return assemble(items, events, folder / INTERACTIONS)
+
+
+def assemble(items: pl.DataFrame, events: pl.DataFrame, path: Path | str = INTERACTIONS) -> Dataset:
+    """A dataset from checked tables; `path` names the log in errors."""
+    lookup = items.select(ITEM_ID).with_row_index("_item")
+    joined = events.with_row_index("_row").join(lookup, on=ITEM_ID, how="left", maintain_order="left")
+    unknown = joined["_item"].is_null()
+    if unknown.any():
+        row = unknown.arg_max()
+        assert row is not None
+        raise DatasetError(
+            f"{path}: column 'item_id' holds {joined[ITEM_ID][row]!r} in row {row} (from 0), which {ITEMS} does not "
+            f"have; {unknown.sum()} rows are like this. Add the items or drop the rows"
+        )
+    joined = joined.sort([USER_ID, TIMESTAMP, "_row"])
+    users = joined[USER_ID].rle_id().to_numpy().astype(np.int32)
+    user_ids = joined[USER_ID].unique(maintain_order=True)
+    offsets = np.zeros(len(user_ids) + 1, dtype=np.int64)
+    np.cumsum(np.bincount(users, minlength=len(user_ids)), out=offsets[1:])
+    return Dataset(
+        items=items,
+        events=joined.drop("_item", "_row"),
+        item_ids=IdMap(items[ITEM_ID], "item_id"),
+        user_ids=IdMap(user_ids, "user_id"),
+        event_items=joined["_item"].to_numpy().astype(np.int32),
+        event_users=users,
+        user_offsets=offsets,
+    )
+
+
+def write_dataset(
+    folder: str | Path,
+    items: pl.DataFrame,
+    events: pl.DataFrame,
+    *,
+    settings: dict[str, object] | None = None,
+    seed: int | None = None,
+    extra_files: dict[str, pl.DataFrame] | None = None,
+    extra_tensors: dict[str, dict[str, np.ndarray]] | None = None,
+) -> str:
+    """Check the two tables and write them as a canonical dataset folder; returns its content hash.
+
+    `extra_files` (name -> table, as Parquet) and `extra_tensors` (name -> arrays, as safetensors) are written
+    beside them, such as the impressions and the truth of a simulated store.
+    """
+    folder = Path(folder)
+    items = check_items(items, folder / ITEMS)
+    events = check_interactions(events, folder / INTERACTIONS)
+    data = assemble(items, events, folder / INTERACTIONS)
+    sizes = {"users": data.n_users, "items": data.n_items, "interactions": data.n_events}
+    feedback = [c for c in FEEDBACK_COLUMNS if c in events.columns]
+    with write_artifact(
+        folder, "dataset", settings=settings, seed=seed, sizes=sizes | {"feedback": feedback}
+    ) as fresh:
+        items.write_parquet(fresh / ITEMS)
+        events.write_parquet(fresh / INTERACTIONS)
+        for name, table in (extra_files or {}).items():
+            table.write_parquet(fresh / name)
+        for name, arrays in (extra_tensors or {}).items():
+            save_file({key: np.ascontiguousarray(array) for key, array in arrays.items()}, fresh / name)
+    return read_manifest(folder, "dataset").content_hash
+
+
+def has_manifest(folder: Path) -> bool:
+    """Whether a dataset folder was written by sagerec (others hold the two files alone)."""
+    return (folder / MANIFEST).is_file()

@@ -1,0 +1,54 @@
+"""What `sagerec inspect` says of a dataset: counts, quantiles, ties in time, cold items."""
+
+from typing import Any
+
+import numpy as np
+
+from sagerec.catalogue.dataset import CATEGORIES, FEEDBACK_COLUMNS, TIMESTAMP, TITLE, Dataset
+from sagerec.catalogue.splits import Split, train_counts
+
+QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
+
+
+def _quantiles(values: np.ndarray) -> dict[str, float]:
+    points = np.quantile(values, QUANTILES)
+    return {f"{q:.0%}": float(v) for q, v in zip(QUANTILES, points, strict=True)}
+
+
+def describe(data: Dataset, split: Split, *, cold_max_count: int) -> dict[str, Any]:
+    """Figures of a dataset under a split.
+
+    Same-time ties are events that share user and time with the one before: their order, and so the target of a
+    case, is arbitrary. Cold items have at most `cold_max_count` training interactions.
+    """
+    times = data.events[TIMESTAMP].to_physical().to_numpy()
+    same_user = data.event_users[1:] == data.event_users[:-1]
+    ties = int((same_user & (times[1:] == times[:-1])).sum())
+    repeats = len(data.event_items) - len(
+        np.unique(data.event_users.astype(np.int64) * data.n_items + data.event_items)
+    )
+    counts = train_counts(data, split)
+    cold = counts <= cold_max_count
+    targets = data.event_items[split.mask("test")]
+    titles = data.items[TITLE]
+    return {
+        "users": data.n_users,
+        "items": data.n_items,
+        "interactions": data.n_events,
+        "density": data.n_events / data.n_users / data.n_items,
+        "parts": split.counts(),
+        "scheme": split.scheme,
+        "sequence_length": _quantiles(np.diff(data.user_offsets)),
+        "item_interactions": _quantiles(np.bincount(data.event_items, minlength=data.n_items)),
+        "same_time_ties": ties,
+        "same_time_tie_share": ties / max(int(same_user.sum()), 1),
+        "repeated_items": repeats,
+        "items_without_title": int((titles.is_null() | (titles == "")).sum()),
+        "categories": int(data.items[CATEGORIES].explode().n_unique()) if data.has_categories() else 0,
+        "feedback_columns": [c for c in FEEDBACK_COLUMNS if c in data.events.columns],
+        "cold_max_count": cold_max_count,
+        "cold_item_share": float(cold.mean()),
+        "never_trained_item_share": float((counts == 0).mean()),
+        "cold_test_cases": int(cold[targets].sum()),
+        "cold_test_case_share": float(cold[targets].mean()),
+    }

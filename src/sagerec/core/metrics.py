@@ -1,0 +1,375 @@
+"""Metrics of top-K recommendations and their intervals: the last stage of the pipeline, as numpy functions.
+
+Two kinds. A metric with one value a case (recall, NDCG, MRR, entropy, novelty, invalid and duplicate rate)
+returns (U,), to be averaged and bootstrapped over users. Coverage and Gini belong to all lists together: they
+return one number and take the jackknife. `docs/metrics.md` defines them all.
+
+Shape legend: U users (evaluation cases), K places in a list, N items, Q clusters.
+A list is an integer array (U, K) of item indices 0..N-1, best first, -1 where a place holds no valid item; that
+place keeps its rank. Only the first k places count. A case has one target, hence one relevant item.
+Every function that takes k raises SettingsError for k < 1, and for k > K where it sees the lists.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
+import numpy.typing as npt
+from scipy import sparse
+
+from sagerec.errors import SettingsError
+
+IntArray: TypeAlias = npt.NDArray[np.integer[Any]]
+FloatArray: TypeAlias = npt.NDArray[np.float64]
+RankMetric: TypeAlias = Literal["recall", "ndcg", "mrr"]
+TieView: TypeAlias = Literal["optimistic", "expected", "pessimistic"]
+Clusters: TypeAlias = "sparse.csr_array[np.float64, tuple[int, int]] | sparse.csr_matrix[np.float64]"
+
+_BLOCK_USERS = 65_536  # users whose cluster distributions are held at a time
+_BLOCK_DRAWS = 4_194_304  # bootstrap draws held at a time
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A statistic on all cases (`value`) with the ends of its confidence interval, in the statistic's unit."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class PairedDifference:
+    """Two systems compared on the same cases."""
+
+    difference: Interval
+    """Mean of a - b over the cases."""
+    p_value: float
+    """Two-sided, for the hypothesis that the mean difference is 0; never below 2 / (samples + 1)."""
+
+
+def _top(lists: IntArray, k: int) -> IntArray:
+    assert lists.ndim == 2, lists.shape
+    places = lists.shape[1]
+    if not 1 <= k <= places:
+        raise SettingsError(
+            f"k is {k} for lists of {places} places; expected 1 to {places}: decode longer lists or change k"
+        )
+    return lists[:, :k]
+
+
+def first_rank(lists: IntArray, targets: IntArray) -> npt.NDArray[np.int64]:
+    """1-based place of each target in its list, 0 where it is absent; the first place where it stands twice.
+
+    Args: lists (U, K); targets (U,) item indices. Returns: (U,).
+    """
+    assert lists.ndim == 2, lists.shape
+    assert targets.shape == lists.shape[:1], (targets.shape, lists.shape)
+    assert not targets.size or targets.min() >= 0, "a target of -1 would match an invalid place"
+    hits = lists == targets[:, None]
+    return np.where(hits.any(axis=1), hits.argmax(axis=1) + 1, 0).astype(np.int64)
+
+
+def expanded_rank(places: IntArray, sizes: IntArray) -> npt.NDArray[np.int64]:
+    """First rank of the target among items, where each decoded Semantic ID stands for all items that bear it.
+
+    rank = 1 + sum_{j < place} sizes[u, j], and 0 where place = 0.
+
+    Args: places (U,) 1-based place of the target's ID among the decoded IDs, 0 absent (`first_rank` on IDs);
+    sizes (U, K) items that bear the ID at each place, 1 at an invalid place, which keeps its one rank.
+    Returns: (U,), the ranks that `tied_value` takes.
+    """
+    assert sizes.ndim == 2, sizes.shape
+    assert places.shape == sizes.shape[:1], (places.shape, sizes.shape)
+    assert not places.size or (places.min() >= 0 and places.max() <= sizes.shape[1] and sizes.min() >= 1)
+    before = np.concatenate((np.zeros((len(sizes), 1), np.int64), np.cumsum(sizes, 1, np.int64)), axis=1)
+    index = np.maximum(places, 1).astype(np.int64) - 1
+    return np.where(places > 0, np.take_along_axis(before, index[:, None], axis=1)[:, 0] + 1, 0)
+
+
+def _gains(metric: RankMetric, k: int) -> FloatArray:
+    """Gain of each rank (k + 2,): 0 at rank 0, the metric's at 1..k, 0 at k + 1, which stands for all later."""
+    if k < 1:
+        raise SettingsError(f"k is {k}; expected 1 or more: give the number of places that count")
+    if metric not in get_args(RankMetric):
+        raise SettingsError(f"metric is {metric!r}; expected one of {', '.join(get_args(RankMetric))}")
+    ranks = np.arange(1, k + 1, dtype=np.float64)
+    gains = np.zeros(k + 2)
+    gains[1:-1] = {"recall": np.ones(k), "ndcg": 1 / np.log2(ranks + 1), "mrr": 1 / ranks}[metric]
+    return gains
+
+
+def _gain_at(ranks: IntArray, metric: RankMetric, k: int) -> FloatArray:
+    assert ranks.ndim == 1, ranks.shape
+    assert not ranks.size or ranks.min() >= 0, "ranks are 1-based, 0 for an absent target"
+    return _gains(metric, k)[np.minimum(ranks, k + 1)]
+
+
+def recall_at(ranks: IntArray, k: int) -> FloatArray:
+    """Recall@k = [1 <= rank <= k]; with one relevant item the same as the hit rate. (U,) -> (U,), 0 or 1.
+
+    k may not exceed the K of the lists that the ranks come from; the ranks alone cannot tell.
+    """
+    return _gain_at(ranks, "recall", k)
+
+
+def ndcg_at(ranks: IntArray, k: int) -> FloatArray:
+    """NDCG@k = [1 <= rank <= k] / log2(rank + 1); one relevant item has an ideal DCG of 1. (U,) -> (U,).
+
+    k as in `recall_at`. Source: Järvelin and Kekäläinen, ACM TOIS 2002.
+    """
+    return _gain_at(ranks, "ndcg", k)
+
+
+def mrr_at(ranks: IntArray, k: int) -> FloatArray:
+    """Reciprocal rank [1 <= rank <= k] / rank, whose mean is MRR@k. (U,) -> (U,). k as in `recall_at`.
+
+    Source: Voorhees, TREC-8, 1999.
+    """
+    return _gain_at(ranks, "mrr", k)
+
+
+def tied_value(ranks: IntArray, sizes: IntArray, metric: RankMetric, k: int, view: TieView) -> FloatArray:
+    """A rank metric where the target shares its Semantic ID with other items, whose order is unknown.
+
+    The target has one of the ranks r..r+s-1. optimistic: gain(r); pessimistic: gain(r + s - 1);
+    expected: (1/s) sum_{j=r}^{r+s-1} gain(j), all orders equally likely (McSherry and Najork, ECIR 2008).
+
+    Args: ranks (U,) the first rank r, 0 absent (`expanded_rank`); sizes (U,) items s that bear the target's
+    ID, itself included. Returns: (U,). Raises: SettingsError for an unknown metric or view.
+    """
+    if view not in get_args(TieView):
+        raise SettingsError(f"view is {view!r}; expected one of {', '.join(get_args(TieView))}")
+    assert ranks.ndim == 1, ranks.shape
+    assert sizes.shape == ranks.shape, (sizes.shape, ranks.shape)
+    assert not ranks.size or (ranks.min() >= 0 and sizes.min() >= 1)
+    gains = _gains(metric, k)
+    first = np.where(ranks == 0, k + 1, np.minimum(ranks, k + 1)).astype(np.int64)
+    last = np.minimum(first + sizes.astype(np.int64) - 1, k + 1)
+    best, worst, total = gains[first], gains[last], np.cumsum(gains)
+    # The clip takes away rounding only: a mean lies between the least and the greatest of its terms.
+    expected = np.clip((total[last] - total[first - 1]) / sizes, worst, best)
+    return {"optimistic": best, "expected": expected, "pessimistic": worst}[view]
+
+
+def entropy_at(lists: IntArray, clusters: Clusters, k: int) -> FloatArray:
+    """Shannon entropy of the item clusters in the top k: H = -sum_q p_q log2 p_q, in bits.
+
+    p_q is the mean of clusters[item, q] over the valid places, so an item that stands twice counts twice. A
+    list without a valid item has 0.
+
+    Args: lists (U, K); clusters (N, Q) sparse, row i the shares of item i, non-negative with sum 1.
+    Returns: (U,), from 0 to log2 Q. Raises: SettingsError for a row that does not sum to 1.
+    """
+    top, table = _top(lists, k), sparse.csr_array(clusters)
+    assert not table.data.size or table.data.min() >= 0, "a negative share"
+    sums: FloatArray = np.asarray(table.sum(axis=1)).ravel()
+    if len(odd := np.flatnonzero(~(np.abs(sums - 1) <= 1e-5))):
+        raise SettingsError(
+            f"the cluster shares of item {odd[0]} sum to {sums[odd[0]]:g} ({len(odd)} such items); expected 1: "
+            "give each of an item's n clusters 1/n, and an item without any a cluster of its own"
+        )
+    bits = np.zeros(len(top))
+    for start in range(0, len(top), _BLOCK_USERS):
+        block = top[start : start + _BLOCK_USERS]
+        users, valid = len(block), block >= 0
+        offsets = np.concatenate(([0], np.cumsum(valid.sum(axis=1))))
+        picks = sparse.csr_array((np.ones(offsets[-1]), block[valid], offsets), (users, table.shape[0]))
+        mass = picks @ table  # (users, Q)
+        row = np.repeat(np.arange(users), np.diff(mass.indptr))
+        shares = mass.data / np.bincount(row, mass.data, users)[row]
+        logs = np.log2(shares, out=np.zeros_like(shares), where=shares > 0)
+        bits[start : start + users] = np.bincount(row, -shares * logs, users)
+    return np.maximum(bits, 0.0)
+
+
+def _exposure(lists: IntArray, n_items: int, k: int) -> npt.NDArray[np.int64]:
+    """How often each item stands in the top k (N,)."""
+    if n_items < 1:
+        raise SettingsError(f"n_items is {n_items}; expected 1 or more: give the size of the catalogue")
+    top = _top(lists, k)
+    assert not top.size or top.max() < n_items, (int(top.max()), n_items)
+    return np.bincount(top[top >= 0], minlength=n_items).astype(np.int64)
+
+
+def coverage_at(lists: IntArray, n_items: int, k: int) -> float:
+    """Share of the catalogue that stands in the top k of at least one list: |union of lists| / N.
+
+    It grows with U, so systems compare on the same users only. Interval: `jackknife`.
+
+    Args: lists (U, K); n_items N.
+    """
+    return float(np.count_nonzero(_exposure(lists, n_items, k)) / n_items)
+
+
+def gini_at(lists: IntArray, n_items: int, k: int) -> float:
+    """Gini coefficient of how often each of the N items is shown in the top k, those never shown included.
+
+    G = sum_{i=1}^{N} (2i - N - 1) x_(i) / (N sum x), x_(i) the i-th smallest count: 0 where all items are
+    shown alike, 1 - 1/N where only one is. Interval: `jackknife`.
+
+    Args: lists (U, K); n_items N. Raises: SettingsError where no place holds a valid item (G is 0/0).
+    """
+    exposure = np.sort(_exposure(lists, n_items, k))
+    if not (total := int(exposure.sum())):
+        raise SettingsError(
+            f"the first {k} places of {len(lists)} lists hold no valid item; expected at least one, since Gini "
+            "is undefined without exposure: leave it out and see the invalid rate"
+        )
+    weights = 2 * np.arange(1, n_items + 1, dtype=np.int64) - n_items - 1
+    return int(weights @ exposure) / (n_items * total)
+
+
+def novelty_at(lists: IntArray, popularity: IntArray, k: int) -> FloatArray:
+    """Mean self-information of the items shown, in bits: mean over the valid places of -log2 share(item).
+
+    share(i) = (count_i + 1) / (sum count + N): add-one smoothing keeps an item never seen finite. A list
+    without a valid item has 0, the worst value. Source: Zhou et al., PNAS 2010; the smoothing is added.
+
+    Args: lists (U, K); popularity (N,) training interactions. Returns: (U,).
+    """
+    top = _top(lists, k)
+    assert popularity.ndim == 1, popularity.shape
+    assert popularity.size, "an empty catalogue"
+    assert popularity.min() >= 0, "a negative count"
+    assert not top.size or top.max() < len(popularity), (int(top.max()), len(popularity))
+    bits = np.log2(float(popularity.sum()) + len(popularity)) - np.log2(popularity + 1.0)
+    valid = top >= 0
+    sums: FloatArray = np.where(valid, bits[top], 0.0).sum(axis=1)
+    return sums / np.maximum(valid.sum(axis=1), 1)
+
+
+def invalid_rate(lists: IntArray, k: int) -> FloatArray:
+    """Share of the first k places that hold no valid item (-1). (U, K) -> (U,), from 0 to 1."""
+    return (_top(lists, k) < 0).mean(axis=1, dtype=np.float64)
+
+
+def duplicate_rate(lists: IntArray, k: int) -> FloatArray:
+    """Share of the first k places that repeat an item placed earlier in the list; -1 is never a repeat.
+
+    (U, K) -> (U,), from 0 to (k - 1) / k.
+    """
+    ordered = np.sort(_top(lists, k), axis=1)
+    repeats = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    return repeats.sum(axis=1, dtype=np.float64) / np.float64(k)
+
+
+def popularity_buckets(counts: IntArray, edges: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Bucket of each item, the number of edges below its count: bucket b has edges[b-1] < count <= edges[b].
+
+    Args: counts (N,) training interactions; edges, strictly rising, right-inclusive, len(edges) + 1 buckets.
+    Returns: (N,), 0..len(edges). Raises: SettingsError for edges that are none or do not rise.
+    """
+    assert counts.ndim == 1, counts.shape
+    if not len(edges) or np.any(np.diff(edges) <= 0):
+        raise SettingsError(f"edges are {list(edges)}; expected rising counts such as [0, 5, 20]: sort them")
+    return np.searchsorted(np.asarray(edges), counts, side="left").astype(np.int64)
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise SettingsError(f"confidence is {confidence}; expected between 0 and 1: give 0.95, for example")
+
+
+def _resampled_means(values: FloatArray, samples: int, rng: np.random.Generator) -> FloatArray:
+    """Means (samples,) of U draws from `values` with replacement, a block of samples at a time.
+
+    Where few values are distinct (recall has two, NDCG@k k + 1), the number of draws of each is multinomial:
+    the same distribution without a draw a user.
+    """
+    distinct, counts = np.unique(values, return_counts=True)
+    n, few = len(values), 8 * len(distinct) <= len(values)
+    step = max(1, _BLOCK_DRAWS // (len(distinct) if few else n))
+    means = np.empty(samples)
+    for start in range(0, samples, step):
+        size = min(step, samples - start)
+        if few:
+            means[start : start + size] = rng.multinomial(n, counts / n, size=size) @ distinct / n
+        else:
+            means[start : start + size] = values[rng.integers(n, size=(size, n))].mean(axis=1)
+    return means
+
+
+def _bootstrap(
+    values: npt.NDArray[Any], samples: int, confidence: float, rng: np.random.Generator
+) -> tuple[Interval, FloatArray]:
+    assert values.ndim == 1, values.shape
+    _check_confidence(confidence)
+    if samples < 1:
+        raise SettingsError(f"samples is {samples}; expected 1 or more: give 1000, for example")
+    if not values.size:
+        raise SettingsError("no case to average; expected at least one: widen the selection or leave it out")
+    values = values.astype(np.float64)
+    if wrong := int(np.count_nonzero(~np.isfinite(values))):
+        raise SettingsError(
+            f"{wrong} of {len(values)} values are not finite; expected numbers: mend the metric"
+        )
+    means = _resampled_means(values, samples, rng)
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(values.mean()), float(low), float(high)), means
+
+
+def bootstrap_mean(
+    values: npt.NDArray[Any], *, samples: int = 1000, confidence: float = 0.95, rng: np.random.Generator
+) -> Interval:
+    """Percentile bootstrap of a mean over users: the (1 ∓ confidence)/2 quantiles of the resampled means.
+
+    Args: values (U,), one a case. Raises: SettingsError for no value, one that is not finite, samples < 1, or
+    confidence outside (0, 1). Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, ch. 13.
+    """
+    return _bootstrap(values, samples, confidence, rng)[0]
+
+
+def paired_bootstrap(
+    a: npt.NDArray[Any],
+    b: npt.NDArray[Any],
+    *,
+    samples: int = 1000,
+    confidence: float = 0.95,
+    rng: np.random.Generator,
+) -> PairedDifference:
+    """Percentile bootstrap of mean(a - b), users resampled in pairs, with a two-sided p-value.
+
+    p = min(1, 2 (1 + min(#{m <= 0}, #{m >= 0})) / (samples + 1)) over the resampled means m; 1 - p is about the
+    greatest confidence whose percentile interval leaves 0 out.
+
+    Args: a, b (U,), the same cases in the same order. Raises: SettingsError as `bootstrap_mean`.
+    """
+    assert a.shape == b.shape, (a.shape, b.shape)
+    interval, means = _bootstrap(a.astype(np.float64) - b.astype(np.float64), samples, confidence, rng)
+    tail = min(np.count_nonzero(means <= 0), np.count_nonzero(means >= 0))
+    return PairedDifference(interval, min(1.0, 2 * (1 + tail) / (samples + 1)))
+
+
+def jackknife(
+    statistic: Callable[[IntArray], float],
+    lists: IntArray,
+    *,
+    groups: int = 20,
+    confidence: float = 0.95,
+    rng: np.random.Generator,
+) -> Interval:
+    """Delete-a-group jackknife over users, for a statistic that is no mean over users (coverage, Gini).
+
+    SE^2 = (g-1)/g sum_j (t_j - mean t)^2, t_j the statistic without random group j; t(all users) ∓ z SE.
+    Not the bootstrap: a resample holds only about 63 % of the users, the rest being repeats, so its coverage
+    lies below that of all users and its interval may leave that value out. The ends are not cut to [0, 1].
+
+    Args: statistic (U', K) -> float; lists (U, K). Raises: SettingsError for groups outside 2..U or confidence
+    outside (0, 1). Source: Kott, The delete-a-group jackknife, Journal of Official Statistics 17(4), 2001.
+    """
+    assert lists.ndim == 2, lists.shape
+    _check_confidence(confidence)
+    if not 2 <= groups <= len(lists):
+        raise SettingsError(
+            f"groups is {groups} for {len(lists)} lists; expected 2 to {len(lists)}: give fewer groups or more lists"
+        )
+    group = rng.permutation(len(lists)) % groups
+    without = np.array([statistic(lists[group != j]) for j in range(groups)], dtype=np.float64)
+    value, error = statistic(lists), float(np.sqrt((groups - 1) * without.var()))
+    assert np.isfinite(value), value
+    assert np.isfinite(error), without
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    return Interval(value, value - z * error, value + z * error)

@@ -1,0 +1,1 @@
+"""Policies: what writes items token by token, behind one small protocol."""

@@ -1,0 +1,322 @@
+"""The LazyDecoder: a causal encoder over items, and a shallow decoder over the codes of the next one.
+
+After OneRec-V2 (arXiv 2508.20900): the history costs one position an item, not one a code, and only the next item's
+few codes pass through the decoder, which is what makes a CPU enough. Departures from it: the decoder reads the
+encoder's last state as its first position instead of attending to all of the history; an item enters as the sum
+of its code embeddings and a linear map of its content vector (the vector that was quantised), so that what the
+codes round off is not lost.
+
+Shapes: B users, G slates of each, T history items, S cached positions, P targets, R prefixes, L codes per item, C codes
+of a level, D width, H heads, N items.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from sagerec.core.trie import PADDING, ROOT, Children, Trie
+from sagerec.settings import require
+
+KeyValue = tuple[Tensor, Tensor]
+ROTARY_BASE = 1000.0
+
+
+@dataclass(frozen=True, slots=True)
+class LazyDecoderSettings:
+    """Shape of the policy."""
+
+    width: int = 128
+    """Width of every layer."""
+    encoder_layers: int = 2
+    """Causal layers over the history's items."""
+    decoder_layers: int = 1
+    """Causal layers over the codes of one item."""
+    heads: int = 4
+    """Attention heads; they divide the width, and each is of even width."""
+    expansion: int = 4
+    """Width of the feed-forward layers over that of the others."""
+    dropout: float = 0.2
+    """Dropout on embeddings and on the output of every layer, rounded to 1/256."""
+    max_items: int = 50
+    """History items read, the latest ones."""
+    content: bool = True
+    """Add a linear map of the item's content vector to its code embeddings."""
+    item_embedding: bool = False
+    """Add an embedding of the item's own to its code embeddings."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.heads >= 1 and self.width % (2 * self.heads) == 0,
+            f"width {self.width} and heads {self.heads}: expected a width that 2 x heads divides",
+        )
+        require(self.encoder_layers >= 1, f"encoder_layers is {self.encoder_layers}; expected at least 1")
+        require(self.decoder_layers >= 1, f"decoder_layers is {self.decoder_layers}; expected at least 1")
+        require(0 <= self.dropout < 1, f"dropout is {self.dropout}; expected from 0 to below 1")
+        require(self.max_items >= 1, f"max_items is {self.max_items}; expected at least 1")
+
+
+class Context(NamedTuple):
+    """What the encoder knows of B users, with G slates of each written so far."""
+
+    hidden: Tensor
+    """(B, G, D) state that the next item is decoded from."""
+    caches: tuple[KeyValue, ...]
+    """Per encoder layer, keys and values (B, H, S, D/H): the history, then the slates' items."""
+    visible: Tensor
+    """(B, G, S) bool: the cached positions that belong to the history or to the slate itself."""
+    positions: Tensor
+    """(B,) int64 place of the next item in the sequence."""
+
+
+class Prefix(NamedTuple):
+    """R partly written items, all of the same number of codes."""
+
+    output: Tensor
+    """(R, D) decoder output at the last position."""
+    caches: tuple[KeyValue, ...]
+    """Per decoder layer, keys and values (R, H, level + 1, D/H)."""
+    level: int
+    """Codes written so far."""
+
+
+class FastDropout(nn.Module):
+    """Dropout whose mask costs one random byte a value: eight times fewer draws than `nn.Dropout` on a CPU.
+
+    The rate is rounded to 1/256, and the kept values are scaled by the rate that was really used.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.threshold = round(rate * 256)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.threshold == 0:
+            return x
+        words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device)
+        bytes_ = words.random_(-(2**63), 2**63 - 1).view(torch.uint8)[: x.numel()].view(x.shape)
+        return x * ((bytes_ >= self.threshold).to(x.dtype) * (256 / (256 - self.threshold)))
+
+
+def rotate(x: Tensor, positions: Tensor) -> Tensor:
+    """Rotary position embedding (Su et al. 2021) of x (B, H, T, E) at positions (B or 1, T)."""
+    half = x.shape[-1] // 2
+    frequencies = ROTARY_BASE ** (-torch.arange(half, device=x.device) / half)
+    angles = positions[:, None, :, None] * frequencies
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class Layer(nn.Module):
+    """Pre-norm self-attention and feed-forward, each added to what came in."""
+
+    def __init__(self, settings: LazyDecoderSettings) -> None:
+        super().__init__()
+        width, inner = settings.width, settings.expansion * settings.width
+        self.heads = settings.heads
+        self.norm_attention = nn.LayerNorm(width)
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.attention_output = nn.Linear(width, width)
+        self.norm_feed_forward = nn.LayerNorm(width)
+        self.feed_forward_in = nn.Linear(width, inner)
+        self.feed_forward_out = nn.Linear(inner, width)
+        self.dropout = FastDropout(settings.dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor | None = None,
+        cache: KeyValue | None = None,
+        mask: Tensor | None = None,
+    ) -> tuple[Tensor, KeyValue]:
+        """Attend from x (B, T, D) to `cache` and x itself.
+
+        `positions` (B or 1, T) rotates queries and keys. `mask` (B, 1, T, S + T) bool names what each position sees;
+        without it, all of the cache where there is one, else itself and those before. Returns the output and the
+        grown cache.
+        """
+        batch, length, width = x.shape
+        qkv = self.query_key_value(self.norm_attention(x)).view(
+            batch, length, 3, self.heads, width // self.heads
+        )
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        if positions is not None:
+            query, key = rotate(query, positions), rotate(key, positions)
+        if cache is not None:
+            key, value = torch.cat([cache[0], key], dim=2), torch.cat([cache[1], value], dim=2)
+        causal = cache is None and mask is None
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+        merged = attended.transpose(1, 2).reshape(batch, length, width)
+        x = x + self.dropout(self.attention_output(merged))
+        inner = self.dropout(F.gelu(self.feed_forward_in(self.norm_feed_forward(x))))
+        return x + self.dropout(self.feed_forward_out(inner)), (key, value)
+
+
+class LazyDecoder(nn.Module):
+    """The policy. Calls: see `sagerec.policies.protocol.Policy`; `target_logprobs` is what training uses."""
+
+    codes: Tensor
+    content: Tensor
+    level_offsets: Tensor
+
+    def __init__(
+        self, settings: LazyDecoderSettings, codes: Tensor, trie: Trie, vectors: Tensor | None = None
+    ) -> None:
+        """Codes (N, L) int64, their trie, and the content vectors (N, Dv) that `settings.content` asks for."""
+        super().__init__()
+        require(
+            not settings.content or vectors is not None,
+            "the policy's setting content is on, and no vectors are given; give them or switch content off",
+        )
+        self.settings = settings
+        self.trie = trie
+        width = settings.width
+        sizes = [int(size) for size in codes.max(dim=0).values + 1]
+        self.level_sizes = sizes
+        self.register_buffer("codes", codes, persistent=False)
+        offsets = torch.tensor([0, *sizes]).cumsum(0)[:-1]
+        self.register_buffer("level_offsets", offsets, persistent=False)
+        self.item_codes = nn.Embedding(sum(sizes), width)
+        self.prefix_codes = nn.Embedding(sum(sizes), width)
+        self.level_embedding = nn.Parameter(torch.empty(len(sizes), width))
+        self.head = nn.Parameter(torch.empty(sum(sizes), width))
+        self.head_bias = nn.Parameter(torch.zeros(sum(sizes)))
+        for weight in (
+            self.item_codes.weight,
+            self.prefix_codes.weight,
+            self.level_embedding,
+            self.head,
+        ):
+            nn.init.normal_(weight, std=0.02)
+        if settings.content:
+            assert vectors is not None
+            self.register_buffer("content", vectors, persistent=False)
+            self.content_map = nn.Linear(vectors.shape[1], width)
+        if settings.item_embedding:
+            self.item_embedding = nn.Embedding(len(codes), width)
+            nn.init.normal_(self.item_embedding.weight, std=0.02)
+        self.encoder = nn.ModuleList(Layer(settings) for _ in range(settings.encoder_layers))
+        self.encoder_norm = nn.LayerNorm(width)
+        self.decoder = nn.ModuleList(Layer(settings) for _ in range(settings.decoder_layers))
+        self.decoder_norm = nn.LayerNorm(width)
+        self.dropout = FastDropout(settings.dropout)
+
+    @property
+    def n_items(self) -> int:
+        return len(self.codes)
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.device
+
+    def move(self, device: torch.device | str) -> "LazyDecoder":
+        """Move weights, codes and trie to a device."""
+        self.trie = self.trie.to(device)
+        return self.to(device)
+
+    def embed_items(self, items: Tensor) -> Tensor:
+        """Embeddings (…, D) of item indices (…)."""
+        codes = self.codes[items]
+        known = (codes != PADDING).unsqueeze(-1)
+        x = (self.item_codes(codes.clamp(min=0) + self.level_offsets) * known).sum(dim=-2)
+        if self.settings.content:
+            x = x + self.content_map(self.content[items])
+        if self.settings.item_embedding:
+            x = x + self.item_embedding(items)
+        return self.dropout(x)
+
+    def encode_all(self, items: Tensor) -> tuple[Tensor, tuple[KeyValue, ...]]:
+        """Encoder states (B, T, D) after each item of sequences (B, T), and the caches of each layer."""
+        positions = torch.arange(items.shape[1], device=items.device)[None]
+        x = self.embed_items(items)
+        caches = []
+        for layer in self.encoder:
+            x, cache = layer(x, positions=positions)
+            caches.append(cache)
+        return self.encoder_norm(x), tuple(caches)
+
+    def encode(self, items: Tensor, lengths: Tensor, *, slates: int = 1) -> Context:
+        """Read histories; see the protocol."""
+        assert bool((lengths >= 1).all()), "every history needs an item"
+        states, caches = self.encode_all(items)
+        at = torch.arange(len(items), device=items.device)
+        visible = torch.arange(items.shape[1], device=items.device) < lengths[:, None]
+        hidden = states[at, lengths - 1].unsqueeze(1)
+        return Context(
+            hidden.expand(-1, slates, -1), caches, visible.unsqueeze(1).expand(-1, slates, -1), lengths
+        )
+
+    def append(self, context: Context, items: Tensor) -> Context:
+        """Write one item to each slate; see the protocol."""
+        batch, slates = items.shape
+        own = torch.eye(slates, dtype=torch.bool, device=items.device).expand(batch, -1, -1)
+        visible = torch.cat([context.visible, own], dim=2)
+        positions = context.positions[:, None].expand(-1, slates)
+        x = self.embed_items(items)
+        caches = []
+        for layer, cache in zip(self.encoder, context.caches, strict=True):
+            x, grown = layer(x, positions=positions, cache=cache, mask=visible.unsqueeze(1))
+            caches.append(grown)
+        return Context(self.encoder_norm(x), tuple(caches), visible, context.positions + 1)
+
+    def begin(self, context: Context) -> Prefix:
+        """The empty prefix of every slate; see the protocol."""
+        return self._decode(context.hidden.flatten(0, 1), None, 0)
+
+    def step(self, prefix: Prefix, rows: Tensor, tokens: Tensor) -> Prefix:
+        """Longer prefixes; see the protocol."""
+        x = self.prefix_codes(tokens + self.level_offsets[prefix.level])
+        caches = tuple((key[rows], value[rows]) for key, value in prefix.caches)
+        return self._decode(x, caches, prefix.level + 1)
+
+    def _decode(self, x: Tensor, caches: tuple[KeyValue, ...] | None, level: int) -> Prefix:
+        x = (x + self.level_embedding[level]).unsqueeze(1)
+        grown = []
+        for number, layer in enumerate(self.decoder):
+            x, cache = layer(x, cache=None if caches is None else caches[number])
+            grown.append(cache)
+        return Prefix(self.decoder_norm(x.squeeze(1)), tuple(grown), level)
+
+    def child_logits(self, prefix: Prefix, children: Children) -> Tensor:
+        """Logits of legal continuations; see the protocol."""
+        return self._logits(prefix.output, prefix.level)[children.parent, children.token]
+
+    def _logits(self, output: Tensor, level: int) -> Tensor:
+        """(…, C) float32 logits of all codes of a level from decoder outputs (…, D)."""
+        begin = int(self.level_offsets[level])
+        end = begin + self.level_sizes[level]
+        return F.linear(output, self.head[begin:end], self.head_bias[begin:end]).float()
+
+    def target_logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Log-probabilities (P, L) in nats of the codes of items `targets` (P,) after encoder states (P, D).
+
+        Each code is normalised over the codes that may follow its prefix, which is the distribution that decoding
+        uses; places after a code sequence's end give 0.
+        """
+        codes = self.codes[targets]
+        states = self.trie.walk(codes)
+        x = self.prefix_codes(codes[:, :-1].clamp(min=0) + self.level_offsets[:-1])
+        x = torch.cat([hidden.unsqueeze(1), self.dropout(x)], dim=1) + self.level_embedding
+        for layer in self.decoder:
+            x, _ = layer(x)
+        x = self.decoder_norm(x)
+        columns = []
+        for level, size in enumerate(self.level_sizes):
+            logits = self._logits(x[:, level], level)
+            going = codes[:, level] != PADDING
+            if level == 0:
+                # Every row stands at the root: one mask serves all.
+                root = torch.full((1,), ROOT, device=targets.device)
+                allowed = self.trie.allowed(root, vocabulary=size).expand(len(targets), -1)
+            else:
+                allowed = torch.ones(len(targets), size, dtype=torch.bool, device=targets.device)
+                allowed[going] = self.trie.allowed(states[going, level], vocabulary=size)
+            logprobs = logits.masked_fill(~allowed, -math.inf).log_softmax(dim=-1)
+            chosen = logprobs.gather(1, codes[:, level].clamp(min=0)[:, None]).squeeze(1)
+            columns.append(torch.where(going, chosen, 0.0))
+        return torch.stack(columns, dim=1)

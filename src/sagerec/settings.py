@@ -1,0 +1,39 @@
+"""Settings on disk: frozen dataclasses to JSON and back, where an unknown key is an error."""
+
+import dataclasses
+from typing import Any, TypeVar
+
+from sagerec.errors import SettingsError
+
+S = TypeVar("S")
+
+
+def to_json(settings: Any) -> dict[str, Any]:
+    """A settings dataclass as plain JSON values (tuples become lists)."""
+    return {
+        field.name: list(value) if isinstance(value := getattr(settings, field.name), tuple) else value
+        for field in dataclasses.fields(settings)
+    }
+
+
+def from_json(cls: type[S], values: dict[str, Any]) -> S:
+    """Read a settings dataclass back.
+
+    Raises: SettingsError for a key that the dataclass does not have, or one that is missing.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise SettingsError(
+            f"{cls.__name__}: unknown setting {unknown[0]!r}; expected some of {', '.join(fields)}"
+        )
+    try:
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    except TypeError as error:
+        raise SettingsError(f"{cls.__name__}: {error}") from error
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise SettingsError with `message` unless `condition` holds; used by `__post_init__` checks."""
+    if not condition:
+        raise SettingsError(message)

@@ -1,0 +1,1 @@
+"""Lists and slates: what a policy shows, decoded exactly through the trie."""

@@ -1,0 +1,153 @@
+"""The beam list: the K most probable next items of each user, found exactly.
+
+Log-probabilities only fall along a path, so a list is proven exact when its K-th item is at least as probable as the
+best prefix that the beam ever dropped. Users without that proof are decoded again with twice the beams, until every
+list is proven: the result equals brute-force scoring of the whole catalogue, at the price of a beam.
+
+Shapes: B users, W beams, R live prefixes, M legal continuations, K places, X excluded items of each user.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sagerec.core.trie import ROOT
+from sagerec.errors import SettingsError
+from sagerec.policies.protocol import ContextT, Policy, PrefixT
+from sagerec.slates.legal import group_log_softmax, has_free_item, pad_groups
+
+NO_ITEM = -1
+
+
+class Lists(NamedTuple):
+    """The top K of each user, best first."""
+
+    items: Tensor
+    """(B, K) int64 items (rows of the trie), -1 where the catalogue has fewer than K."""
+    logprobs: Tensor
+    """(B, K) log-probability of each in nats, -inf where there is none."""
+    exact: Tensor
+    """(B,) bool: proven to be the true top K."""
+
+
+@torch.no_grad()
+def beam_lists(
+    policy: Policy[ContextT, PrefixT],
+    context: ContextT,
+    n_users: int,
+    *,
+    k: int,
+    beams: int,
+    excluded: Tensor | None = None,
+) -> Lists:
+    """One pass of beam search for B = `n_users` contexts of one slate each.
+
+    `excluded` (B, X) item indices that are left out of the lists (-1 = none), such as the history. Raises: SettingsError where fewer beams than places are asked for.
+    """
+    if beams < k:
+        raise SettingsError(f"beams is {beams} and k is {k}; expected at least as many beams as places")
+    trie, device = policy.trie, policy.codes.device
+    user = torch.arange(n_users, device=device)
+    states = torch.full((n_users,), ROOT, device=device)
+    scores = torch.zeros(n_users, device=device)
+    pruned = torch.full((n_users,), -math.inf, device=device)
+    items = torch.full((n_users, k), NO_ITEM, device=device)
+    logprobs = torch.full((n_users, k), -math.inf, device=device)
+    paths = None if excluded is None else excluded_paths(policy, excluded)
+    prefix = policy.begin(context)
+    level = 0
+    while len(states):
+        children = trie.children(states)
+        step = group_log_softmax(policy.child_logits(prefix, children), children.parent, len(states))
+        totals = scores[children.parent] + step
+        if paths is not None:
+            free = has_free_item(trie, children, paths[user, :, level + 1])
+            totals = totals.masked_fill(~free, -math.inf)
+        owner = user[children.parent]
+        # One more than the beams, to know the best prefix that is dropped.
+        rows, position = pad_groups(totals, owner, n_users, -math.inf)
+        child_at = torch.zeros(rows.numel(), dtype=torch.int64, device=device)
+        child_at[position] = torch.arange(len(totals), device=device)
+        best, place = rows.topk(min(beams + 1, rows.shape[1]), dim=1)
+        if best.shape[1] > beams:
+            pruned = torch.maximum(pruned, best[:, beams])
+            best, place = best[:, :beams], place[:, :beams]
+        live = best > -math.inf
+        chosen = child_at[(place + user_offsets(n_users, rows.shape[1], device))[live]]
+        owner = live.nonzero()[:, 0]
+        node, score = children.node[chosen], totals[chosen]
+
+        ends = trie.is_leaf(node)
+        if bool(ends.any()):
+            items, logprobs = merge(items, logprobs, trie.item[node[ends]].long(), score[ends], owner[ends])
+        grows = ~ends
+        states, scores, user = node[grows], score[grows], owner[grows]
+        if len(states):
+            prefix = policy.step(prefix, children.parent[chosen][grows], children.token[chosen][grows])
+        level += 1
+    return Lists(items, logprobs, logprobs[:, -1] >= pruned)
+
+
+def user_offsets(n_users: int, width: int, device: torch.device) -> Tensor:
+    """(B, 1) where each user's row begins in a flattened (B, width) table."""
+    return torch.arange(n_users, device=device)[:, None] * width
+
+
+def excluded_paths(policy: Policy[ContextT, PrefixT], excluded: Tensor) -> Tensor:
+    """States (B, X, L + 1) along the codes of excluded items (B, X); -1 for no item and after an item's end."""
+    flat = excluded.flatten()
+    known = flat >= 0
+    paths = torch.full((len(flat), policy.codes.shape[1] + 1), NO_ITEM, device=excluded.device)
+    codes = policy.codes[flat[known]]
+    paths[known] = policy.trie.walk(codes)
+    ended = torch.zeros_like(paths, dtype=torch.bool)
+    ended[known, 1:] = codes < 0
+    return paths.masked_fill(ended, NO_ITEM).view(*excluded.shape, paths.shape[1])
+
+
+def merge(
+    items: Tensor, logprobs: Tensor, found: Tensor, scores: Tensor, owner: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The best K of lists (B, K) and newly found items (n,) with scores (n,) of users `owner` (n,), ascending."""
+    n_users, k = items.shape
+    new_scores, position = pad_groups(scores, owner, n_users, -math.inf)
+    new_items = torch.full((new_scores.numel(),), NO_ITEM, device=items.device)
+    new_items[position] = found
+    all_scores = torch.cat([logprobs, new_scores], dim=1)
+    all_items = torch.cat([items, new_items.view_as(new_scores)], dim=1)
+    best, place = all_scores.topk(k, dim=1)
+    return all_items.gather(1, place), best
+
+
+@torch.no_grad()
+def exact_lists(
+    policy: Policy[ContextT, PrefixT],
+    items: Tensor,
+    lengths: Tensor,
+    *,
+    k: int,
+    beams: int = 50,
+    excluded: Tensor | None = None,
+    widen: bool = True,
+) -> Lists:
+    """The top K of users with histories (B, T) and lengths (B,), each proven exact unless `widen` is off.
+
+    Users whose list is not proven are decoded again with twice the beams.
+    """
+    lists = beam_lists(
+        policy, policy.encode(items, lengths), len(items), k=k, beams=max(beams, k), excluded=excluded
+    )
+    open_users = (~lists.exact).nonzero()[:, 0]
+    if not widen or len(open_users) == 0:
+        return lists
+    again = exact_lists(
+        policy,
+        items[open_users],
+        lengths[open_users],
+        k=k,
+        beams=2 * max(beams, k),
+        excluded=None if excluded is None else excluded[open_users],
+    )
+    return Lists(*(old.index_copy(0, open_users, new) for old, new in zip(lists, again, strict=True)))
