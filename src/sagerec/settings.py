@@ -24,9 +24,7 @@ def from_json(cls: type[S], values: dict[str, Any]) -> S:
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - set(fields))
     if unknown:
-        raise SettingsError(
-            f"{cls.__name__}: unknown setting {unknown[0]!r}; expected some of {', '.join(fields)}"
-        )
+        raise SettingsError(f"{cls.__name__}: unknown setting {unknown[0]!r}; expected some of {', '.join(fields)}")
     try:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     except TypeError as error:

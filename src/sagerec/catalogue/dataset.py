@@ -266,9 +266,7 @@ def write_dataset(
     data = assemble(items, events, folder / INTERACTIONS)
     sizes = {"users": data.n_users, "items": data.n_items, "interactions": data.n_events}
     feedback = [c for c in FEEDBACK_COLUMNS if c in events.columns]
-    with write_artifact(
-        folder, "dataset", settings=settings, seed=seed, sizes=sizes | {"feedback": feedback}
-    ) as fresh:
+    with write_artifact(folder, "dataset", settings=settings, seed=seed, sizes=sizes | {"feedback": feedback}) as fresh:
         items.write_parquet(fresh / ITEMS)
         events.write_parquet(fresh / INTERACTIONS)
         for name, table in (extra_files or {}).items():

@@ -1,28 +1,29 @@
 """The simulated store, the embedded default dataset: a catalogue, its users and a year of their log.
 
 It stands at the head of the pipeline where no log is at hand, and in tests, because its truth is known
-(`catalogue/store.py`). Everything is drawn from one generator in array operations over users, items and events;
-the only loops run over rounds (one slate a user each) and over chunks that bound the memory.
+(`catalogue/store.py`). All is drawn from one generator by array operations over users, items and events; the
+only loops run over rounds (one slate a user each) and over chunks that bound the memory.
 
 An item belongs to a fine category, has a brand and an attribute, and lies in latent space at
 
     v_i = centre_f + 0.3 attribute + 0.2 brand + 0.2 noise
 
 so the words of its title tell much of it. A round: the logging policy shows each active user a slate of distinct
-items that are born, not among the user's last 20, and drawn in two steps,
+items that are born and not among the user's last 20, drawn in two steps,
 
     P(fine category f) ~ mass_f(d) exp(skill (taste_strength <t_u, centre_f> + intent_strength A[f(last), f])
                                        + season_strength wave_b(f)(d))
     P(item i | f)      ~ popularity_i,    mass_f(d) the popularity of the items of f that are born by day d;
 
-the user responds by the truth, the clicked items become the user's interactions, the last of them the last item.
-A user leaves after `user_activity` interactions. A visit takes the share min(1/2, e / (rest + 1)) of the time that
-the user has left, with e exponential of mean 1 and rest the interactions still aimed at: a log ends with its year.
+the user responds by the truth; the clicked items become the user's interactions, the last of them the last item.
+A user leaves after `user_activity` interactions. The pause after a slate is the share min(1/2, e / (rest + 1)) of
+the time that the user has left, with e exponential of mean 1 and rest the interactions still aimed at: a log ends
+with its year.
 
 Under "successor" dynamics the slate also holds the successor of the last item, at a random position; a user's
 first slate opens with a uniformly drawn warm item.
 
-Shapes: U users, N items, B users of a chunk, K items per slate, M candidates, F fine categories, C broad ones.
+Shapes: U users, N items, B users of a chunk, K items per slate, M candidates, F fine and C broad categories.
 """
 
 from collections.abc import Iterator
@@ -59,7 +60,7 @@ NO_ITEM = -2
 
 CATALOGUE_WORDS = """
 beauty: hand cream, face mask, lip balm, shampoo, perfume, body lotion, nail polish, hair oil
-kitchen: frying pan, tea kettle, chef knife, mixing bowl, baking tray, pepper mill, coffee press, cutting board
+kitchen: frying pan, tea kettle, chef knife, mixing bowl, cake tin, pepper mill, coffee press, cutting board
 garden: watering can, hand trowel, plant pot, seed box, garden hose, bird feeder, lawn rake, potting bench
 sports: yoga mat, jump rope, running belt, dumbbell, water bottle, tennis racket, foam roller, swim cap
 audio: headset, speaker, microphone, record player, earbud set, sound bar, guitar amp, radio
@@ -147,12 +148,10 @@ def draw_truth(settings: StoreSettings, rng: np.random.Generator) -> tuple[Truth
     popularity[np.argsort(-fame)] = np.arange(1, n + 1) ** -settings.popularity_skew
     popularity /= popularity.sum()
     median_seconds = np.exp(rng.normal(np.log(45), 0.5, n_fine)).astype(np.float32)
-    duration = np.maximum(
-        1, np.rint(median_seconds[fine] * np.exp(0.5 * rng.standard_normal(n, dtype=np.float32)))
-    )
+    duration = np.maximum(1, np.rint(median_seconds[fine] * np.exp(0.5 * rng.standard_normal(n, dtype=np.float32))))
     birth = np.zeros(n, dtype=np.int16)
     cold = rng.permutation(n)[: round(settings.cold_share * n)]
-    birth[cold] = rng.integers(round(0.85 * YEAR_DAYS), round(0.98 * YEAR_DAYS), size=len(cold))
+    birth[cold] = rng.integers(round(0.7 * YEAR_DAYS), round(0.95 * YEAR_DAYS), size=len(cold))
 
     accessory = np.zeros((n_fine, n_fine), dtype=np.float32)
     order = rng.random((n_fine, n_fine))
@@ -182,8 +181,7 @@ def draw_truth(settings: StoreSettings, rng: np.random.Generator) -> tuple[Truth
         broad_phase=phase.astype(np.float32),
         user_taste=taste.astype(np.float32),
         user_satiation=(settings.satiation * rng.gamma(4.0, 0.25, settings.users)).astype(np.float32),
-        user_activity=MIN_EVENTS
-        + rng.poisson((settings.events_per_user - MIN_EVENTS) * spread).astype(np.int32),
+        user_activity=MIN_EVENTS + rng.poisson((settings.events_per_user - MIN_EVENTS) * spread).astype(np.int32),
         successor=draw_successor(birth, rng) if settings.dynamics == "successor" else np.empty(0, np.int32),
     )
     return truth, attribute
@@ -245,7 +243,7 @@ def draw_candidates(
     logits += settings.season_strength * season(truth, day)[:, truth.fine_broad]
     cumulative = np.cumsum(np.exp(logits - logits.max(axis=1, keepdims=True)), axis=1)
     cumulative /= cumulative[:, -1:]
-    # One sorted row of thresholds: row r lies in [r, r + 1), kept off its upper end, where rounding would cross.
+    # One sorted line of thresholds: row r fills [r, r + 1]; rounding must not carry a draw into the next row.
     row = np.arange(len(users))[:, None]
     wanted = rng.random((len(users), 2 * settings.exposures_per_event)) * (1 - 1e-9)
     fine = np.searchsorted((cumulative + row).ravel(), (wanted + row).ravel(), side="right").reshape(wanted.shape)
@@ -266,7 +264,12 @@ def choose_slates(candidates: np.ndarray, barred: np.ndarray, size: int) -> np.n
 
 
 def with_successor(
-    truth: Truth, candidates: np.ndarray, last: np.ndarray, barred: np.ndarray, size: int, rng: np.random.Generator
+    truth: Truth,
+    candidates: np.ndarray,
+    last: np.ndarray,
+    barred: np.ndarray,
+    size: int,
+    rng: np.random.Generator,
 ) -> np.ndarray:
     """(B, size) slates that hold the successor of `last` somewhere, or open with a random warm item."""
     warm = np.flatnonzero(truth.item_birth_day == 0)
@@ -316,7 +319,7 @@ def simulate(settings: StoreSettings) -> Store:
             )
             clicked = np.where(feedback.click > 0, slates, NO_ITEM)
             history = np.concatenate([recent[users], clicked], axis=1)
-            # Empty places first, then the items from old to new: the last RECENT columns are the latest items.
+            # Empty places first, then items from old to new: the last columns are the latest items.
             order = np.argsort(history >= 0, axis=1, kind="stable")[:, -RECENT:]
             recent[users] = np.take_along_axis(history, order, axis=1)
             last[users] = np.where(recent[users, -1] >= 0, recent[users, -1], EMPTY)
@@ -331,7 +334,7 @@ def simulate(settings: StoreSettings) -> Store:
 
 
 def item_table(settings: StoreSettings, truth: Truth, attribute: np.ndarray) -> pl.DataFrame:
-    """N rows: item_id, title, text, categories, brand; titles are numbered within brand, attribute and kind."""
+    """N rows: item_id, title, text, categories, brand; a number tells items of the same words apart."""
     n = settings.items
     broad_names, fine_names = category_names(settings)
     kind = truth.item_brand.astype(np.int64) * len(fine_names) + truth.item_fine

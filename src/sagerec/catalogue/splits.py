@@ -46,7 +46,7 @@ class SplitSettings:
     def __post_init__(self) -> None:
         require(0 < self.reserve_share < 1, f"reserve_share is {self.reserve_share}; expected between 0 and 1")
         require(
-            0 <= self.valid_share and 0 < self.test_share and self.valid_share + self.test_share < 1,
+            self.valid_share >= 0 and self.test_share > 0 and self.valid_share + self.test_share < 1,
             f"valid_share {self.valid_share} and test_share {self.test_share}: expected positive, below 1 together",
         )
 
@@ -97,6 +97,13 @@ class Cases:
         places = begins[:, None] + np.arange(max(int(lengths.max(initial=0)), 1))
         inside = places < ends[:, None]
         return np.where(inside, self.event_items[np.where(inside, places, 0)], 0).astype(np.int64), lengths
+
+    def sample(self, size: int, rng: np.random.Generator) -> "Cases":
+        """At most `size` of the cases, drawn without replacement, in the order of the log."""
+        if len(self) <= size:
+            return self
+        index = np.sort(rng.choice(len(self), size=size, replace=False))
+        return Cases(self.users[index], self.targets[index], self.rows[index], self.starts[index], self.event_items)
 
 
 @dataclass(frozen=True, slots=True)

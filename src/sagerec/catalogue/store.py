@@ -9,23 +9,22 @@ position k (from 0) of a slate on day d. With sigma the logistic function:
     click       p = sigma(z - 3.5 - s_u c - position_effect k)
     like        p l,             l = sigma(0.8 z - 3), given a click
     dislike     (1 - p l) d,     d = sigma(0.6 c - 0.8 z - 3), given no like
-    watch       p r duration_i,  r = sigma(0.5 z - 0.5) the mean completion, given a click; completion is drawn
-                                 from Beta(8 r, 8 (1 - r))
+    watch       p r duration_i,  r = sigma(0.5 z - 0.5), the mean completion, given a click
 
-where t_u is the taste, v_i the latent vector, q_i the quality, b and f the broad and fine category, A the pull of
-accessories, s_u the satiation rate, and c the number of earlier items of the slate in the fine category of i:
+where t_u is the taste, v_i the latent vector, q_i the quality, b and f the broad and fine category, A the pull
+of accessories, s_u the satiation rate, and c the number of earlier items of the slate in the fine category of i:
 repetition costs clicks and earns dislikes, so a varied slate has a higher true value. Without a day the season
-term is 0, its mean over the year; without a last item the intent term is 0. Watch time carries the duration bias
-of video logs: for the same interest a longer film collects more seconds.
+term is 0, its mean over the year; without a last item the intent term is 0. Watch time carries the duration
+bias of video logs: for the same interest a longer film collects more seconds. Completion is drawn from
+Beta(8 r, 8 (1 - r)), the others from Bernoulli distributions.
 
-Under "successor" dynamics p is 1 for the successor of the last item, or, without a last item, for the first item
-of the slate, and 0 elsewhere; then l = r = 1 and d = 0.
+Under "successor" dynamics p is 1 for the successor of the last item, or, without a last item, for the first
+item of the slate, and 0 elsewhere; then l = r = 1 and d = 0.
 
 Shapes: B users, K items per slate, N items, U users, F fine and C broad categories, W latent width, E events.
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -64,7 +63,7 @@ class StoreSettings:
     events_per_user: float = 12.0
     """Mean number of interactions that a user aims at, 5 or more; the last slate may add one or two."""
     dynamics: Literal["taste", "successor"] = "taste"
-    """taste: users follow tastes, seasons and intent; successor: every next item is a fixed function of the last."""
+    """taste: users follow taste, season and intent; successor: each next item is a fixed function of the last."""
     categories: int = 8
     """Number of broad categories, at most 12."""
     fine_per_category: int = 5
@@ -85,10 +84,10 @@ class StoreSettings:
     """Mean over users of the click logits lost for each earlier item of the same fine category in a slate."""
     position_effect: float = 0.05
     """Click logits lost with each position of a slate."""
-    logging_skill: float = 0.5
+    logging_skill: float = 0.7
     """How much of taste and intent the logging policy knows: 0 nothing, 1 all that categories tell."""
     cold_share: float = 0.1
-    """Share of items that appear in the last 15 % of the year and so have few or no interactions, below 0.5."""
+    """Share of items that appear in the last 30 % of the year, with few or no interactions; below 0.5."""
     exposures_per_event: int = 6
     """Number of items in a slate of the logging policy, at most 100."""
     seed: int = 0
@@ -117,9 +116,10 @@ class StoreSettings:
         }
         for name, (low, high) in (counts | strengths).items():
             value = getattr(self, name)
+            whole = name in counts
             require(
-                low <= value <= high and (name in strengths or value == int(value)),
-                f"{name} is {value}; expected {'a' if name in strengths else 'a whole'} number from {low} to {high}",
+                low <= value <= high and not (whole and value != int(value)),
+                f"{name} is {value}; expected a {'whole ' if whole else ''}number from {low} to {high}",
             )
         require(0 <= self.cold_share < 0.5, f"cold_share is {self.cold_share}; expected from 0 to below 0.5")
         require(
@@ -161,7 +161,7 @@ class Truth:
     user_activity: np.ndarray
     """(U,) int32 interactions that each user aims at."""
     successor: np.ndarray
-    """(N,) int32 item that follows each item: one cycle over the warm items, which a cold item leads into; (0,)
+    """(N,) int32 item that follows each item: one cycle over the warm items, into which the cold ones lead; (0,)
     under taste dynamics."""
 
 
@@ -207,7 +207,7 @@ class Store:
     items: pl.DataFrame
     """N rows: item_id, title, text, categories (broad, fine, brand), brand."""
     interactions: pl.DataFrame
-    """E rows by user and time, the clicked impressions: user_id, item_id, timestamp and the feedback columns."""
+    """E rows by user and time, the clicked impressions: user_id, item_id, timestamp and feedback columns."""
     exposures: pl.DataFrame
     """All impressions by user and time: the columns of interactions, and `position` in the slate."""
 
@@ -221,8 +221,8 @@ class Store:
     ) -> Feedback:
         """Expected feedback of `users` (B,) on `slates` (B, K) of item indices, -1 where empty.
 
-        `last_items` (B,): the item that each user took last, -1 for none. `day`: day of the year, one for all or
-        (B,). See the head of this file for the formulas.
+        `last_items` (B,): the item that each user took last, -1 for none. `day`: day of the year, one for all
+        or (B,). See the head of this file for the formulas.
 
         Raises: DatasetError for a user or an item that the store does not have.
         """
@@ -338,8 +338,8 @@ def write_store(folder: str | Path, store: Store) -> str:
 def read_store(folder: str | Path) -> Store:
     """Read a store back.
 
-    Raises: DatasetError where there is no folder; ArtifactError where the folder is no dataset that sagerec wrote,
-    is one without a truth, was changed since, or was written by another version.
+    Raises: DatasetError where there is no folder; ArtifactError where the folder is no dataset that sagerec
+    wrote, is one without a truth, was changed since, or was written by another version.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -352,7 +352,7 @@ def read_store(folder: str | Path) -> Store:
     check_content(folder, manifest)
     if set(manifest.settings) != {field.name for field in dataclasses.fields(StoreSettings)}:
         raise ArtifactError(
-            f"{folder}: the settings {json.dumps(manifest.settings)} are not those of a simulated store of this "
+            f"{folder}: its settings {sorted(manifest.settings)} are not those of a simulated store of this "
             "version; simulate it again"
         )
     try:

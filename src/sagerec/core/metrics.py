@@ -5,8 +5,8 @@ returns (U,), to be averaged and bootstrapped over users. Coverage and Gini belo
 return one number and take the jackknife. `docs/metrics.md` defines them all.
 
 Shape legend: U users (evaluation cases), K places in a list, N items, Q clusters.
-A list is an integer array (U, K) of item indices 0..N-1, best first, -1 where a place holds no valid item; that
-place keeps its rank. Only the first k places count. A case has one target, hence one relevant item.
+A list is an integer array (U, K) of item indices 0..N-1, best first, -1 where a place holds no valid item;
+that place keeps its rank. Only the first k places count. A case has one target, hence one relevant item.
 Every function that takes k raises SettingsError for k < 1, and for k > K where it sees the lists.
 """
 
@@ -33,7 +33,7 @@ _BLOCK_DRAWS = 4_194_304  # bootstrap draws held at a time
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A statistic on all cases (`value`) with the ends of its confidence interval, in the statistic's unit."""
+    """A statistic on all cases (`value`) and the ends of its confidence interval, in the statistic's unit."""
 
     value: float
     low: float
@@ -237,13 +237,14 @@ def novelty_at(lists: IntArray, popularity: IntArray, k: int) -> FloatArray:
     assert not top.size or top.max() < len(popularity), (int(top.max()), len(popularity))
     bits = np.log2(float(popularity.sum()) + len(popularity)) - np.log2(popularity + 1.0)
     valid = top >= 0
-    sums: FloatArray = np.where(valid, bits[top], 0.0).sum(axis=1)
-    return sums / np.maximum(valid.sum(axis=1), 1)
+    mean: FloatArray = np.where(valid, bits[top], 0.0).sum(axis=1) / np.maximum(valid.sum(axis=1), 1)
+    return mean
 
 
 def invalid_rate(lists: IntArray, k: int) -> FloatArray:
     """Share of the first k places that hold no valid item (-1). (U, K) -> (U,), from 0 to 1."""
-    return (_top(lists, k) < 0).mean(axis=1, dtype=np.float64)
+    rate: FloatArray = (_top(lists, k) < 0).mean(axis=1)
+    return rate
 
 
 def duplicate_rate(lists: IntArray, k: int) -> FloatArray:
@@ -253,7 +254,8 @@ def duplicate_rate(lists: IntArray, k: int) -> FloatArray:
     """
     ordered = np.sort(_top(lists, k), axis=1)
     repeats = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
-    return repeats.sum(axis=1, dtype=np.float64) / np.float64(k)
+    rate: FloatArray = repeats.sum(axis=1) / k
+    return rate
 
 
 def popularity_buckets(counts: IntArray, edges: Sequence[int]) -> npt.NDArray[np.int64]:
@@ -303,9 +305,7 @@ def _bootstrap(
         raise SettingsError("no case to average; expected at least one: widen the selection or leave it out")
     values = values.astype(np.float64)
     if wrong := int(np.count_nonzero(~np.isfinite(values))):
-        raise SettingsError(
-            f"{wrong} of {len(values)} values are not finite; expected numbers: mend the metric"
-        )
+        raise SettingsError(f"{wrong} of {len(values)} values are not finite; expected numbers: mend the metric")
     means = _resampled_means(values, samples, rng)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(values.mean()), float(low), float(high)), means

@@ -94,9 +94,7 @@ class Trie:
     def allowed(self, states: Tensor, *, vocabulary: int | None = None) -> Tensor:
         """Legal next tokens of `states` (B,) int64 as a mask (B, V) bool. Raises: TrieError as `children`."""
         children = self.children(states)
-        mask = torch.zeros(
-            len(states), vocabulary or self.vocabulary, dtype=torch.bool, device=states.device
-        )
+        mask = torch.zeros(len(states), vocabulary or self.vocabulary, dtype=torch.bool, device=states.device)
         mask[children.parent, children.token] = True
         return mask
 
@@ -146,8 +144,10 @@ class Trie:
         return states
 
 
-def build_trie(sequences: np.ndarray) -> Trie:
+def build_trie(sequences: np.ndarray, items: np.ndarray | None = None) -> Trie:
     """Build a trie over `sequences` (N, L) integers >= 0, padded on the right with -1.
+
+    `items` (N,) are the item indices at the leaves, 0 … N-1 if not given.
 
     Sorts column by column from the last (a radix sort for 16-bit codes), then finds the new prefixes of each depth
     by comparing neighbours: O(N L) memory and time.
@@ -168,7 +168,12 @@ def build_trie(sequences: np.ndarray) -> Trie:
     for column in reversed(range(length)):
         order = order[np.argsort(codes[order, column], kind="stable")]
 
-    tokens, items, sizes = [np.full(1, PADDING, codes.dtype)], [np.full(1, -1, np.int32)], [np.full(1, n, np.int32)]
+    labels = order if items is None else items.astype(np.int32)[order]
+    tokens, leaves, sizes = (
+        [np.full(1, PADDING, codes.dtype)],
+        [np.full(1, -1, np.int32)],
+        [np.full(1, n, np.int32)],
+    )
     child_counts = []
     parent = np.zeros(n, dtype=np.int32)  # rank within its depth of the node that each sorted row has reached
     n_parents = 1
@@ -187,10 +192,10 @@ def build_trie(sequences: np.ndarray) -> Trie:
         if (size[rank[ends]] > 1).any():
             _report_overlap(codes, order, going & (rank == rank[ends][size[rank[ends]] > 1][0]))
         item = np.full(len(size), -1, dtype=np.int32)
-        item[rank[ends]] = order[ends]
+        item[rank[ends]] = labels[ends]
         child_counts.append(np.bincount(parent[begins], minlength=n_parents).astype(np.int32))
         tokens.append(values[begins])
-        items.append(item)
+        leaves.append(item)
         sizes.append(size)
         parent, n_parents = rank, len(size)
     child_counts.append(np.zeros(n_parents, dtype=np.int32))
@@ -200,7 +205,7 @@ def build_trie(sequences: np.ndarray) -> Trie:
     return Trie(
         first_child=torch.from_numpy(first_child),
         token=torch.from_numpy(np.concatenate(tokens)),
-        item=torch.from_numpy(np.concatenate(items)),
+        item=torch.from_numpy(np.concatenate(leaves)),
         size=torch.from_numpy(np.concatenate(sizes)),
         max_children=int(per_node.max()),
     )

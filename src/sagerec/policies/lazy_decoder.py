@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
@@ -141,9 +142,7 @@ class Layer(nn.Module):
         grown cache.
         """
         batch, length, width = x.shape
-        qkv = self.query_key_value(self.norm_attention(x)).view(
-            batch, length, 3, self.heads, width // self.heads
-        )
+        qkv = self.query_key_value(self.norm_attention(x)).view(batch, length, 3, self.heads, width // self.heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         if positions is not None:
             query, key = rotate(query, positions), rotate(key, positions)
@@ -164,9 +163,7 @@ class LazyDecoder(nn.Module):
     content: Tensor
     level_offsets: Tensor
 
-    def __init__(
-        self, settings: LazyDecoderSettings, codes: Tensor, trie: Trie, vectors: Tensor | None = None
-    ) -> None:
+    def __init__(self, settings: LazyDecoderSettings, codes: Tensor, trie: Trie, vectors: Tensor | None = None) -> None:
         """Codes (N, L) int64, their trie, and the content vectors (N, Dv) that `settings.content` asks for."""
         super().__init__()
         require(
@@ -219,6 +216,12 @@ class LazyDecoder(nn.Module):
         self.trie = self.trie.to(device)
         return self.to(device)
 
+    def listed_as(self, items: np.ndarray) -> np.ndarray:
+        """(n,) the item that stands in lists for each of items (n,): itself, unless several share its codes."""
+        codes = self.codes[torch.from_numpy(items.astype(np.int64)).to(self.device)]
+        found: np.ndarray = self.trie.item[self.trie.walk(codes)[:, -1]].cpu().numpy()
+        return found
+
     def embed_items(self, items: Tensor) -> Tensor:
         """Embeddings (…, D) of item indices (…)."""
         codes = self.codes[items]
@@ -247,9 +250,7 @@ class LazyDecoder(nn.Module):
         at = torch.arange(len(items), device=items.device)
         visible = torch.arange(items.shape[1], device=items.device) < lengths[:, None]
         hidden = states[at, lengths - 1].unsqueeze(1)
-        return Context(
-            hidden.expand(-1, slates, -1), caches, visible.unsqueeze(1).expand(-1, slates, -1), lengths
-        )
+        return Context(hidden.expand(-1, slates, -1), caches, visible.unsqueeze(1).expand(-1, slates, -1), lengths)
 
     def append(self, context: Context, items: Tensor) -> Context:
         """Write one item to each slate; see the protocol."""

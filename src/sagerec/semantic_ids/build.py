@@ -14,7 +14,7 @@ from sagerec.artifacts import read_manifest, write_artifact
 from sagerec.catalogue.audit import write_events_used
 from sagerec.catalogue.dataset import Dataset
 from sagerec.catalogue.splits import Sequences
-from sagerec.core.trie import Trie, build_trie, read_trie, write_trie
+from sagerec.core.trie import ROOT, Trie, build_trie, read_trie, write_trie
 from sagerec.errors import ArtifactError
 from sagerec.semantic_ids.embedders import (
     embed_categories,
@@ -75,14 +75,12 @@ class SemanticIds:
 
     codes: np.ndarray
     """(N, L) int32 code sequence of each item."""
-    id_of_item: np.ndarray
-    """(N,) int32 row of the distinct code sequences; equal to the item index where IDs are unique."""
     vectors: np.ndarray
     """(N, D) float32 weighted vectors that were quantised."""
     codebooks: np.ndarray
     """(levels, C, D) float32 centroids."""
     trie: Trie
-    """Index over the distinct code sequences; its items are rows of them."""
+    """Index over the distinct code sequences; where items share one, it holds the one most often trained on."""
     content_hash: str = ""
     """Content hash of the artefact, once written."""
 
@@ -94,12 +92,7 @@ class SemanticIds:
     @property
     def is_unique(self) -> bool:
         """Whether every item has an ID of its own."""
-        return self.n_ids == len(self.codes)
-
-    @property
-    def n_ids(self) -> int:
-        """Distinct IDs."""
-        return int(self.id_of_item.max()) + 1
+        return int(self.trie.size[ROOT]) == len(self.codes)
 
     def level_sizes(self) -> list[int]:
         """Codes in use at each place: the largest code plus one."""
@@ -139,17 +132,16 @@ def build_semantic_ids(
         vectors, levels=settings.levels, codebook_size=settings.codebook_size, seed=settings.seed
     )
     codes = quantised.codes
+    separated = separate(codes, np.bincount(train.items, minlength=data.n_items))
     if settings.unique:
-        codes = separate(codes, np.bincount(train.items, minlength=data.n_items))
-        id_of_item = np.arange(data.n_items, dtype=np.int32)
+        codes = separated
         trie = build_trie(codes)
     else:
-        distinct, inverse = np.unique(codes, axis=0, return_inverse=True)
-        id_of_item = inverse.reshape(-1).astype(np.int32)
-        trie = build_trie(distinct)
+        listed = np.flatnonzero(separated[:, -1] == 0)
+        trie = build_trie(codes[listed], listed)
     sizes = {
         "items": data.n_items,
-        "distinct_ids": int(id_of_item.max()) + 1,
+        "distinct_ids": int(trie.size[ROOT]),
         "dimensions": vectors.shape[1],
         "level_sizes": [int(n) for n in codes.max(axis=0) + 1],
         "collision_rate": collision_rate(quantised.codes),
@@ -159,9 +151,14 @@ def build_semantic_ids(
         "trie_bytes": trie.n_bytes,
     }
     with write_artifact(
-        folder, "semantic_ids", made_from=made_from, settings=to_json(settings), seed=settings.seed, sizes=sizes
+        folder,
+        "semantic_ids",
+        made_from=made_from,
+        settings=to_json(settings),
+        seed=settings.seed,
+        sizes=sizes,
     ) as fresh:
-        tensors = {"codes": codes, "id_of_item": id_of_item, "vectors": vectors, "codebooks": quantised.codebooks}
+        tensors = {"codes": codes, "vectors": vectors, "codebooks": quantised.codebooks}
         save_file(tensors, fresh / TENSORS)
         write_trie(fresh / "trie", trie)
         write_events_used(fresh, train.rows)

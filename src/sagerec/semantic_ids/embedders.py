@@ -55,9 +55,7 @@ def embed_categories(data: Dataset, *, dimensions: int, seed: int) -> np.ndarray
     pairs = data.items.select(CATEGORIES).with_row_index("row").explode(CATEGORIES).drop_nulls()
     column = pairs[CATEGORIES].rank("dense").to_numpy().astype(np.int64) - 1
     ones = np.ones(len(pairs), dtype=np.float32)
-    matrix = sparse.csr_matrix(
-        (ones, (pairs["row"].to_numpy(), column)), shape=(data.n_items, int(column.max()) + 1)
-    )
+    matrix = sparse.csr_matrix((ones, (pairs["row"].to_numpy(), column)), shape=(data.n_items, int(column.max()) + 1))
     return _reduce(TfidfTransformer().fit_transform(matrix), dimensions, seed)
 
 
@@ -76,9 +74,7 @@ def cooccurrence(train: Sequences, n_items: int, window: int) -> sparse.csr_matr
     return (matrix + matrix.T).tocsr()
 
 
-def embed_collaborative(
-    train: Sequences, n_items: int, *, dimensions: int, window: int, seed: int
-) -> np.ndarray:
+def embed_collaborative(train: Sequences, n_items: int, *, dimensions: int, window: int, seed: int) -> np.ndarray:
     """Positive pointwise mutual information of co-occurrence, max(0, log(n_ij n / (n_i n_j))), then truncated SVD.
 
     Levy and Goldberg, "Neural word embedding as implicit matrix factorization" (2014). `train` must be the

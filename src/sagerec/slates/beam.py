@@ -107,9 +107,7 @@ def excluded_paths(policy: Policy[ContextT, PrefixT], excluded: Tensor) -> Tenso
     return paths.masked_fill(ended, NO_ITEM).view(*excluded.shape, paths.shape[1])
 
 
-def merge(
-    items: Tensor, logprobs: Tensor, found: Tensor, scores: Tensor, owner: Tensor
-) -> tuple[Tensor, Tensor]:
+def merge(items: Tensor, logprobs: Tensor, found: Tensor, scores: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
     """The best K of lists (B, K) and newly found items (n,) with scores (n,) of users `owner` (n,), ascending."""
     n_users, k = items.shape
     new_scores, position = pad_groups(scores, owner, n_users, -math.inf)
@@ -136,9 +134,7 @@ def exact_lists(
 
     Users whose list is not proven are decoded again with twice the beams.
     """
-    lists = beam_lists(
-        policy, policy.encode(items, lengths), len(items), k=k, beams=max(beams, k), excluded=excluded
-    )
+    lists = beam_lists(policy, policy.encode(items, lengths), len(items), k=k, beams=max(beams, k), excluded=excluded)
     open_users = (~lists.exact).nonzero()[:, 0]
     if not widen or len(open_users) == 0:
         return lists

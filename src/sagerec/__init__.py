@@ -1,0 +1,3 @@
+"""sagerec: preference alignment of generative recommenders."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Evaluation: metrics with intervals over a split, and the baselines in the same harness."""

@@ -1,0 +1,101 @@
+"""Baselines that every policy is measured beside: popularity and item-kNN.
+
+Each learns from the training sequences alone and ranks the whole catalogue for a history. SASRec, the one to
+beat, has a module of its own.
+
+Shapes: n cases, N items, S sequences, K places.
+"""
+
+import numpy as np
+from scipy import sparse
+
+from sagerec.catalogue.splits import Cases, Sequences
+
+BATCH_CASES = 1024
+
+
+def top_k(scores: np.ndarray, k: int) -> np.ndarray:
+    """The k highest columns of scores (n, N), best first, ties by the lower index; -1 for scores of -inf."""
+    k_present = min(k, scores.shape[1])
+    # Stable order among equals: sort by (-score, index) within the candidates above the k-th score.
+    threshold = -np.partition(-scores, k_present - 1, axis=1)[:, k_present - 1 : k_present]
+    result = np.full((len(scores), k), -1, dtype=np.int64)
+    for row, (values, cut) in enumerate(zip(scores, threshold, strict=True)):
+        candidates = np.flatnonzero(values >= cut[0])
+        best = candidates[np.argsort(-values[candidates], kind="stable")][:k_present]
+        result[row, :k_present] = np.where(np.isneginf(values[best]), -1, best)
+    return result
+
+
+def popularity_lists(
+    train: Sequences, cases: Cases, *, n_items: int, k: int, exclude_history: bool, max_items: int
+) -> np.ndarray:
+    """The k items (n, k) with most training interactions, without the history where it is excluded."""
+    counts = np.bincount(train.items, minlength=n_items)
+    order = np.argsort(-counts, kind="stable")
+    lists = np.full((len(cases), k), -1, dtype=np.int64)
+    for begin in range(0, len(cases), BATCH_CASES):
+        index = np.arange(begin, min(begin + BATCH_CASES, len(cases)))
+        history, lengths = cases.histories(index, max_items)
+        candidates = order[: k + history.shape[1]]
+        barred = np.zeros((len(index), len(candidates)), dtype=bool)
+        if exclude_history:
+            inside = np.arange(history.shape[1]) < lengths[:, None]
+            for place in range(history.shape[1]):
+                barred |= (history[:, place : place + 1] == candidates) & inside[:, place : place + 1]
+        place = np.argsort(barred, axis=1, kind="stable")[:, :k]
+        chosen = np.where(np.take_along_axis(barred, place, 1), -1, candidates[place])
+        lists[index, : chosen.shape[1]] = chosen
+    return lists
+
+
+def item_similarities(train: Sequences, n_items: int, *, neighbours: int, shrinkage: float) -> sparse.csr_matrix:
+    """Cosine of items over training users, s_ij = n_ij / (sqrt(n_i n_j) + shrinkage), the best `neighbours` of each.
+
+    Sarwar et al. (2001); the shrinkage of Bell and Koren (2007) in the denominator.
+    """
+    user = np.repeat(np.arange(len(train)), np.diff(train.offsets))
+    ones = np.ones(len(user), dtype=np.float32)
+    taken = sparse.csr_matrix((ones, (user, train.items)), shape=(len(train), n_items))
+    taken.data[:] = 1
+    together = (taken.T @ taken).tocsr()
+    counts = together.diagonal()
+    together.setdiag(0)
+    together.eliminate_zeros()
+    pairs = together.tocoo()
+    cosine = pairs.data / (np.sqrt(counts[pairs.row] * counts[pairs.col]) + shrinkage)
+    # Keep the best of each row: sort by row, then by falling similarity, and cut at the rank.
+    order = np.lexsort((pairs.col, -cosine, pairs.row))
+    row = pairs.row[order]
+    first = np.searchsorted(row, np.arange(n_items))
+    kept = order[np.arange(len(row)) - first[row] < neighbours]
+    return sparse.csr_matrix((cosine[kept], (pairs.row[kept], pairs.col[kept])), shape=(n_items, n_items))
+
+
+def item_knn_lists(
+    train: Sequences,
+    cases: Cases,
+    *,
+    n_items: int,
+    k: int,
+    exclude_history: bool,
+    max_items: int,
+    neighbours: int = 100,
+    shrinkage: float = 5.0,
+    decay: float = 0.8,
+) -> np.ndarray:
+    """Items (n, k) by the summed similarity to the history, an item d places back counting decay^d."""
+    similar = item_similarities(train, n_items, neighbours=neighbours, shrinkage=shrinkage)
+    lists = np.full((len(cases), k), -1, dtype=np.int64)
+    for begin in range(0, len(cases), BATCH_CASES):
+        index = np.arange(begin, min(begin + BATCH_CASES, len(cases)))
+        history, lengths = cases.histories(index, max_items)
+        inside = np.arange(history.shape[1]) < lengths[:, None]
+        weight = decay ** (lengths[:, None] - 1 - np.arange(history.shape[1]))
+        user = np.broadcast_to(np.arange(len(index))[:, None], history.shape)
+        profile = sparse.csr_matrix((weight[inside], (user[inside], history[inside])), shape=(len(index), n_items))
+        scores = np.asarray((profile @ similar).todense())
+        if exclude_history:
+            scores[user[inside], history[inside]] = -np.inf
+        lists[index] = top_k(scores, k)
+    return lists

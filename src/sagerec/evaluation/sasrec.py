@@ -1,0 +1,164 @@
+"""SASRec with a full or sampled softmax: the baseline to beat, in the same harness.
+
+Kang and McAuley (2018) with the softmax loss that makes it strong (Klenitskiy and Vasilev 2023; Petrov and Macdonald
+2023): the causal encoder of the LazyDecoder over item embeddings, scored against the same embeddings.
+
+Shapes: B users, T history items, N items, D width, P targets, S sampled items.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sagerec.artifacts import read_manifest, write_artifact
+from sagerec.catalogue.audit import write_events_used
+from sagerec.catalogue.splits import Cases, Sequences
+from sagerec.core.metrics import first_rank, ndcg_at, recall_at
+from sagerec.policies.lazy_decoder import FastDropout, Layer, LazyDecoderSettings
+from sagerec.settings import require, to_json
+from sagerec.training.batches import make_windows
+from sagerec.training.loop import CRITERION, TrainSettings, choose_device, fit, validation_sample
+
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class SasRecSettings:
+    """Shape of the baseline."""
+
+    width: int = 128
+    """Width of every layer."""
+    layers: int = 2
+    """Causal layers."""
+    heads: int = 4
+    """Attention heads."""
+    dropout: float = 0.5
+    """Dropout on embeddings and on the output of every layer."""
+    max_items: int = 50
+    """History items read, the latest ones."""
+    sampled: int = 0
+    """Negatives of a sampled softmax, shared by the batch; 0 scores the whole catalogue."""
+
+    def __post_init__(self) -> None:
+        require(self.sampled >= 0, f"sampled is {self.sampled}; expected 0 (all items) or above")
+
+
+class SasRec(nn.Module):
+    """A causal encoder over item embeddings whose state is scored against them."""
+
+    def __init__(self, settings: SasRecSettings, n_items: int) -> None:
+        super().__init__()
+        self.settings = settings
+        shape = LazyDecoderSettings(width=settings.width, heads=settings.heads, dropout=settings.dropout)
+        self.items = nn.Embedding(n_items, settings.width)
+        nn.init.normal_(self.items.weight, std=0.02)
+        self.layers = nn.ModuleList(Layer(shape) for _ in range(settings.layers))
+        self.norm = nn.LayerNorm(settings.width)
+        self.dropout = FastDropout(settings.dropout)
+
+    @property
+    def device(self) -> torch.device:
+        return self.items.weight.device
+
+    def encode(self, items: Tensor) -> Tensor:
+        """States (B, T, D) after each item of sequences (B, T)."""
+        positions = torch.arange(items.shape[1], device=items.device)[None]
+        x = self.dropout(self.items(items))
+        for layer in self.layers:
+            x, _ = layer(x, positions=positions)
+        states: Tensor = self.norm(x)
+        return states
+
+    def loss(self, inputs: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
+        """Cross-entropy in nats an item over all items, or over the targets of the batch and a uniform sample.
+
+        The sampled form corrects no bias: negatives are uniform, and a negative equal to the target is masked.
+        """
+        states, wanted = self.encode(inputs)[counted], targets[counted]
+        if self.settings.sampled == 0:
+            return F.cross_entropy(F.linear(states, self.items.weight).float(), wanted)
+        negatives = torch.randint(len(self.items.weight), (self.settings.sampled,), device=states.device)
+        logits = F.linear(states, self.items(negatives)).float()
+        logits = logits.masked_fill(negatives == wanted[:, None], -torch.inf)
+        positive = (states * self.items(wanted)).sum(dim=1, keepdim=True).float()
+        zeros = torch.zeros(len(wanted), dtype=torch.int64, device=states.device)
+        return F.cross_entropy(torch.cat([positive, logits], dim=1), zeros)
+
+    @torch.no_grad()
+    def lists(self, cases: Cases, *, k: int, exclude_history: bool, batch_size: int = 512) -> np.ndarray:
+        """The k best items (n, k) of each case."""
+        self.eval()
+        lists = np.full((len(cases), k), -1, dtype=np.int64)
+        order = np.argsort(cases.rows - cases.starts, kind="stable")
+        for begin in range(0, len(cases), batch_size):
+            index = order[begin : begin + batch_size]
+            history, length = cases.histories(index, self.settings.max_items)
+            items, lengths = torch.from_numpy(history).to(self.device), torch.from_numpy(length).to(self.device)
+            states = self.encode(items)[torch.arange(len(items), device=self.device), lengths - 1]
+            scores = F.linear(states, self.items.weight)
+            if exclude_history:
+                # Padding repeats the first item of the row, so that it bars nothing more.
+                inside = torch.arange(items.shape[1], device=self.device) < lengths[:, None]
+                scores.scatter_(1, torch.where(inside, items, items[:, :1]), -torch.inf)
+            best = scores.topk(min(k, scores.shape[1]), dim=1)
+            lists[index, : best.indices.shape[1]] = (
+                best.indices.masked_fill(best.values == -torch.inf, -1).cpu().numpy()
+            )
+        return lists
+
+
+def train_sasrec(
+    folder: Path,
+    n_items: int,
+    train: Sequences,
+    validation: Cases | None,
+    model_settings: SasRecSettings,
+    settings: TrainSettings,
+    *,
+    exclude_history: bool,
+    made_from: dict[str, str],
+) -> SasRec:
+    """Train the baseline with the loop of the supervised stage; the artefact goes to `folder`."""
+    work = folder.with_name(folder.name + ".training")
+    resolved = {"model": to_json(model_settings), "train": to_json(settings)}
+    with torch.random.fork_rng(devices=[0] if torch.cuda.is_available() else []):
+        torch.manual_seed(settings.seed)
+        model = SasRec(model_settings, n_items).to(choose_device(settings.device))
+        cases = validation_sample(validation, settings)
+
+        def validate() -> dict[str, float]:
+            assert cases is not None
+            ranks = first_rank(model.lists(cases, k=10, exclude_history=exclude_history), cases.targets)
+            return {CRITERION: float(recall_at(ranks, 10).mean()), "valid_ndcg@10": float(ndcg_at(ranks, 10).mean())}
+
+        summary = fit(
+            model,
+            work,
+            make_windows(train, model_settings.max_items),
+            settings,
+            loss=model.loss,
+            validate=None if cases is None else validate,
+            fingerprint=[resolved, made_from, exclude_history],
+            layers=model.layers,
+        )
+    sizes = {"parameters": sum(p.numel() for p in model.parameters())} | summary
+    with write_artifact(
+        folder, "sasrec", made_from=made_from, settings=resolved, seed=settings.seed, sizes=sizes
+    ) as fresh:
+        save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()}, fresh / WEIGHTS)
+        write_events_used(fresh, train.rows)
+    return model
+
+
+def read_sasrec(folder: Path, n_items: int) -> SasRec:
+    """Read a trained baseline back. Raises: ArtifactError."""
+    manifest = read_manifest(folder, "sasrec")
+    values = manifest.settings["model"]
+    model = SasRec(SasRecSettings(**values), n_items)
+    model.load_state_dict(load_file(folder / WEIGHTS))
+    return model.eval()

@@ -1,0 +1,65 @@
+"""Lists for many cases at once: batches of like length, decoded on the policy's device.
+
+Shapes: n cases, K places, X history items.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from sagerec.catalogue.splits import Cases
+from sagerec.policies.lazy_decoder import LazyDecoder
+from sagerec.slates.autoregressive import write_slates
+from sagerec.slates.beam import NO_ITEM, exact_lists
+
+
+def list_cases(
+    policy: LazyDecoder,
+    cases: Cases,
+    *,
+    k: int,
+    beams: int = 50,
+    widen: bool = True,
+    exclude_history: bool = False,
+    greedy_slates: bool = False,
+    batch_size: int = 512,
+    on_batch: Callable[[int], None] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The list of each case: items (n, K) int64, -1 = none, and whether it is proven exact (n,) bool.
+
+    Beam lists by default; with `greedy_slates` the list is one greedy autoregressive slate. `exclude_history` leaves
+    out what the user had. `on_batch` is told the number of cases done after each batch.
+    """
+    lists = np.full((len(cases), k), NO_ITEM, dtype=np.int64)
+    exact = np.zeros(len(cases), dtype=bool)
+    order = np.argsort(cases.rows - cases.starts, kind="stable")
+    training = policy.training
+    policy.eval()
+    for begin in range(0, len(cases), batch_size):
+        index = order[begin : begin + batch_size]
+        history, length = cases.histories(index, policy.settings.max_items)
+        items = torch.from_numpy(history).to(policy.device)
+        lengths = torch.from_numpy(length).to(policy.device)
+        excluded = None
+        if exclude_history:
+            inside = torch.arange(items.shape[1], device=items.device) < lengths[:, None]
+            excluded = distinct_rows(items.masked_fill(~inside, NO_ITEM))
+        if greedy_slates:
+            slates = write_slates(policy, items, lengths, k=k, temperature=0.0, excluded=excluded)
+            lists[index] = slates.items[:, 0].cpu().numpy()
+        else:
+            found = exact_lists(policy, items, lengths, k=k, beams=beams, widen=widen, excluded=excluded)
+            lists[index], exact[index] = found.items.cpu().numpy(), found.exact.cpu().numpy()
+        if on_batch is not None:
+            on_batch(begin + len(index))
+    policy.train(training)
+    return lists, exact
+
+
+def distinct_rows(items: torch.Tensor) -> torch.Tensor:
+    """Items (B, X) sorted within each row, with repeats replaced by -1."""
+    ordered = items.sort(dim=1).values
+    repeats = torch.zeros_like(ordered, dtype=torch.bool)
+    repeats[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+    return ordered.masked_fill(repeats, NO_ITEM)

@@ -1,0 +1,1 @@
+"""The training stages, their checkpoints and their records."""

@@ -1,0 +1,79 @@
+"""Checkpoints of a training: weights, optimiser, random state and counters, so that a killed run resumes exactly.
+
+Each is a new folder `checkpoint-<step>` that is renamed into place whole; older ones go only afterwards, so that at any
+moment the newest complete one can be read.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sagerec.artifacts import read_json, replace_folder, write_json
+
+_TENSORS, _PROGRESS = "state.safetensors", "progress.json"
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    progress: dict[str, Any],
+    best: dict[str, Tensor],
+) -> None:
+    """Write `folder/checkpoint-<step>` and remove the older ones.
+
+    `progress` holds JSON values, `best` the weights of the best validation so far (may be empty).
+    """
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    tensors |= {f"best.{name}": value for name, value in best.items()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{key}.{name}"] = value
+    tensors["random.cpu"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    target = folder / f"checkpoint-{step:09d}"
+    with replace_folder(target) as fresh:
+        save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, fresh / _TENSORS)
+        write_json(fresh / _PROGRESS, progress)
+    for old in folder.glob("checkpoint-*"):
+        if old != target:
+            shutil.rmtree(old)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The complete checkpoint of the highest step, None where there is none."""
+    found = sorted(folder.glob("checkpoint-*"))
+    return found[-1] if found else None
+
+
+def read_progress(checkpoint: Path) -> dict[str, Any]:
+    """The JSON values of a checkpoint."""
+    values: dict[str, Any] = read_json(checkpoint / _PROGRESS)
+    return values
+
+
+def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Restore model, optimiser and random state; returns the weights of the best validation so far."""
+    tensors = load_file(checkpoint / _TENSORS)
+    groups: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}, "random": {}}
+    for name, value in tensors.items():
+        group, _, rest = name.partition(".")
+        groups[group][rest] = value
+    model.load_state_dict(groups["model"])
+    parameters = dict(model.named_parameters())
+    for name, value in groups["optimizer"].items():
+        key, _, owner = name.partition(".")
+        parameter = parameters[owner]
+        # AdamW keeps its step counter on the CPU.
+        optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+    torch.set_rng_state(groups["random"]["cpu"])
+    if "cuda" in groups["random"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(groups["random"]["cuda"])
+    return groups["best"]

@@ -1,0 +1,259 @@
+"""The training loop that the supervised stage and the trained baselines share.
+
+Reads top to bottom: shuffled batches -> loss -> AdamW; every few epochs a validation decides whether to keep, go on or
+stop. A checkpoint after every epoch holds all that the rest depends on, so a run that is killed and started again ends
+with the same weights, bit for bit on a CPU.
+"""
+
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sagerec.catalogue.splits import Cases
+from sagerec.errors import TrainingError
+from sagerec.settings import require
+from sagerec.training.batches import Windows, shuffled_batches
+from sagerec.training.checkpoints import load_checkpoint, newest_checkpoint, read_progress, save_checkpoint
+from sagerec.training.tracking import Bar, open_trackers, progress_bar
+
+logger = logging.getLogger(__name__)
+CRITERION = "valid_recall@10"
+"""The validation metric whose best epoch is kept."""
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(inputs, targets, counted), each (B, T) -> a scalar in nats an item."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSettings:
+    """How the policy is trained."""
+
+    epochs: int = 40
+    """Passes over the training sequences, at most."""
+    batch_size: int = 128
+    """Sequences a step."""
+    learning_rate: float = 2e-3
+    """Highest learning rate of AdamW."""
+    weight_decay: float = 0.1
+    """Weight decay of the matrices."""
+    warmup_share: float = 0.05
+    """Share of the steps in which the learning rate rises from 0; a cosine to a fiftieth follows."""
+    clip_norm: float = 1.0
+    """Largest norm of the gradient."""
+    validate_every: int = 5
+    """Epochs between validations; 0 never validates and keeps the last weights."""
+    validation_users: int = 5000
+    """Validation cases drawn for early stopping, at most."""
+    patience: int = 3
+    """Validations without a better Recall@10 after which training stops."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the matrix products; auto is bfloat16 where the hardware computes it natively."""
+    compile: bool = False
+    """Compile the layers with torch.compile."""
+    tensorboard: bool = False
+    """Write TensorBoard records beside metrics.jsonl (extra `tensorboard`)."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
+    seed: int = 0
+    """Seed of the weights, the order of the batches and dropout."""
+
+    def __post_init__(self) -> None:
+        require(self.epochs >= 1, f"epochs is {self.epochs}; expected at least 1")
+        require(self.batch_size >= 1, f"batch_size is {self.batch_size}; expected at least 1")
+        require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}; expected above 0")
+        require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; expected 0 or above")
+        require(0 <= self.warmup_share < 1, f"warmup_share is {self.warmup_share}; expected from 0 to below 1")
+        require(self.clip_norm > 0, f"clip_norm is {self.clip_norm}; expected above 0")
+        require(self.validate_every >= 0, f"validate_every is {self.validate_every}; expected 0 or above")
+        require(self.patience >= 1, f"patience is {self.patience}; expected at least 1")
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that a setting names; `auto` is the GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def has_native_bfloat16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are faster than in float32 on the device."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device.type == "cpu" and any(getattr(torch.cpu, name, lambda: False)() for name in probes)
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """The context in which forward passes of training run."""
+    if precision == "bfloat16" or (precision == "auto" and has_native_bfloat16(device)):
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
+
+
+def learning_rate_at(step: int, total: int, settings: TrainSettings) -> float:
+    """Linear warm-up from 0, then a cosine from 1 to 1/50, times the highest rate."""
+    warmup = max(1, round(settings.warmup_share * total))
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    return settings.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
+    """AdamW (betas 0.9, 0.98); vectors such as biases and norms do not decay."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
+
+
+def validation_sample(validation: Cases | None, settings: TrainSettings) -> Cases | None:
+    """At most `validation_users` cases, drawn once by the seed; None where there is nothing to validate on."""
+    if validation is None or len(validation) == 0 or settings.validate_every == 0:
+        return None
+    return validation.sample(settings.validation_users, np.random.default_rng(settings.seed))
+
+
+def fit(
+    model: nn.Module,
+    work: Path,
+    windows: Windows,
+    settings: TrainSettings,
+    *,
+    loss: Loss,
+    validate: Callable[[], dict[str, float]] | None,
+    fingerprint: list[Any],
+    layers: Iterable[nn.Module] = (),
+) -> dict[str, Any]:
+    """Train `model` with checkpoints and metrics in the folder `work`; the kept weights are left in it.
+
+    `validate` gives metrics with the key CRITERION; without it the last weights are kept. `fingerprint`
+    (JSON values) says what the training depends on: a checkpoint with another one is not resumed. `layers` are what
+    `settings.compile` compiles. Returns what happened, for the manifest.
+
+    Raises: TrainingError for a non-finite loss or gradient; the batch is saved first.
+    """
+    steps_per_epoch = math.ceil(len(windows) / settings.batch_size)
+    total = steps_per_epoch * settings.epochs
+    optimizer = make_optimizer(model, settings)
+    progress: dict[str, Any] = {
+        "fingerprint": fingerprint,
+        "epoch": 0,
+        "best": -1.0,
+        "best_epoch": 0,
+        "seconds": 0.0,
+    }
+    best: dict[str, Tensor] = {}
+    if (checkpoint := newest_checkpoint(work)) is not None:
+        saved = read_progress(checkpoint)
+        if saved["fingerprint"] == fingerprint:
+            best, progress = load_checkpoint(checkpoint, model, optimizer), saved
+            logger.info("resuming after epoch %d of %d", progress["epoch"], settings.epochs)
+        else:
+            logger.info("the unfinished training in %s was of other inputs or settings; starting anew", work)
+            shutil.rmtree(work)
+    if settings.compile:
+        for layer in layers:
+            layer.compile(dynamic=True)
+    trackers = open_trackers(work, tensorboard=settings.tensorboard, resume_step=progress["epoch"] * steps_per_epoch)
+    if progress["epoch"] == 0:
+        trackers.log(0, {"targets": windows.n_targets, "windows": len(windows)})
+    with progress_bar("training", total, completed=progress["epoch"] * steps_per_epoch) as bar:
+        while progress["epoch"] < settings.epochs and not _is_done(progress, settings):
+            started = time.perf_counter()
+            epoch = progress["epoch"]
+            mean_loss, norm = _train_epoch(model, optimizer, windows, epoch, settings, work, loss=loss, bar=bar)
+            progress["epoch"] = epoch + 1
+            step = (epoch + 1) * steps_per_epoch
+            values = {"epoch": epoch + 1, "loss_nats": mean_loss, "gradient_norm": norm}
+            due = settings.validate_every and (epoch + 1) % settings.validate_every == 0
+            if validate is not None and (due or epoch + 1 == settings.epochs):
+                values |= validate()
+                if values[CRITERION] > progress["best"]:
+                    progress |= {"best": values[CRITERION], "best_epoch": epoch + 1}
+                    best = {name: value.detach().clone() for name, value in model.state_dict().items()}
+            seconds = time.perf_counter() - started
+            progress["seconds"] += seconds
+            trackers.log(step, values | {"seconds": seconds, "targets_per_second": windows.n_targets / seconds})
+            save_checkpoint(work, step, model, optimizer, progress=progress, best=best)
+            recall = f", valid Recall@10 {values[CRITERION]:.4f}" if CRITERION in values else ""
+            logger.info(
+                "epoch %d of %d: loss %.3f nats%s; %.1f s, at most %.1f min left",
+                epoch + 1,
+                settings.epochs,
+                mean_loss,
+                recall,
+                seconds,
+                progress["seconds"] / (epoch + 1) * (settings.epochs - epoch - 1) / 60,
+            )
+    trackers.close()
+    if best:
+        model.load_state_dict(best)
+    model.eval()
+    return {
+        "epochs": progress["epoch"],
+        "best_epoch": progress["best_epoch"] or progress["epoch"],
+        "best_valid_recall@10": progress["best"] if best else None,
+        "seconds": progress["seconds"],
+        "targets": windows.n_targets,
+    }
+
+
+def _is_done(progress: dict[str, Any], settings: TrainSettings) -> bool:
+    """Whether `patience` validations have passed since the best one."""
+    waited = progress["epoch"] - progress["best_epoch"]
+    return bool(progress["best_epoch"]) and waited >= settings.patience * max(settings.validate_every, 1)
+
+
+def _train_epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    windows: Windows,
+    epoch: int,
+    settings: TrainSettings,
+    work: Path,
+    *,
+    loss: Loss,
+    bar: Bar,
+) -> tuple[float, float]:
+    """One pass; returns the mean loss in nats an item and the mean norm of the gradient."""
+    rng = np.random.default_rng([settings.seed, epoch])
+    batches = shuffled_batches(windows.lengths, settings.batch_size, rng)
+    total = len(batches) * settings.epochs
+    device = next(model.parameters()).device
+    model.train()
+    losses, norms = torch.zeros(len(batches)), torch.zeros(len(batches))
+    for number, index in enumerate(batches):
+        step = epoch * len(batches) + number
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, total, settings)
+        inputs, targets, counted = (torch.from_numpy(x).to(device) for x in windows.batch(index))
+        with autocast(settings.precision, device):
+            value = loss(inputs, targets, counted)
+        optimizer.zero_grad()
+        value.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+        if not bool(torch.isfinite(norm)):
+            path = work / f"bad-batch-{step}.safetensors"
+            save_file({"inputs": inputs.cpu(), "targets": targets.cpu(), "counted": counted.cpu()}, path)
+            raise TrainingError(
+                f"loss {value.item()} with gradient norm {norm.item()} at step {step}; the batch is saved in {path}. "
+                "Lower the learning rate, or use float32"
+            )
+        optimizer.step()
+        losses[number], norms[number] = value.detach(), norm
+        bar.update(step + 1, f"epoch {epoch + 1}")
+    return losses.mean().item(), norms.mean().item()
