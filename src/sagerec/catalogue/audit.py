@@ -24,7 +24,7 @@ class Finding:
 
     stage: str
     """Name of the stage."""
-    counts: dict[str, int]
+    counts: dict[Part, int]
     """Events of each part that the stage used."""
     allowed: tuple[Part, ...]
     """Parts that it may use."""

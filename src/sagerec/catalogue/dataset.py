@@ -159,7 +159,7 @@ def check_items(items: pl.DataFrame, path: Path) -> pl.DataFrame:
     items = as_ids(items, ITEM_ID, path)
     duplicated = items[ITEM_ID].is_duplicated()
     if duplicated.any():
-        row = duplicated.arg_max()
+        row = int(duplicated.arg_max() or 0)
         raise DatasetError(
             f"{path}: column 'item_id' holds {items[ITEM_ID][row]!r} more than once, first in row {row} (from 0). "
             "Keep one row an item"
@@ -223,8 +223,7 @@ def assemble(items: pl.DataFrame, events: pl.DataFrame, path: Path | str = INTER
     joined = events.with_row_index("_row").join(lookup, on=ITEM_ID, how="left", maintain_order="left")
     unknown = joined["_item"].is_null()
     if unknown.any():
-        row = unknown.arg_max()
-        assert row is not None
+        row = int(unknown.arg_max() or 0)
         raise DatasetError(
             f"{path}: column 'item_id' holds {joined[ITEM_ID][row]!r} in row {row} (from 0), which {ITEMS} does not "
             f"have; {unknown.sum()} rows are like this. Add the items or drop the rows"

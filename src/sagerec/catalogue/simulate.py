@@ -209,6 +209,8 @@ class Shelves:
     """(N + 1,) float64 popularity of the items before each place of `order`."""
     log_mass: np.ndarray
     """(F, 365) log popularity of the born items of each shelf, -inf where there is none."""
+    warm: np.ndarray
+    """Indices of the items born on day 0."""
 
 
 def shelve(truth: Truth) -> Shelves:
@@ -221,7 +223,8 @@ def shelve(truth: Truth) -> Shelves:
     cumulative = np.concatenate([[0.0], np.cumsum(truth.item_popularity[order], dtype=np.float64)])
     with np.errstate(divide="ignore"):
         log_mass = np.log(cumulative[end] - cumulative[start][:, None])
-    return Shelves(order.astype(np.int32), start, end, cumulative, log_mass)
+    warm = np.flatnonzero(truth.item_birth_day == 0)
+    return Shelves(order.astype(np.int32), start, end, cumulative, log_mass, warm)
 
 
 def draw_candidates(
@@ -265,6 +268,7 @@ def choose_slates(candidates: np.ndarray, barred: np.ndarray, size: int) -> np.n
 
 def with_successor(
     truth: Truth,
+    shelves: Shelves,
     candidates: np.ndarray,
     last: np.ndarray,
     barred: np.ndarray,
@@ -272,8 +276,7 @@ def with_successor(
     rng: np.random.Generator,
 ) -> np.ndarray:
     """(B, size) slates that hold the successor of `last` somewhere, or open with a random warm item."""
-    warm = np.flatnonzero(truth.item_birth_day == 0)
-    chosen = np.where(last >= 0, truth.successor[last], rng.choice(warm, len(last)))
+    chosen = np.where(last >= 0, truth.successor[last], rng.choice(shelves.warm, len(last)))
     barred = np.where(barred == chosen[:, None], NO_ITEM, barred)
     slates = choose_slates(np.column_stack([chosen, candidates]), barred, size)
     row = np.arange(len(slates))
@@ -299,7 +302,7 @@ def simulate(settings: StoreSettings) -> Store:
             day = time[users] / DAY_SECONDS
             candidates = draw_candidates(settings, truth, shelves, users, last[users], day, rng)
             if settings.dynamics == "successor":
-                slates = with_successor(truth, candidates, last[users], recent[users], size, rng)
+                slates = with_successor(truth, shelves, candidates, last[users], recent[users], size, rng)
             else:
                 slates = choose_slates(candidates, recent[users], size)
             rates = response_rates(settings, truth, users, slates, last_items=last[users], day=day)

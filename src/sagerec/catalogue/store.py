@@ -118,7 +118,7 @@ class StoreSettings:
             value = getattr(self, name)
             whole = name in counts
             require(
-                low <= value <= high and not (whole and value != int(value)),
+                low <= value <= high and not (whole and not isinstance(value, int)),
                 f"{name} is {value}; expected a {'whole ' if whole else ''}number from {low} to {high}",
             )
         require(0 <= self.cold_share < 0.5, f"cold_share is {self.cold_share}; expected from 0 to below 0.5")

@@ -177,12 +177,11 @@ def entropy_at(lists: IntArray, clusters: Clusters, k: int) -> FloatArray:
         users, valid = len(block), block >= 0
         offsets = np.concatenate(([0], np.cumsum(valid.sum(axis=1))))
         picks = sparse.csr_array((np.ones(offsets[-1]), block[valid], offsets), (users, table.shape[0]))
-        mass = picks @ table  # (users, Q)
+        mass = picks @ table  # (users, Q); the product stores no zero
         row = np.repeat(np.arange(users), np.diff(mass.indptr))
         shares = mass.data / np.bincount(row, mass.data, users)[row]
-        logs = np.log2(shares, out=np.zeros_like(shares), where=shares > 0)
-        bits[start : start + users] = np.bincount(row, -shares * logs, users)
-    return np.maximum(bits, 0.0)
+        bits[start : start + users] = np.bincount(row, -shares * np.log2(shares), users)
+    return bits
 
 
 def _exposure(lists: IntArray, n_items: int, k: int) -> npt.NDArray[np.int64]:

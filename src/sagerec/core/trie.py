@@ -72,7 +72,8 @@ class Trie:
 
     def to(self, device: torch.device | str) -> "Trie":
         """The same trie on another device."""
-        return Trie(*(getattr(self, name).to(device) for name in _ARRAYS), max_children=self.max_children)
+        arrays = {name: getattr(self, name).to(device) for name in _ARRAYS}
+        return Trie(**arrays, max_children=self.max_children)
 
     def children(self, states: Tensor) -> Children:
         """List the legal continuations of `states` (B,) int64.

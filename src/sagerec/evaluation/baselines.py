@@ -43,8 +43,8 @@ def popularity_lists(
             inside = np.arange(history.shape[1]) < lengths[:, None]
             for place in range(history.shape[1]):
                 barred |= (history[:, place : place + 1] == candidates) & inside[:, place : place + 1]
-        place = np.argsort(barred, axis=1, kind="stable")[:, :k]
-        chosen = np.where(np.take_along_axis(barred, place, 1), -1, candidates[place])
+        chosen_places = np.argsort(barred, axis=1, kind="stable")[:, :k]
+        chosen = np.where(np.take_along_axis(barred, chosen_places, 1), -1, candidates[chosen_places])
         lists[index, : chosen.shape[1]] = chosen
     return lists
 

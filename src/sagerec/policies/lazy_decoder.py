@@ -231,7 +231,8 @@ class LazyDecoder(nn.Module):
             x = x + self.content_map(self.content[items])
         if self.settings.item_embedding:
             x = x + self.item_embedding(items)
-        return self.dropout(x)
+        embedded: Tensor = self.dropout(x)
+        return embedded
 
     def encode_all(self, items: Tensor) -> tuple[Tensor, tuple[KeyValue, ...]]:
         """Encoder states (B, T, D) after each item of sequences (B, T), and the caches of each layer."""

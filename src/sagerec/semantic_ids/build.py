@@ -55,7 +55,7 @@ class SemanticIdSettings:
     window: int = 5
     """Items at most this far apart in a sequence count as co-occurring."""
     unique: bool = True
-    """Separate items that collide by a last code; without it they share an ID, and the metrics say how much it costs."""
+    """Separate items that collide by a last code; without it they share an ID, and the metrics say at what cost."""
     seed: int = 0
     """Seed of the SVD and of k-means."""
 

@@ -53,7 +53,7 @@ def residual_kmeans(vectors: np.ndarray, *, levels: int, codebook_size: int, see
         kmeans.train(residual)
         _, nearest = kmeans.index.search(residual, 1)
         codes.append(nearest[:, 0].astype(np.int32))
-        codebooks.append(kmeans.centroids.copy())
+        codebooks.append(np.array(kmeans.centroids))
         residual -= codebooks[-1][codes[-1]]
         errors.append(float((residual**2).sum(1).mean()) / scale)
     return Quantisation(

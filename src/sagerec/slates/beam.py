@@ -44,7 +44,9 @@ def beam_lists(
 ) -> Lists:
     """One pass of beam search for B = `n_users` contexts of one slate each.
 
-    `excluded` (B, X) item indices that are left out of the lists (-1 = none), such as the history. Raises: SettingsError where fewer beams than places are asked for.
+    `excluded` (B, X) item indices that are left out of the lists (-1 = none), such as the history.
+
+    Raises: SettingsError where fewer beams than places are asked for.
     """
     if beams < k:
         raise SettingsError(f"beams is {beams} and k is {k}; expected at least as many beams as places")

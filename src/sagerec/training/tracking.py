@@ -73,7 +73,7 @@ class TensorBoard:
             raise MissingExtraError(
                 "TensorBoard is not installed; install it with: pip install 'sagerec[tensorboard]'"
             ) from error
-        self._writer: Any = SummaryWriter(str(folder), purge_step=resume_step + 1)  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(folder), purge_step=resume_step + 1)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         for name, value in values.items():

@@ -1,0 +1,74 @@
+"""Recommendations from a run, in three lines:
+
+from sagerec import load
+recommender = load("RUN")
+print(recommender.recommend(["B004756YJA", "B004ZT0SSG"], k=10))
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+import torch
+
+from sagerec.catalogue.dataset import IdMap
+from sagerec.errors import DatasetError
+from sagerec.policies.lazy_decoder import LazyDecoder
+from sagerec.run import open_run
+from sagerec.slates.autoregressive import write_slates
+from sagerec.slates.beam import NO_ITEM, exact_lists
+from sagerec.slates.cases import distinct_rows
+
+
+@dataclass(frozen=True, slots=True)
+class Recommender:
+    """A policy with the names of its items."""
+
+    policy: LazyDecoder
+    """In evaluation mode."""
+    item_ids: IdMap
+    """External item ids."""
+    titles: list[str]
+    """(N,) titles."""
+
+    def recommend(
+        self, history: list[str], *, k: int = 10, exclude_history: bool = True, slate: bool = False
+    ) -> pl.DataFrame:
+        """The next items for a history of item ids, oldest first.
+
+        Returns a table of rank, item_id, title and score: the log-probability of the item in nats. By default
+        the k most probable next items, exactly; with `slate`, k items written one after another, whose scores are
+        given those before.
+
+        Raises: DatasetError for an unknown item id or an empty history.
+        """
+        if not history:
+            raise DatasetError("the history is empty; expected at least one item id, the oldest first")
+        known = self.item_ids.index(history)[-self.policy.settings.max_items :]
+        items = torch.from_numpy(known)[None].to(self.policy.device)
+        lengths = torch.tensor([items.shape[1]], device=self.policy.device)
+        excluded = distinct_rows(items) if exclude_history else None
+        if slate:
+            slates = write_slates(self.policy, items, lengths, k=k, temperature=0.0, excluded=excluded)
+            found, scores = slates.items[0, 0], slates.logprobs[0, 0].sum(dim=-1)
+        else:
+            lists = exact_lists(self.policy, items, lengths, k=k, excluded=excluded)
+            found, scores = lists.items[0], lists.logprobs[0]
+            found, scores = found[found != NO_ITEM], scores[found != NO_ITEM]
+        indices = found.tolist()
+        return pl.DataFrame(
+            {
+                "rank": range(1, len(indices) + 1),
+                "item_id": self.item_ids.external(indices),
+                "title": [self.titles[i] for i in indices],
+                "score": scores.tolist(),
+            },
+            schema={"rank": pl.Int64, "item_id": pl.String, "title": pl.String, "score": pl.Float64},
+        )
+
+
+def load(run: str | Path, *, policy: str = "policy", device: str = "auto") -> Recommender:
+    """Load the recommender of a run folder. Raises: ArtifactError."""
+    opened = open_run(run)
+    titles = opened.data.titles(range(opened.data.n_items))
+    return Recommender(opened.policy(policy, device=device), opened.data.item_ids, titles)

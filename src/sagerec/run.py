@@ -1,0 +1,318 @@
+"""The pipeline: a run folder, and the stages that fill it.
+
+    RUN/dataset        the log and the catalogue, copied, so that a run needs nothing else
+    RUN/split          the part of every event
+    RUN/semantic_ids   codes, vectors, trie
+    RUN/policy         the supervised policy      (RUN/policy-refit: with the validation event, for deployment)
+    RUN/sasrec         the trained baseline, if asked for
+    RUN/evaluation*.json   one report a row: the policy's is evaluation.json
+
+A stage whose artefact is there and fits (same inputs, settings and seed) is skipped; one that does not fit is made
+again, and the log says why.
+"""
+
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sagerec import artifacts
+from sagerec.catalogue.audit import EVENTS_USED, Finding, audit_order, audit_stage, read_events_used
+from sagerec.catalogue.dataset import INTERACTIONS, ITEMS, Dataset, read_dataset
+from sagerec.catalogue.splits import Part, Split, SplitSettings, make_split, read_split, write_split
+from sagerec.core.metrics import first_rank, recall_at
+from sagerec.errors import ArtifactError
+from sagerec.evaluation.baselines import item_knn_lists, popularity_lists
+from sagerec.evaluation.evaluate import EvaluateSettings, evaluate_lists, excludes_history, write_evaluation
+from sagerec.evaluation.sasrec import SasRecSettings, read_sasrec, train_sasrec
+from sagerec.policies.lazy_decoder import LazyDecoder, LazyDecoderSettings
+from sagerec.semantic_ids.build import SemanticIds, SemanticIdSettings, build_semantic_ids, read_semantic_ids
+from sagerec.settings import to_json
+from sagerec.slates.cases import list_cases
+from sagerec.training.loop import TrainSettings
+from sagerec.training.supervised import read_policy, train_policy
+from sagerec.training.tracking import progress_bar
+
+logger = logging.getLogger(__name__)
+BASELINES = ("popularity", "item-knn", "sasrec")
+AUDITED: dict[str, tuple[Part, ...]] = {
+    "semantic_ids": ("train",),
+    "policy": ("train",),
+    "sasrec": ("train",),
+    "policy-refit": ("train", "align", "valid"),
+}
+"""Stages that learn from the log, and the parts that each may see."""
+KNN_GRID = [(neighbours, decay) for neighbours in (50, 200) for decay in (1.0, 0.7, 0.4)]
+"""Settings of item-kNN among which validation chooses."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunSettings:
+    """Settings of every stage of `sagerec run`."""
+
+    split: SplitSettings = field(default_factory=SplitSettings)
+    """How the log is divided."""
+    ids: SemanticIdSettings = field(default_factory=SemanticIdSettings)
+    """How items become codes."""
+    policy: LazyDecoderSettings = field(default_factory=LazyDecoderSettings)
+    """Shape of the policy."""
+    train: TrainSettings = field(default_factory=TrainSettings)
+    """How the policy is trained."""
+    evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
+    """What is measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run folder that holds at least a dataset and a split."""
+
+    folder: Path
+    """Where it is."""
+    data: Dataset
+    """The log and the catalogue."""
+    split: Split
+    """The part of every event."""
+
+    def manifest(self, name: str) -> artifacts.Manifest:
+        """Manifest of one artefact of the run. Raises: ArtifactError."""
+        kind = "policy" if name.startswith("policy") else name
+        return artifacts.read_manifest(self.folder / name, kind)
+
+    def hashes(self, *names: str) -> dict[str, str]:
+        """Content hashes of artefacts, for `made_from`."""
+        return {name: self.manifest(name).content_hash for name in names}
+
+    def ids(self) -> SemanticIds:
+        """The Semantic IDs."""
+        return read_semantic_ids(self.folder / "semantic_ids")
+
+    def policy(self, name: str = "policy", *, device: str = "auto") -> LazyDecoder:
+        """A trained policy of the run."""
+        return read_policy(self.folder / name, self.ids(), device=device)
+
+
+def open_run(folder: str | Path) -> Run:
+    """Open a run folder. Raises: ArtifactError where there is none."""
+    folder = Path(folder)
+    if not (folder / "dataset").is_dir():
+        raise ArtifactError(f"{folder} is not a run folder; make one with: sagerec run DATASET --out {folder}")
+    return Run(folder, read_dataset(folder / "dataset"), read_split(folder / "split"))
+
+
+def prepare(dataset: Path, out: Path, settings: SplitSettings) -> Run:
+    """Copy a dataset into a run folder and split it."""
+    data = read_dataset(dataset)
+    source = artifacts.hash_file(dataset / INTERACTIONS) + artifacts.hash_file(dataset / ITEMS)
+    target = out / "dataset"
+    if _is_needed(target, "dataset", made_from={"source": source}, settings={}):
+        sizes = {"users": data.n_users, "items": data.n_items, "interactions": data.n_events}
+        with artifacts.write_artifact(target, "dataset", made_from={"source": source}, sizes=sizes) as fresh:
+            for path in sorted(p for p in dataset.iterdir() if p.is_file() and p.name != artifacts.MANIFEST):
+                shutil.copy(path, fresh / path.name)
+            if (dataset / artifacts.MANIFEST).exists():
+                shutil.copy(dataset / artifacts.MANIFEST, fresh / "source.json")
+    made_from = {"dataset": artifacts.read_manifest(target, "dataset").content_hash}
+    if _is_needed(out / "split", "split", made_from=made_from, settings=to_json(settings), seed=settings.seed):
+        write_split(out / "split", make_split(data, settings), settings, made_from["dataset"])
+    return Run(out, data, read_split(out / "split"))
+
+
+def make_ids(run: Run, settings: SemanticIdSettings) -> SemanticIds:
+    """The Semantic-ID stage of a run."""
+    folder, made_from = run.folder / "semantic_ids", run.hashes("dataset", "split")
+    if _is_needed(folder, "semantic_ids", made_from=made_from, settings=to_json(settings), seed=settings.seed):
+        train = run.split.sequences(run.data, "train")
+        build_semantic_ids(folder, run.data, train, settings, made_from=made_from)
+    return run.ids()
+
+
+def train(run: Run, policy_settings: LazyDecoderSettings, settings: TrainSettings) -> None:
+    """The supervised stage of a run."""
+    folder, made_from = run.folder / "policy", run.hashes("dataset", "split", "semantic_ids")
+    resolved = {"policy": to_json(policy_settings), "train": to_json(settings)}
+    if _is_needed(folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed):
+        train_policy(
+            folder,
+            run.ids(),
+            run.split.sequences(run.data, "train"),
+            run.split.cases(run.data, "valid"),
+            policy_settings,
+            settings,
+            made_from=made_from,
+        )
+
+
+def refit(run: Run, policy_settings: LazyDecoderSettings, settings: TrainSettings) -> None:
+    """Train once more on every event but the test's, for as many epochs as were best, without validation."""
+    epochs = int(run.manifest("policy").sizes["best_epoch"])
+    settings = replace(settings, epochs=epochs, validate_every=0)
+    folder, made_from = run.folder / "policy-refit", run.hashes("dataset", "split", "semantic_ids", "policy")
+    resolved = {"policy": to_json(policy_settings), "train": to_json(settings)}
+    if _is_needed(folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed):
+        events = run.split.sequences(run.data, "train", "align", "valid")
+        train_policy(folder, run.ids(), events, None, policy_settings, settings, made_from=made_from)
+
+
+def evaluate(run: Run, settings: EvaluateSettings, *, name: str = "policy", device: str = "auto") -> dict[str, Any]:
+    """Evaluate a policy of the run; writes and returns its report."""
+    policy, ids = run.policy(name, device=device), run.ids()
+    cases = run.split.cases(run.data, settings.split)
+    k = max(settings.k)
+
+    def lists() -> tuple[np.ndarray, float]:
+        with progress_bar("evaluating", len(cases)) as bar:
+            found, exact = list_cases(
+                policy,
+                cases,
+                k=k,
+                beams=settings.beams,
+                widen=settings.exact,
+                exclude_history=excludes_history(run.split.sequences(run.data, "train"), settings),
+                greedy_slates=settings.lists == "slate",
+                on_batch=bar.update,
+            )
+        return found, float(exact.mean())
+
+    suffix = "" if name == "policy" else name.removeprefix("policy")
+    return _report(run, f"evaluation{suffix}", settings, lists, ids, run.hashes(name))
+
+
+def evaluate_baseline(
+    run: Run,
+    name: str,
+    settings: EvaluateSettings,
+    *,
+    model: SasRecSettings | None = None,
+    training: TrainSettings | None = None,
+) -> dict[str, Any]:
+    """Fit and evaluate a baseline on the split of the run; writes and returns its report."""
+    data, train_events = run.data, run.split.sequences(run.data, "train")
+    cases, validation = run.split.cases(data, settings.split), run.split.cases(data, "valid")
+    exclude, k, made_from = excludes_history(train_events, settings), max(settings.k), run.hashes("dataset", "split")
+    if name == "sasrec":
+        model, training = model or SasRecSettings(), training or TrainSettings()
+        folder = run.folder / "sasrec"
+        resolved = {"model": to_json(model), "train": to_json(training)}
+        if _is_needed(folder, "sasrec", made_from=made_from, settings=resolved, seed=training.seed):
+            train_sasrec(
+                folder,
+                data.n_items,
+                train_events,
+                validation,
+                model,
+                training,
+                exclude_history=exclude,
+                made_from=made_from,
+            )
+        made_from = run.hashes("sasrec")
+
+    def lists() -> tuple[np.ndarray, float]:
+        if name == "sasrec":
+            return read_sasrec(folder, data.n_items).lists(cases, k=k, exclude_history=exclude), 1.0
+        if name == "popularity":
+            return (
+                popularity_lists(train_events, cases, n_items=data.n_items, k=k, exclude_history=exclude, max_items=50),
+                1.0,
+            )
+
+        def knn(part: Any, neighbours: int, decay: float) -> np.ndarray:
+            return item_knn_lists(
+                train_events,
+                part,
+                n_items=data.n_items,
+                k=k,
+                exclude_history=exclude,
+                max_items=50,
+                neighbours=neighbours,
+                decay=decay,
+            )
+
+        sample = validation.sample(5000, np.random.default_rng(settings.seed))
+        scored = [
+            (float(recall_at(first_rank(knn(sample, *setting), sample.targets), min(10, k)).mean()), setting)
+            for setting in KNN_GRID
+        ]
+        best = max(scored)[1] if len(sample) else KNN_GRID[0]
+        logger.info("item-kNN: validation chose %d neighbours, decay %.1f", *best)
+        return knn(cases, *best), 1.0
+
+    return _report(run, f"evaluation-{name}", settings, lists, run.ids(), made_from)
+
+
+def _report(
+    run: Run,
+    stem: str,
+    settings: EvaluateSettings,
+    lists: Callable[[], tuple[np.ndarray, float]],
+    ids: SemanticIds,
+    made_from: dict[str, str],
+) -> dict[str, Any]:
+    """The saved report where it fits, else a new one."""
+    stem = stem if settings.split == "test" else f"{stem}-{settings.split}"
+    path = run.folder / f"{stem}.json"
+    if path.is_file():
+        saved: dict[str, Any] = artifacts.read_json(path)
+        if saved.get("made_from") == made_from and saved.get("settings") == to_json(settings):
+            logger.info("%s is there and fits", path.name)
+            return saved
+    cases = run.split.cases(run.data, settings.split)
+    found, exact = lists()
+    report = evaluate_lists(found, cases, run.data, run.split, ids, settings, shared_ids=not ids.is_unique)
+    train_events = run.split.sequences(run.data, "train")
+    report |= {
+        "history_excluded": excludes_history(train_events, settings),
+        "proven_exact": exact,
+        "made_from": made_from,
+        "versions": artifacts.package_versions(),
+    }
+    write_evaluation(path, report, cases, found, run.data)
+    return report
+
+
+def audit(run: Run) -> list[Finding]:
+    """Check every artefact of the run that learned from the log against its split.
+
+    Raises: LeakError where a stage used a held-out event; ArtifactError where one does not say what it used, or its
+    files were changed.
+    """
+    audit_order(run.data, run.split)
+    findings = []
+    for name, allowed in AUDITED.items():
+        folder = run.folder / name
+        if not folder.is_dir():
+            continue
+        artifacts.check_content(folder, run.manifest(name))
+        rows = read_events_used(folder)
+        findings.append(audit_stage(name, rows, run.data, run.split, allowed=allowed))
+    logger.info("audit: %d stages saw no event that they must not see (%s)", len(findings), EVENTS_USED)
+    return findings
+
+
+def run_all(dataset: Path, out: Path, settings: RunSettings, *, with_refit: bool = False) -> list[dict[str, Any]]:
+    """All stages of a run; returns the reports, the policy's first."""
+    run = prepare(dataset, out, settings.split)
+    make_ids(run, settings.ids)
+    train(run, settings.policy, settings.train)
+    if with_refit:
+        refit(run, settings.policy, settings.train)
+    audit(run)
+    reports = [evaluate(run, settings.evaluate, device=settings.train.device)]
+    if with_refit:
+        reports.append(evaluate(run, settings.evaluate, name="policy-refit", device=settings.train.device))
+    return reports
+
+
+def _is_needed(
+    folder: Path, kind: str, *, made_from: dict[str, str], settings: dict[str, Any], seed: int | None = None
+) -> bool:
+    """Whether a stage must run; says in the log why."""
+    if not folder.exists():
+        logger.info("%s: making it", folder.name)
+        return True
+    reason = artifacts.misfit(folder, kind, made_from=made_from, settings=settings, seed=seed)
+    logger.info("%s: %s", folder.name, "there and fits" if reason is None else f"making it again, for {reason}")
+    return reason is not None

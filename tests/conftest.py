@@ -1,0 +1,63 @@
+"""Fixtures: a small simulated store, a small run of it, and where the real data is."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from sagerec.catalogue.dataset import Dataset, read_dataset
+from sagerec.catalogue.simulate import simulate
+from sagerec.catalogue.store import StoreSettings, write_store
+from sagerec.evaluation.evaluate import EvaluateSettings
+from sagerec.policies.lazy_decoder import LazyDecoderSettings
+from sagerec.run import Run as RunFolder
+from sagerec.run import RunSettings, open_run, run_all
+from sagerec.semantic_ids.build import SemanticIdSettings
+from sagerec.training.loop import TrainSettings
+
+SMALL_POLICY = LazyDecoderSettings(width=32, heads=2, encoder_layers=1, max_items=20)
+SMALL_IDS = SemanticIdSettings(levels=2, codebook_size=16, text_dimensions=16, collaborative_dimensions=16)
+SMALL_TRAIN = TrainSettings(epochs=2, batch_size=32, validate_every=1, validation_users=50, device="cpu")
+SMALL_RUN = RunSettings(
+    ids=SMALL_IDS,
+    policy=SMALL_POLICY,
+    train=SMALL_TRAIN,
+    evaluate=EvaluateSettings(k=(5, 10), beams=10, bootstrap_samples=100),
+)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def store_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset folder of 150 users and 200 items."""
+    folder = tmp_path_factory.mktemp("store") / "dataset"
+    write_store(folder, simulate(StoreSettings(users=150, items=200, seed=3)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def store_data(store_folder: Path) -> Dataset:
+    """The dataset of `store_folder`."""
+    return read_dataset(store_folder)
+
+
+@pytest.fixture(scope="session")
+def small_run(store_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A finished run over `store_folder`; tests must not change it."""
+    out = tmp_path_factory.mktemp("run") / "run"
+    run_all(store_folder, out, SMALL_RUN)
+    return open_run(out)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of the real datasets; skips where it is absent."""
+    folder = Path(os.environ.get("SAGEREC_DATA", Path(__file__).parents[1] / "../shared/data"))
+    if not (folder / "amazon-beauty").is_dir():
+        pytest.skip(f"no real data: {folder}/amazon-beauty is absent; set SAGEREC_DATA")
+    return folder
