@@ -85,7 +85,7 @@ def test_unknown_prefix_and_dead_end_are_errors_never_an_unconstrained_step() ->
         trie.advance(torch.tensor([1, 1]), torch.tensor([2, 4]))
     with pytest.raises(TrieError, match="state 3 is a dead end: it holds item 0"):
         trie.allowed(torch.tensor([0, 3]))
-    with pytest.raises(TrieError, match="outside 0 … 6"):
+    with pytest.raises(TrieError, match=r"outside 0 … 6"):
         trie.children(torch.tensor([7]))
     with pytest.raises(TrieError, match="does not follow"):
         trie.walk(torch.tensor([[3, 0, -1]]))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from sagerec.artifacts import read_manifest, write_artifact
@@ -170,6 +171,6 @@ def read_semantic_ids(folder: Path) -> SemanticIds:
     manifest = read_manifest(folder, "semantic_ids")
     try:
         tensors = load_file(folder / TENSORS)
-    except (OSError, ValueError) as error:
+    except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{folder / TENSORS} cannot be read ({error}); make the Semantic IDs again") from error
     return SemanticIds(**tensors, trie=read_trie(folder / "trie"), content_hash=manifest.content_hash)

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -109,6 +110,6 @@ def read_policy(folder: Path, ids: SemanticIds, *, device: str = "auto") -> Lazy
     policy = make_policy(ids, from_json(LazyDecoderSettings, manifest.settings["policy"]))
     try:
         policy.load_state_dict(load_file(folder / WEIGHTS))
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(f"{folder / WEIGHTS} cannot be read ({error}); train the policy again") from error
     return policy.move(choose_device(device)).eval()

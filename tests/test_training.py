@@ -1,0 +1,279 @@
+"""Training: windows and batches by hand, planted data, and a killed run that resumes bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from sagerec.artifacts import read_manifest
+from sagerec.catalogue.dataset import Dataset, read_dataset
+from sagerec.catalogue.simulate import simulate
+from sagerec.catalogue.splits import Sequences, SplitSettings, make_split
+from sagerec.catalogue.store import StoreSettings, write_store
+from sagerec.errors import ArtifactError, MissingExtraError, SettingsError, TrainingError
+from sagerec.evaluation.evaluate import EvaluateSettings
+from sagerec.policies.lazy_decoder import LazyDecoderSettings
+from sagerec.run import Run, RunSettings, evaluate, make_ids, prepare, read_policy, train
+from sagerec.semantic_ids.build import SemanticIdSettings
+from sagerec.training.batches import make_windows, shuffled_batches
+from sagerec.training.loop import TrainSettings, fit, learning_rate_at
+from sagerec.training.supervised import next_item_loss
+from sagerec.training.tracking import JsonLines, open_trackers
+from tests.conftest import SMALL_IDS, SMALL_POLICY, SMALL_TRAIN
+from tests.test_policy import all_logprobs, small_policy
+
+
+def sequences(lengths: list[int]) -> Sequences:
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    n = int(offsets[-1])
+    return Sequences(np.arange(n, dtype=np.int32), offsets, np.arange(len(lengths), dtype=np.int32), np.arange(n))
+
+
+def test_windows_by_hand() -> None:
+    """Lengths 4, 1, 6 at most 2 inputs: the first gives 2 + 1, the second none, the third 2 + 2 + 1.
+
+    Sequence 0 holds items 0-3: inputs 1,2 -> targets 2,3 and input 0 -> target 1. Sequence 2 holds 5-10: inputs
+    8,9; 6,7; 5.
+    """
+    windows = make_windows(sequences([4, 1, 6]), 2)
+    assert windows.begins.tolist() == [1, 0, 8, 6, 5]
+    assert windows.lengths.tolist() == [2, 1, 2, 2, 1]
+    inputs, targets, counted = windows.batch(np.array([0, 1]))
+    assert inputs.tolist() == [[1, 2], [0, 0]]
+    assert targets.tolist() == [[2, 3], [1, 0]]
+    assert counted.tolist() == [[True, True], [True, False]]
+
+
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=20), longest=st.integers(1, 9))
+@settings(max_examples=100, deadline=None)
+def test_every_item_but_a_sequences_first_is_a_target_once(lengths: list[int], longest: int) -> None:
+    data = sequences(lengths)
+    if max(lengths) == 1:
+        with pytest.raises(TrainingError, match="has two items"):
+            make_windows(data, longest)
+        return
+    windows = make_windows(data, longest)
+    seen: list[int] = []
+    for index in shuffled_batches(windows.lengths, 3, np.random.default_rng(0)):
+        inputs, targets, counted = windows.batch(index)
+        assert (targets[counted] == inputs[counted] + 1).all()
+        seen += targets[counted].tolist()
+    firsts = set(data.offsets[:-1].tolist())
+    assert sorted(seen) == [i for i in range(len(data.items)) if i not in firsts]
+    assert windows.n_targets == len(seen)
+
+
+def test_batches_are_of_like_length_and_change_with_the_generator() -> None:
+    lengths = np.array([1, 9, 1, 9, 1, 9, 1, 9])
+    first = shuffled_batches(lengths, 4, np.random.default_rng(0))
+    assert sorted(tuple(lengths[b].tolist()) for b in first) == [(1, 1, 1, 1), (9, 9, 9, 9)]
+    others = [shuffled_batches(lengths, 4, np.random.default_rng(seed)) for seed in range(1, 5)]
+    assert any(first[0].tolist() != other[0].tolist() for other in others)
+
+
+def test_learning_rate_by_hand() -> None:
+    """100 steps, 10 % warm-up to 1: step 0 gives 1/10, step 9 gives 1, step 55 is half-way down, the last near 1/50."""
+    rate = TrainSettings(learning_rate=1.0, warmup_share=0.1)
+    assert learning_rate_at(0, 100, rate) == pytest.approx(0.1)
+    assert learning_rate_at(9, 100, rate) == pytest.approx(1.0)
+    assert learning_rate_at(55, 100, rate) == pytest.approx(0.02 + 0.98 / 2)
+    assert learning_rate_at(100, 100, rate) == pytest.approx(0.02)
+
+
+def test_loss_is_the_mean_of_the_brute_force_logprobs() -> None:
+    policy = small_policy()
+    inputs, targets = torch.tensor([[1, 2, 3], [4, 5, 0]]), torch.tensor([[2, 3, 4], [5, 6, 0]])
+    counted = torch.tensor([[True, True, True], [True, True, False]])
+    with torch.no_grad():
+        states, _ = policy.encode_all(inputs)
+        expected = [
+            -float(all_logprobs(policy, states[b, t][None])[0, targets[b, t]]) for b, t in counted.nonzero().tolist()
+        ]
+        loss = float(next_item_loss(policy, inputs, targets, counted))
+    assert loss == pytest.approx(np.mean(expected), rel=1e-5)
+
+
+def test_planted_successors_are_learnt_to_recall_one(tmp_path: Path) -> None:
+    """Where the next item is a function of the last, recall@1 reaches 1 on validation and test."""
+    write_store(tmp_path / "store", simulate(StoreSettings(users=300, items=200, dynamics="successor", seed=1)))
+    run = prepare(tmp_path / "store", tmp_path / "run", SplitSettings())
+    make_ids(run, SemanticIdSettings(levels=2, codebook_size=32))
+    settings_ = TrainSettings(epochs=16, batch_size=16, validate_every=16, weight_decay=0.0, device="cpu")
+    train(run, LazyDecoderSettings(width=32, heads=2, encoder_layers=1, dropout=0.0), settings_)
+    for split in ("valid", "test"):
+        report = evaluate(run, EvaluateSettings(split=split, k=(1, 5), history="keep"))  # type: ignore[arg-type]
+        assert report["metrics"]["recall@1"]["value"] == 1.0
+
+
+def _prepared(store_folder: Path, out: Path) -> Run:
+    run = prepare(store_folder, out, SplitSettings())
+    make_ids(run, SMALL_IDS)
+    return run
+
+
+TRAIN_SCRIPT = """
+import sys
+from dataclasses import replace
+import torch
+from sagerec.run import open_run, train
+from tests.conftest import SMALL_POLICY, SMALL_TRAIN
+torch.set_num_threads(1)
+train(open_run(sys.argv[1]), SMALL_POLICY, replace(SMALL_TRAIN, epochs=6))
+"""
+
+
+def test_a_training_killed_at_any_moment_resumes_to_the_same_weights(store_folder: Path, tmp_path: Path) -> None:
+    """SIGKILL at three different moments, then once more to the end: the weights equal an uninterrupted run's."""
+    whole, killed = _prepared(store_folder, tmp_path / "whole"), _prepared(store_folder, tmp_path / "killed")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+
+    def start(folder: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", TRAIN_SCRIPT, str(folder)]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    assert start(whole.folder).wait() == 0
+    work = killed.folder / "policy.training"
+    for epochs_done, delay in ((1, 0.0), (2, 0.05), (4, 0.02)):
+        process = start(killed.folder)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            lines = (work / "metrics.jsonl").read_text().splitlines() if (work / "metrics.jsonl").exists() else []
+            if len(lines) > epochs_done:
+                break
+            time.sleep(0.005)
+        time.sleep(delay)
+        assert process.poll() is None, "the training ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (killed.folder / "policy").exists()
+    assert start(killed.folder).wait() == 0
+
+    expected = load_file(whole.folder / "policy" / "model.safetensors")
+    resumed = load_file(killed.folder / "policy" / "model.safetensors")
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    losses = []
+    for run in (whole, killed):
+        lines = (run.folder / "policy" / "metrics.jsonl").read_text().splitlines()
+        losses.append([(v["step"], v.get("loss_nats")) for v in map(json.loads, lines)])
+    assert losses[0] == losses[1]
+    assert not work.exists()
+
+
+def test_another_seed_gives_other_weights_and_the_same_seed_the_same(store_folder: Path, tmp_path: Path) -> None:
+    weights = []
+    for number, seed in enumerate((0, 0, 1)):
+        run = _prepared(store_folder, tmp_path / str(number))
+        state = torch.get_rng_state()
+        train(run, SMALL_POLICY, replace(SMALL_TRAIN, seed=seed, epochs=1))
+        assert torch.equal(state, torch.get_rng_state()), "training must leave the caller's random state alone"
+        weights.append(load_file(run.folder / "policy" / "model.safetensors")["head"])
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_a_finished_stage_is_skipped_and_changed_settings_make_it_again(
+    store_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    run = _prepared(store_folder, tmp_path / "run")
+    train(run, SMALL_POLICY, SMALL_TRAIN)
+    first = read_manifest(run.folder / "policy", "policy")
+    train(run, SMALL_POLICY, SMALL_TRAIN)
+    assert "policy: there and fits" in caplog.text
+    assert read_manifest(run.folder / "policy", "policy") == first
+    train(run, SMALL_POLICY, replace(SMALL_TRAIN, learning_rate=1e-3))
+    assert "policy: making it again, for its setting train is" in caplog.text
+    make_ids(run, replace(SMALL_IDS, codebook_size=8))
+    with pytest.raises(ArtifactError, match="was trained on other Semantic IDs"):
+        run.policy()
+
+
+def test_the_best_epoch_is_kept_and_patience_stops(tmp_path: Path) -> None:
+    """Validation 0.1, 0.3, 0.2, 0.2, … with patience 2: stops after epoch 4, keeps the weights of epoch 2."""
+    model = torch.nn.Linear(1, 1)
+    kept: list[torch.Tensor] = []
+
+    def validate() -> dict[str, float]:
+        kept.append(model.weight.detach().clone())
+        return {"valid_recall@10": [0.1, 0.3, 0.2, 0.2, 0.9, 0.9][len(kept) - 1]}
+
+    def loss(inputs: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+        return (model(inputs.float().reshape(-1, 1)) ** 2).mean()
+
+    settings_ = TrainSettings(epochs=6, validate_every=1, patience=2, device="cpu")
+    windows = make_windows(sequences([5, 5]), 4)
+    summary = fit(model, tmp_path, windows, settings_, loss=loss, validate=validate, fingerprint=[])
+    assert summary["epochs"] == 4
+    assert summary["best_epoch"] == 2
+    assert torch.equal(model.weight, kept[1])
+    assert not torch.equal(kept[1], kept[3])
+
+
+def test_a_non_finite_loss_stops_with_the_batch_saved(tmp_path: Path) -> None:
+    model = torch.nn.Linear(1, 1)
+    settings_ = TrainSettings(epochs=1, device="cpu")
+    windows = make_windows(sequences([3]), 4)
+    with pytest.raises(TrainingError, match=r"loss nan with gradient norm nan at step 0; the batch is saved in .*"):
+        fit(
+            model,
+            tmp_path,
+            windows,
+            settings_,
+            loss=lambda inputs, targets, counted: model.weight.sum() * torch.nan,
+            validate=None,
+            fingerprint=[],
+        )
+    saved = load_file(tmp_path / "bad-batch-0.safetensors")
+    assert saved["inputs"].tolist() == [[0, 1]]
+    assert saved["targets"].tolist() == [[1, 2]]
+
+
+def test_metrics_after_the_checkpoint_are_dropped_on_resuming(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "a": 1}\n{"step": 2, "a": 2}\n{"step": 3, "a"')
+    lines = JsonLines(path, resume_step=1)
+    lines.log(2, {"a": 5})
+    lines.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 1, "a": 1}, {"step": 2, "a": 5}]
+
+
+def test_tensorboard_missing_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'sagerec\[tensorboard\]'"):
+        open_trackers(tmp_path, tensorboard=True, resume_step=0)
+
+
+def test_bad_settings_are_refused() -> None:
+    with pytest.raises(SettingsError, match="learning_rate is 0; expected above 0"):
+        TrainSettings(learning_rate=0)
+    with pytest.raises(SettingsError, match="epochs is 0"):
+        RunSettings(train=TrainSettings(epochs=0))
+
+
+def test_weights_of_a_damaged_file_are_refused(small_run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "policy"
+    folder.mkdir()
+    for path in (small_run.folder / "policy").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises((ArtifactError,), match=r"model\.safetensors cannot be read"):
+        read_policy(folder, small_run.ids())
+
+
+def test_training_lowers_the_loss(small_run: Run, store_data: Dataset) -> None:
+    lines = (small_run.folder / "policy" / "metrics.jsonl").read_text().splitlines()
+    losses = [v["loss_nats"] for v in map(json.loads, lines) if "loss_nats" in v]
+    assert losses[-1] < losses[0] < np.log(store_data.n_items) + 1
+    assert make_split(read_dataset(small_run.folder / "dataset"), SplitSettings()).scheme == "leave-one-out"
