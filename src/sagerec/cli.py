@@ -15,6 +15,7 @@ import tyro
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
+from rich.text import Text
 
 from sagerec import run as pipeline
 from sagerec.catalogue.dataset import Dataset, read_dataset
@@ -310,32 +311,42 @@ def print_ids(run: pipeline.Run) -> None:
 
 
 def print_reports(reports: dict[str, dict[str, Any]]) -> None:
-    """Metrics of several reports side by side, with 95 % intervals, and accuracy by popularity."""
+    """Metrics with 95 % intervals: of one report at every K, of several at one K; and Recall by popularity."""
     first = next(iter(reports.values()))
-    table = Table(
-        title=f"{first['split']}: {first['users']:,} users, {first['cases']:,} cases, {first['cold_cases']:,} cold"
+    ks = first["settings"]["k"]
+    if len(reports) > 1:
+        ks = [10 if 10 in ks else ks[-1]]
+    columns = [(name, k) for name in reports for k in ks]
+    title = (
+        f"{first['split']}: {first['users']:,} users, {first['cases']:,} cases, {first['cold_cases']:,} of them cold"
     )
-    table.add_column("metric")
-    for name in reports:
-        table.add_column(name, justify="right")
-    for metric in first["metrics"]:
-        cells = []
-        for report in reports.values():
-            value = report["metrics"].get(metric)
-            cells.append("" if value is None else f"{value['value']:.4f} [{value['low']:.4f}, {value['high']:.4f}]")
-        table.add_row(metric, *cells)
+    table = Table("metric", title=title)
+    for name, k in columns:
+        table.add_column(f"{name} @{k}" if len(reports) > 1 else f"@{k}", justify="right")
+    for metric in dict.fromkeys(key.partition("@")[0] for key in first["metrics"]):
+        suffixes = dict.fromkeys(
+            key.partition("@")[2].partition("_")[2] for key in first["metrics"] if key.startswith(metric + "@")
+        )
+        for suffix in suffixes:
+            tail = f"_{suffix}" if suffix else ""
+            cells = [_cell(reports[name]["metrics"].get(f"{metric}@{k}{tail}")) for name, k in columns]
+            table.add_row(f"{metric} {suffix}".strip(), *cells)
     console.print(table)
-    for name, report in reports.items():
-        buckets = [row for row in report["buckets"] if row["cases"]]
-        by = Table(title=f"{name}: by the target's training interactions")
-        keys = [key for key in buckets[0] if "@" in key]
-        for column in ("interactions", "cases", *keys):
-            by.add_column(column, justify="right")
-        for row in buckets:
+    key = next(key for row in first["buckets"] for key in row if key.startswith("recall@"))
+    by = Table("target's training interactions", "cases", title=f"{key} by popularity")
+    for name in reports:
+        by.add_column(name, justify="right")
+    for number, row in enumerate(first["buckets"]):
+        if row["cases"]:
             high = "" if row["train_count_to"] is None else row["train_count_to"]
-            cells = [f"{row[key]['value']:.4f} [{row[key]['low']:.4f}, {row[key]['high']:.4f}]" for key in keys]
+            cells = [_cell(report["buckets"][number].get(key)) for report in reports.values()]
             by.add_row(f"{row['train_count_from']}–{high}", f"{row['cases']:,}", *cells)
-        console.print(by)
+    console.print(by)
+
+
+def _cell(value: dict[str, float] | None) -> str:
+    """A value over its interval."""
+    return "" if value is None else f"{value['value']:.4f}\n[dim]{value['low']:.4f}–{value['high']:.4f}[/]"
 
 
 def print_examples(run: pipeline.Run, recommender: Recommender, users: int = 3, k: int = 5) -> None:
@@ -377,7 +388,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         command()
     except SagerecError as error:
-        Console(stderr=True).print(f"[bold red]error[/]: {error}", highlight=False, markup=True)
+        Console(stderr=True).print(Text.assemble(("error", "bold red"), f": {error}"), soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped; the same command goes on where it was")

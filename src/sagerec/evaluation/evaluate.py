@@ -80,10 +80,12 @@ def evaluate_lists(
     With `shared_ids` an entry of a list stands for every item of its Semantic ID: accuracy is then the expected
     value over their orders, with the optimistic and pessimistic ones beside it.
 
-    Raises: DatasetError where there is no case.
+    Raises: DatasetError where there are fewer than two cases.
     """
-    if len(cases) == 0:
-        raise DatasetError(f"the split has no case for {settings.split}; choose another part or another split")
+    if len(cases) < 2:
+        raise DatasetError(
+            f"the split has {len(cases)} cases for {settings.split}, expected at least 2; choose another split"
+        )
     rng = np.random.default_rng(settings.seed)
     counts = train_counts(data, split)
     cold = counts[cases.targets] <= settings.cold_max_count
@@ -114,7 +116,7 @@ def evaluate_lists(
         values[f"novelty@{k}"] = interval(metrics.novelty_at(lists, counts, k))
         for name, statistic in (("coverage", metrics.coverage_at), ("gini", metrics.gini_at)):
             at_k = _catalogue_statistic(statistic, data.n_items, k)
-            values[f"{name}@{k}"] = asdict(metrics.jackknife(at_k, lists, rng=rng))
+            values[f"{name}@{k}"] = asdict(metrics.jackknife(at_k, lists, groups=min(20, len(lists)), rng=rng))
         values[f"invalid_rate@{k}"] = interval(metrics.invalid_rate(lists, k))
         values[f"duplicate_rate@{k}"] = interval(metrics.duplicate_rate(lists, k))
     return {

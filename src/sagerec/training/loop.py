@@ -168,7 +168,9 @@ def fit(
     if settings.compile:
         for layer in layers:
             layer.compile(dynamic=True)
-    trackers = open_trackers(work, tensorboard=settings.tensorboard, resume_step=progress["epoch"] * steps_per_epoch or -1)
+    trackers = open_trackers(
+        work, tensorboard=settings.tensorboard, resume_step=progress["epoch"] * steps_per_epoch or -1
+    )
     if progress["epoch"] == 0:
         trackers.log(0, {"targets": windows.n_targets, "windows": len(windows)})
     with progress_bar("training", total, completed=progress["epoch"] * steps_per_epoch) as bar:
