@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sagerec.catalogue.splits import Cases
+from sagerec.core.groups import group_log_softmax, pad_groups
 from sagerec.errors import SettingsError
 from sagerec.slates.autoregressive import write_slates
 from sagerec.slates.beam import NO_ITEM, beam_lists, exact_lists
 from sagerec.slates.cases import distinct_rows, list_cases
-from sagerec.slates.legal import group_log_softmax, pad_groups
 from tests.test_policy import N, all_logprobs, histories, small_policy
 
 

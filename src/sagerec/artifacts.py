@@ -18,10 +18,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
 from sagerec.errors import ArtifactError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)
+"""What reading a missing or damaged Parquet file raises; a panic of polars is a BaseException."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +73,7 @@ def hash_file(path: Path) -> str:
 def hash_folder(folder: Path) -> str:
     """SHA-256 over (relative name, content) of every file in `folder` but the manifest, in name order."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST):
         digest.update(f"{path.relative_to(folder).as_posix()}\0{hash_file(path)}\n".encode())
     return digest.hexdigest()
 
@@ -78,13 +82,16 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON beside `path` and rename it into place, so that a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    Path(name).chmod(0o644)
-    Path(name).replace(path)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> Any:
@@ -130,7 +137,13 @@ def write_artifact(
     """Write an artefact: fill the folder given, and the manifest is added and the whole renamed to `target`.
 
     `sizes` may still be filled inside the `with` block; it is read when the block ends.
+
+    Raises: ArtifactError where `target` is a file, or a folder of other things: only artefacts are replaced.
     """
+    if target.exists() and not (target / MANIFEST).is_file() and not (target.is_dir() and not any(target.iterdir())):
+        raise ArtifactError(
+            f"{target} exists and is not an artefact of sagerec, so it is left alone; give another place or remove it"
+        )
     with replace_folder(target) as fresh:
         yield fresh
         manifest = Manifest(
@@ -154,6 +167,8 @@ def read_manifest(folder: Path, kind: str) -> Manifest:
     if not (folder / MANIFEST).is_file():
         raise ArtifactError(f"{folder} is not a {kind} artefact: it has no {MANIFEST}; run the stage that makes it")
     values = read_json(folder / MANIFEST)
+    if not isinstance(values, dict):
+        raise ArtifactError(f"{folder / MANIFEST} holds no JSON object; make the artefact again")
     if values.get("format_version") != FORMAT_VERSION:
         raise ArtifactError(
             f"{folder} has format version {values.get('format_version')}, this version reads {FORMAT_VERSION}; "

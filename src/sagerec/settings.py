@@ -1,7 +1,7 @@
 """Settings on disk: frozen dataclasses to JSON and back, where an unknown key is an error."""
 
 import dataclasses
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from sagerec.errors import SettingsError
 
@@ -21,10 +21,13 @@ def from_json(cls: type[S], values: dict[str, Any]) -> S:
 
     Raises: SettingsError for a key that the dataclass does not have, or one that is missing.
     """
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(values) - set(fields))
+    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(names))
     if unknown:
-        raise SettingsError(f"{cls.__name__}: unknown setting {unknown[0]!r}; expected some of {', '.join(fields)}")
+        raise SettingsError(f"{cls.__name__}: unknown setting {unknown[0]!r}; expected some of {', '.join(names)}")
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise SettingsError(f"{cls.__name__}: setting {missing[0]!r} is missing; expected all of {', '.join(names)}")
     try:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     except TypeError as error:
@@ -35,3 +38,12 @@ def require(condition: bool, message: str) -> None:
     """Raise SettingsError with `message` unless `condition` holds; used by `__post_init__` checks."""
     if not condition:
         raise SettingsError(message)
+
+
+def require_choices(settings: Any) -> None:
+    """Raise SettingsError for a field of type `Literal` whose value is none of its choices."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if get_origin(field.type) is Literal and value not in get_args(field.type):
+            choices = ", ".join(map(str, get_args(field.type)))
+            raise SettingsError(f"{field.name} is {value!r}; expected one of {choices}")

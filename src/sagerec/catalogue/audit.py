@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from sagerec.artifacts import UNREADABLE
 from sagerec.catalogue.dataset import Dataset
 from sagerec.catalogue.splits import PARTS, Part, Split
 from sagerec.errors import ArtifactError, LeakError
@@ -36,11 +37,14 @@ def write_events_used(folder: Path, rows: np.ndarray) -> None:
 
 
 def read_events_used(folder: Path) -> np.ndarray:
-    """The rows that a stage was given. Raises: ArtifactError where the stage did not say."""
+    """The rows that a stage was given. Raises: ArtifactError where the stage did not say, or the file is damaged."""
     path = folder / EVENTS_USED
     if not path.is_file():
         raise ArtifactError(f"{path} is missing, so the stage cannot be audited; run it again")
-    return pl.read_parquet(path)["row"].to_numpy()
+    try:
+        return pl.read_parquet(path)["row"].to_numpy()
+    except UNREADABLE as error:
+        raise ArtifactError(f"{path} cannot be read ({error}); run the stage again") from error
 
 
 def audit_stage(

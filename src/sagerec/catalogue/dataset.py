@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 from safetensors.numpy import save_file
 
-from sagerec.artifacts import MANIFEST, read_manifest, write_artifact
+from sagerec.artifacts import MANIFEST, UNREADABLE, read_manifest, write_artifact
 from sagerec.errors import DatasetError
 
 INTERACTIONS, ITEMS = "interactions.parquet", "items.parquet"
@@ -25,6 +25,8 @@ TEXT_COLUMNS = (TITLE, "brand", "text", "description")
 """Columns of `items.parquet` that describe an item in words, in the order in which they are joined."""
 FEEDBACK_COLUMNS = ("click", "like", "dislike", "follow", "watch_seconds", "duration_seconds", "rating")
 """Known feedback columns of `interactions.parquet`; others are carried along unread."""
+SPLIT_VALUES = ("train", "align", "valid", "test")
+"""What the column `split` of `interactions.parquet` may hold."""
 
 
 class IdMap:
@@ -52,7 +54,9 @@ class IdMap:
 
     def external(self, indices: np.ndarray | Sequence[int]) -> list[str]:
         """External ids of indices (n,)."""
-        values: list[str] = self.ids.gather(np.asarray(indices, dtype=np.int64)).to_list()
+        places = np.asarray(indices, dtype=np.int64)
+        assert places.min(initial=0) >= 0, "padding is no index"
+        values: list[str] = self.ids.gather(places).to_list()
         return values
 
 
@@ -88,7 +92,7 @@ class Dataset:
         return len(self.events)
 
     def texts(self) -> list[str]:
-        """(N,) the words that describe each item: its text columns joined by a blank line's worth of space."""
+        """(N,) the words that describe each item: its text columns joined by ` . `."""
         columns = [c for c in TEXT_COLUMNS if c in self.items.columns]
         joined = self.items.select(pl.concat_str(columns, separator=" . ", ignore_nulls=True).fill_null(""))
         values: list[str] = joined.to_series().to_list()
@@ -103,7 +107,7 @@ class Dataset:
     def has_categories(self) -> bool:
         """Whether any item has a category."""
         return CATEGORIES in self.items.columns and bool(
-            self.items.select((pl.col(CATEGORIES).list.len().fill_null(0) > 0).any()).item()
+            self.items.select((pl.col(CATEGORIES).list.drop_nulls().list.len() > 0).any()).item()
         )
 
 
@@ -116,7 +120,7 @@ def read_table(path: Path) -> pl.DataFrame:
         )
     try:
         table = pl.read_parquet(path)
-    except (pl.exceptions.PolarsError, OSError) as error:
+    except UNREADABLE as error:
         raise DatasetError(f"{path} cannot be read as Parquet ({error}); write it again") from error
     if table.is_empty():
         raise DatasetError(f"{path} has no row; expected at least one")
@@ -132,10 +136,15 @@ def require_columns(table: pl.DataFrame, columns: Sequence[str], path: Path) -> 
             )
 
 
+def is_text(dtype: pl.DataType) -> bool:
+    """Whether a column of this type holds words."""
+    return dtype == pl.String or isinstance(dtype, (pl.Categorical, pl.Enum))
+
+
 def as_ids(table: pl.DataFrame, column: str, path: Path) -> pl.DataFrame:
     """`table` with `column` as strings. Raises: DatasetError for other types than text and integers, or a null."""
     dtype = table.schema[column]
-    if not (dtype == pl.String or dtype.is_integer() or isinstance(dtype, (pl.Categorical, pl.Enum))):
+    if not (is_text(dtype) or dtype.is_integer()):
         raise DatasetError(f"{path}: column {column!r} has type {dtype}, expected text or integers. Cast it")
     require_no_null(table, column, path)
     return table.with_columns(pl.col(column).cast(pl.String))
@@ -154,7 +163,10 @@ def require_no_null(table: pl.DataFrame, column: str, path: Path) -> None:
 
 
 def check_items(items: pl.DataFrame, path: Path) -> pl.DataFrame:
-    """The items table in canonical types. Raises: DatasetError naming file, column and row of the first fault."""
+    """The items table in canonical types, an empty text a null.
+
+    Raises: DatasetError naming file, column and row of the first fault.
+    """
     require_columns(items, (ITEM_ID, TITLE), path)
     items = as_ids(items, ITEM_ID, path)
     duplicated = items[ITEM_ID].is_duplicated()
@@ -165,10 +177,12 @@ def check_items(items: pl.DataFrame, path: Path) -> pl.DataFrame:
             "Keep one row an item"
         )
     for column in TEXT_COLUMNS:
-        if column in items.columns and items.schema[column] not in (pl.String, pl.Null):
-            raise DatasetError(
-                f"{path}: column {column!r} has type {items.schema[column]}, expected text. Cast or rename it"
-            )
+        if column in items.columns:
+            if items.schema[column] not in (pl.String, pl.Null):
+                raise DatasetError(
+                    f"{path}: column {column!r} has type {items.schema[column]}, expected text. Cast or rename it"
+                )
+            items = items.with_columns(pl.col(column).cast(pl.String).replace("", None))
     if CATEGORIES in items.columns:
         dtype = items.schema[CATEGORIES]
         if dtype == pl.List(pl.Null):
@@ -193,12 +207,19 @@ def check_interactions(events: pl.DataFrame, path: Path) -> pl.DataFrame:
         )
     require_no_null(events, TIMESTAMP, path)
     if SPLIT in events.columns:
-        values = set(events[SPLIT].unique().to_list())
-        unknown = values - {"train", "align", "valid", "test"}
-        if unknown:
+        if not is_text(events.schema[SPLIT]):
             raise DatasetError(
-                f"{path}: column 'split' holds {sorted(map(str, unknown))[0]!r}; expected train, align, valid or test. "
-                "Rename the value, or drop the column to have sagerec split"
+                f"{path}: column 'split' has type {events.schema[SPLIT]}, expected text (train, align, valid or test). "
+                "Cast it, or drop the column to have sagerec split"
+            )
+        require_no_null(events, SPLIT, path)
+        events = events.with_columns(pl.col(SPLIT).cast(pl.String))
+        unknown = ~events[SPLIT].is_in(SPLIT_VALUES)
+        if unknown.any():
+            row = int(unknown.arg_max() or 0)
+            raise DatasetError(
+                f"{path}: column 'split' holds {events[SPLIT][row]!r} in row {row} (from 0); expected train, align, "
+                "valid or test. Rename the value, or drop the column to have sagerec split"
             )
     return events
 
@@ -219,26 +240,27 @@ def read_dataset(folder: str | Path) -> Dataset:
 
 def assemble(items: pl.DataFrame, events: pl.DataFrame, path: Path | str = INTERACTIONS) -> Dataset:
     """A dataset from checked tables; `path` names the log in errors."""
-    lookup = items.select(ITEM_ID).with_row_index("_item")
-    joined = events.with_row_index("_row").join(lookup, on=ITEM_ID, how="left", maintain_order="left")
-    unknown = joined["_item"].is_null()
+    lookup = items.select(ITEM_ID).with_row_index("item")
+    event_items = events.select(ITEM_ID).join(lookup, on=ITEM_ID, how="left", maintain_order="left")["item"]
+    unknown = event_items.is_null()
     if unknown.any():
         row = int(unknown.arg_max() or 0)
         raise DatasetError(
-            f"{path}: column 'item_id' holds {joined[ITEM_ID][row]!r} in row {row} (from 0), which {ITEMS} does not "
+            f"{path}: column 'item_id' holds {events[ITEM_ID][row]!r} in row {row} (from 0), which {ITEMS} does not "
             f"have; {unknown.sum()} rows are like this. Add the items or drop the rows"
         )
-    joined = joined.sort([USER_ID, TIMESTAMP, "_row"])
-    users = joined[USER_ID].rle_id().to_numpy().astype(np.int32)
-    user_ids = joined[USER_ID].unique(maintain_order=True)
+    order = events.select(USER_ID, TIMESTAMP).with_row_index("row").sort([USER_ID, TIMESTAMP, "row"])["row"]
+    events, event_items = events[order], event_items[order]
+    users = events[USER_ID].rle_id().to_numpy().astype(np.int32)
+    user_ids = events[USER_ID].unique(maintain_order=True)
     offsets = np.zeros(len(user_ids) + 1, dtype=np.int64)
     np.cumsum(np.bincount(users, minlength=len(user_ids)), out=offsets[1:])
     return Dataset(
         items=items,
-        events=joined.drop("_item", "_row"),
+        events=events,
         item_ids=IdMap(items[ITEM_ID], "item_id"),
         user_ids=IdMap(user_ids, "user_id"),
-        event_items=joined["_item"].to_numpy().astype(np.int32),
+        event_items=event_items.to_numpy().astype(np.int32),
         event_users=users,
         user_offsets=offsets,
     )

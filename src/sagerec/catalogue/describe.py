@@ -21,7 +21,7 @@ def describe(data: Dataset, split: Split, *, cold_max_count: int) -> dict[str, A
     Same-time ties are events that share user and time with the one before: their order, and so the target of a
     case, is arbitrary. Cold items have at most `cold_max_count` training interactions.
     """
-    times = data.events[TIMESTAMP].to_physical().to_numpy()
+    times = data.events[TIMESTAMP].rank("dense").to_numpy()
     same_user = data.event_users[1:] == data.event_users[:-1]
     ties = int((same_user & (times[1:] == times[:-1])).sum())
     repeats = len(data.event_items) - len(
@@ -30,7 +30,6 @@ def describe(data: Dataset, split: Split, *, cold_max_count: int) -> dict[str, A
     counts = train_counts(data, split)
     cold = counts <= cold_max_count
     targets = data.event_items[split.mask("test")]
-    titles = data.items[TITLE]
     return {
         "users": data.n_users,
         "items": data.n_items,
@@ -43,8 +42,8 @@ def describe(data: Dataset, split: Split, *, cold_max_count: int) -> dict[str, A
         "same_time_ties": ties,
         "same_time_tie_share": ties / max(int(same_user.sum()), 1),
         "repeated_items": repeats,
-        "items_without_title": int((titles.is_null() | (titles == "")).sum()),
-        "categories": int(data.items[CATEGORIES].explode().n_unique()) if data.has_categories() else 0,
+        "items_without_title": data.items[TITLE].null_count(),
+        "categories": int(data.items[CATEGORIES].explode().drop_nulls().n_unique()) if data.has_categories() else 0,
         "feedback_columns": [c for c in FEEDBACK_COLUMNS if c in data.events.columns],
         "cold_max_count": cold_max_count,
         "cold_item_share": float(cold.mean()),

@@ -14,10 +14,10 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
-from sagerec.artifacts import read_manifest, write_artifact
+from sagerec.artifacts import UNREADABLE, read_manifest, write_artifact
 from sagerec.catalogue.dataset import SPLIT, TIMESTAMP, Dataset
-from sagerec.errors import DatasetError, SettingsError
-from sagerec.settings import require, to_json
+from sagerec.errors import ArtifactError, DatasetError, SettingsError
+from sagerec.settings import require, require_choices, to_json
 
 Part = Literal["train", "align", "valid", "test"]
 PARTS: tuple[Part, ...] = ("train", "align", "valid", "test")
@@ -44,6 +44,7 @@ class SplitSettings:
     """Seed of the draw of reserved users."""
 
     def __post_init__(self) -> None:
+        require_choices(self)
         require(0 < self.reserve_share < 1, f"reserve_share is {self.reserve_share}; expected between 0 and 1")
         require(
             self.valid_share >= 0 and self.test_share > 0 and self.valid_share + self.test_share < 1,
@@ -201,10 +202,10 @@ def _leave_one_out(data: Dataset) -> np.ndarray:
 
 def _global_time(data: Dataset, settings: SplitSettings) -> np.ndarray:
     """The last shares of the time line; events of the same time never fall on both sides of a cut."""
-    times = data.events[TIMESTAMP].to_physical().to_numpy()
-    ordered = np.sort(times)
-    first_test = ordered[int(len(times) * (1 - settings.test_share))]
-    first_valid = ordered[int(len(times) * (1 - settings.test_share - settings.valid_share))]
+    times = data.events[TIMESTAMP].rank("dense").to_numpy()  # ranks: some types of time have no numpy form
+    ordered, last = np.sort(times), len(times) - 1
+    first_test = ordered[min(int(len(times) * (1 - settings.test_share)), last)]
+    first_valid = ordered[min(int(len(times) * (1 - settings.test_share - settings.valid_share)), last)]
     parts = np.zeros(data.n_events, dtype=np.uint8)
     parts[times >= first_valid] = PARTS.index("valid")
     parts[times >= first_test] = PARTS.index("test")
@@ -251,5 +252,8 @@ def write_split(folder: Path, split: Split, settings: SplitSettings, dataset_has
 def read_split(folder: Path) -> Split:
     """Read a split back. Raises: ArtifactError."""
     manifest = read_manifest(folder, "split")
-    parts = pl.read_parquet(folder / "parts.parquet")["part"].to_numpy()
+    try:
+        parts = pl.read_parquet(folder / "parts.parquet")["part"].to_numpy()
+    except UNREADABLE as error:
+        raise ArtifactError(f"{folder / 'parts.parquet'} cannot be read ({error}); make the split again") from error
     return Split(parts=parts, scheme=str(manifest.sizes["scheme"]))

@@ -126,6 +126,17 @@ class Trie:
         """(B,) bool: the sequence is complete and no token may follow."""
         return self.item[states] >= 0
 
+    def is_decided(self, states: Tensor) -> Tensor:
+        """(B,) bool: one item alone is left, so that every further token has probability 1."""
+        return self.size[states] == 1
+
+    def only_item(self, states: Tensor) -> Tensor:
+        """(B,) int64 item of states that are decided."""
+        assert bool(self.is_decided(states).all()), "more than one item is left"
+        while not bool(self.is_leaf(states).all()):
+            states = torch.where(self.is_leaf(states), states, self.first_child[states].long())
+        return self.item[states].long()
+
     def walk(self, sequences: Tensor) -> Tensor:
         """States (B, L + 1) on the way of whole sequences (B, L), root first; after a sequence's end, its last state.
 

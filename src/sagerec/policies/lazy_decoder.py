@@ -10,7 +10,6 @@ Shapes: B users, G slates of each, T history items, S cached positions, P target
 of a level, D width, H heads, N items.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,11 +18,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from sagerec.core.groups import group_log_softmax
 from sagerec.core.trie import PADDING, ROOT, Children, Trie
 from sagerec.settings import require
 
 KeyValue = tuple[Tensor, Tensor]
 ROTARY_BASE = 1000.0
+DENSE_SHARE = 16
+"""Above one child in this many codes of a level, a matrix product over all codes is faster than a gather."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +177,7 @@ class LazyDecoder(nn.Module):
         width = settings.width
         sizes = [int(size) for size in codes.max(dim=0).values + 1]
         self.level_sizes = sizes
+        self.n_first_codes = len(trie.children(torch.tensor([ROOT])).token)
         self.register_buffer("codes", codes, persistent=False)
         offsets = torch.tensor([0, *sizes]).cumsum(0)[:-1]
         self.register_buffer("level_offsets", offsets, persistent=False)
@@ -286,39 +289,60 @@ class LazyDecoder(nn.Module):
 
     def child_logits(self, prefix: Prefix, children: Children) -> Tensor:
         """Logits of legal continuations; see the protocol."""
-        return self._logits(prefix.output, prefix.level)[children.parent, children.token]
+        return self._logits(prefix.output, prefix.level, children)
 
-    def _logits(self, output: Tensor, level: int) -> Tensor:
-        """(…, C) float32 logits of all codes of a level from decoder outputs (…, D)."""
-        begin = int(self.level_offsets[level])
-        end = begin + self.level_sizes[level]
-        return F.linear(output, self.head[begin:end], self.head_bias[begin:end]).float()
+    def _logits(self, output: Tensor, level: int, children: Children) -> Tensor:
+        """(M,) float32 logits y_parent . w_token + b_token of children of decoder outputs y (R, D).
+
+        Where the children are few beside all codes of the level, only theirs are computed.
+        """
+        begin, size = int(self.level_offsets[level]), self.level_sizes[level]
+        if level == 0 and len(children.token) == len(output) * self.n_first_codes:
+            return self._root_logits(output, children.token[: self.n_first_codes]).flatten()
+        if DENSE_SHARE * len(children.token) > len(output) * size:
+            weight, bias = self.head[begin : begin + size], self.head_bias[begin : begin + size]
+            return F.linear(output, weight, bias)[children.parent, children.token].float()
+        weight = F.embedding(children.token + begin, self.head)
+        products = output[children.parent].float() * weight.float()
+        return products.sum(dim=1) + self.head_bias[children.token + begin]
+
+    def _root_logits(self, output: Tensor, tokens: Tensor) -> Tensor:
+        """(R, n) float32 logits of the root's n tokens from decoder outputs (R, D)."""
+        return F.linear(output, self.head[tokens], self.head_bias[tokens]).float()
 
     def target_logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Log-probabilities (P, L) in nats of the codes of items `targets` (P,) after encoder states (P, D).
 
         Each code is normalised over the codes that may follow its prefix, which is the distribution that decoding
-        uses; places after a code sequence's end give 0.
+        uses. Where a prefix leaves one item, the rest of its codes have probability 1 and are not decoded; places
+        after a code sequence's end give 0 too.
         """
         codes = self.codes[targets]
         states = self.trie.walk(codes)
-        x = self.prefix_codes(codes[:, :-1].clamp(min=0) + self.level_offsets[:-1])
-        x = torch.cat([hidden.unsqueeze(1), self.dropout(x)], dim=1) + self.level_embedding
+        needed = (~self.trie.is_decided(states[:, :-1])).sum(dim=1)
+        logprobs = torch.zeros(codes.shape, device=hidden.device)
+        for depth in sorted(set(needed.tolist())):
+            rows = (needed == depth).nonzero()[:, 0]
+            if depth:
+                block = self._block_logprobs(hidden[rows], codes[rows, :depth], states[rows, : depth + 1])
+                logprobs = logprobs.index_put((rows[:, None], torch.arange(depth, device=rows.device)), block)
+        return logprobs
+
+    def _block_logprobs(self, hidden: Tensor, codes: Tensor, states: Tensor) -> Tensor:
+        """Log-probabilities (P, n) of the first n codes (P, n), whose prefixes are states (P, n + 1)."""
+        depth = codes.shape[1]
+        x = self.dropout(self.prefix_codes(codes[:, :-1] + self.level_offsets[: depth - 1]))
+        x = torch.cat([hidden.unsqueeze(1), x], dim=1) + self.level_embedding[:depth]
         for layer in self.decoder:
             x, _ = layer(x)
         x = self.decoder_norm(x)
-        columns = []
-        for level, size in enumerate(self.level_sizes):
-            logits = self._logits(x[:, level], level)
-            going = codes[:, level] != PADDING
-            if level == 0:
-                # Every row stands at the root: one mask serves all.
-                root = torch.full((1,), ROOT, device=targets.device)
-                allowed = self.trie.allowed(root, vocabulary=size).expand(len(targets), -1)
-            else:
-                allowed = torch.ones(len(targets), size, dtype=torch.bool, device=targets.device)
-                allowed[going] = self.trie.allowed(states[going, level], vocabulary=size)
-            logprobs = logits.masked_fill(~allowed, -math.inf).log_softmax(dim=-1)
-            chosen = logprobs.gather(1, codes[:, level].clamp(min=0)[:, None]).squeeze(1)
-            columns.append(torch.where(going, chosen, 0.0))
+        # All rows stand at the root first: its children are listed once, and one dense softmax serves.
+        root = self.trie.children(states[:1, 0])
+        first = self._root_logits(x[:, 0], root.token).log_softmax(dim=-1)
+        columns = [first.gather(1, torch.searchsorted(root.token, codes[:, :1].contiguous())).squeeze(1)]
+        for level in range(1, depth):
+            children = self.trie.children(states[:, level])
+            logits = self._logits(x[:, level], level, children)
+            steps = group_log_softmax(logits, children.parent, len(states))
+            columns.append(steps[children.node == states[children.parent, level + 1]])
         return torch.stack(columns, dim=1)

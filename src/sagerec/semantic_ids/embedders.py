@@ -52,7 +52,9 @@ def embed_categories(data: Dataset, *, dimensions: int, seed: int) -> np.ndarray
             "the items have no column 'categories' with content, which the category embedder needs; "
             "add it (a list of strings an item) or set its weight to 0"
         )
-    pairs = data.items.select(CATEGORIES).with_row_index("row").explode(CATEGORIES).drop_nulls()
+    pairs = (
+        data.items.select(CATEGORIES).with_row_index("row").explode(CATEGORIES).drop_nulls().unique(maintain_order=True)
+    )
     column = pairs[CATEGORIES].rank("dense").to_numpy().astype(np.int64) - 1
     ones = np.ones(len(pairs), dtype=np.float32)
     matrix = sparse.csr_matrix((ones, (pairs["row"].to_numpy(), column)), shape=(data.n_items, int(column.max()) + 1))

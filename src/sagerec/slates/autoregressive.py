@@ -12,11 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sagerec.core.groups import group_log_softmax, pad_groups
 from sagerec.core.trie import ROOT
 from sagerec.errors import SettingsError
 from sagerec.policies.protocol import ContextT, Policy, PrefixT
 from sagerec.slates.beam import NO_ITEM, excluded_paths
-from sagerec.slates.legal import group_log_softmax, has_free_item, pad_groups
+from sagerec.slates.legal import has_free_item
 
 
 class Slates(NamedTuple):
@@ -105,8 +106,8 @@ def _write_item(
         chosen = child_at[best]
         node = children.node[chosen]
         logprobs[row, level] = steps[chosen]
-        ends = trie.is_leaf(node)
-        found[row[ends]] = trie.item[node[ends]].long()
+        ends = trie.is_decided(node)
+        found[row[ends]] = trie.only_item(node[ends])
         row, states = row[~ends], node[~ends]
         if len(row) == 0:
             break

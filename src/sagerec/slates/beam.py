@@ -13,10 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sagerec.core.groups import group_log_softmax, pad_groups
 from sagerec.core.trie import ROOT
 from sagerec.errors import SettingsError
 from sagerec.policies.protocol import ContextT, Policy, PrefixT
-from sagerec.slates.legal import group_log_softmax, has_free_item, pad_groups
+from sagerec.slates.legal import has_free_item
 
 NO_ITEM = -1
 
@@ -81,9 +82,10 @@ def beam_lists(
         owner = live.nonzero()[:, 0]
         node, score = children.node[chosen], totals[chosen]
 
-        ends = trie.is_leaf(node)
+        # Where one item is left, the remaining codes have probability 1: the item is found without writing them.
+        ends = trie.is_decided(node)
         if bool(ends.any()):
-            items, logprobs = merge(items, logprobs, trie.item[node[ends]].long(), score[ends], owner[ends])
+            items, logprobs = merge(items, logprobs, trie.only_item(node[ends]), score[ends], owner[ends])
         grows = ~ends
         states, scores, user = node[grows], score[grows], owner[grows]
         if len(states):

@@ -23,26 +23,3 @@ def has_free_item(trie: Trie, children: Children, excluded: Tensor) -> Tensor:
         return torch.ones_like(children.node, dtype=torch.bool)
     matches = (excluded[children.parent] == children.node[:, None]).sum(dim=1)
     return matches < trie.size[children.node]
-
-
-def group_log_softmax(logits: Tensor, groups: Tensor, n_groups: int) -> Tensor:
-    """Log-softmax of logits (M,) within groups (M,) of 0 … n_groups-1: logit - log sum_{same group} exp(logit)."""
-    top = torch.full((n_groups,), -torch.inf, dtype=logits.dtype, device=logits.device)
-    top = top.scatter_reduce(0, groups, logits.detach(), "amax")
-    shifted = logits - top[groups]
-    total = torch.zeros_like(top).index_add(0, groups, shifted.exp())
-    return shifted - total.log()[groups]
-
-
-def pad_groups(values: Tensor, groups: Tensor, n_groups: int, fill: float) -> tuple[Tensor, Tensor]:
-    """Lay values (M,), whose groups (M,) ascend, into rows (n_groups, W) padded with `fill`; W the largest group.
-
-    Returns the rows and the position in them, (M,), of each value.
-    """
-    counts = torch.bincount(groups, minlength=n_groups)
-    begins = counts.cumsum(0) - counts
-    width = max(int(counts.max()), 1)
-    place = torch.arange(len(values), device=values.device) - begins[groups]
-    position = groups * width + place
-    rows = torch.full((n_groups * width,), fill, dtype=values.dtype, device=values.device)
-    return rows.scatter(0, position, values).view(n_groups, width), position
