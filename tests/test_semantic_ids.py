@@ -256,6 +256,16 @@ def test_texts() -> None:
     assert (embed_text(texts, dimensions=3, seed=0) == found).all()
 
 
+def test_a_repeated_word_counts_by_its_logarithm() -> None:
+    """Features soap (df 2) and soap soap (df 1) of 5 texts: `soap soap` has soap twice, so (1 + log 2) idf(2), idf(1).
+
+    idf(df) = log(6 / (1 + df)) + 1. Rank 3 needs three of the four dimensions.
+    """
+    found = embed_text(["soap", "soap soap", "brush", "", ""], dimensions=10, seed=0)
+    twice, pair = (1 + math.log(2)) * (math.log(2) + 1), math.log(3) + 1
+    assert cosines(found)[0, 1] == pytest.approx(twice / math.hypot(twice, pair), abs=1e-4)
+
+
 @pytest.mark.parametrize("texts", [["", "!", ""], ["lipstick"]])
 def test_texts_that_cannot_be_told_apart_get_zeros(texts: list[str]) -> None:
     """No word at all, or a single item, of which there is no axis to draw."""
