@@ -35,7 +35,7 @@ def test_semantic_ids_of_beauty_are_unique_and_audited(real_data: Path, tmp_path
     ids = make_ids(run, SemanticIdSettings())
     assert len(np.unique(ids.codes, axis=0)) == 12_101
     sizes = run.manifest("semantic_ids").sizes
-    assert sizes["level_sizes"][:2] == [2048, 2048]
+    assert sizes["level_sizes"][:2] == [4096, 4096]
     assert sizes["collision_rate"] < 0.15
     assert sizes["reconstruction_error"][1] < sizes["reconstruction_error"][0] < 1
     [finding] = audit(run)

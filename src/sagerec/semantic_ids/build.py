@@ -37,7 +37,7 @@ class SemanticIdSettings:
     levels: int = 2
     """Residual levels; one more code separates items that collide."""
     codebook_size: int = 0
-    """Codes per level; 0 takes the power of two nearest to a sixth of the items, from 16 to 4096."""
+    """Codes per level; 0 takes the power of two nearest to a third of the items, from 16 to 4096."""
     text_weight: float = 0.7
     """Weight of hashed TF-IDF vectors of titles and descriptions."""
     category_weight: float = 0.5
@@ -48,11 +48,11 @@ class SemanticIdSettings:
     """Weight of sentence-transformers vectors (extra `text`)."""
     sentence_model: str = "sentence-transformers/all-MiniLM-L6-v2"
     """Name or folder of the sentence-transformers model."""
-    text_dimensions: int = 128
+    text_dimensions: int = 192
     """Width of the text vectors."""
     category_dimensions: int = 64
     """Width of the category vectors."""
-    collaborative_dimensions: int = 64
+    collaborative_dimensions: int = 128
     """Width of the co-occurrence vectors."""
     window: int = 5
     """Items at most this far apart in a sequence count as co-occurring."""
@@ -105,11 +105,11 @@ class SemanticIds:
 
 
 def chosen_codebook_size(n_items: int) -> int:
-    """The power of two nearest (in ratio) to a sixth of the items, from 16 to 4096.
+    """The power of two nearest (in ratio) to a third of the items, from 16 to 4096.
 
-    On Amazon Beauty (12,101 items) 2 x 2048 won on validation over 3 x 256, 2 x 1024 and others (docs/log.md).
+    On Amazon Beauty (12,101 items) 2 x 4096 won on validation over 3 x 256, 2 x 1024, 2 x 2048 and others (docs/log.md).
     """
-    return int(np.clip(2 ** round(math.log2(max(n_items / 6, 1))), 16, 4096))
+    return int(np.clip(2 ** round(math.log2(max(n_items / 3, 1))), 16, 4096))
 
 
 def item_vectors(data: Dataset, train: Sequences, settings: SemanticIdSettings) -> np.ndarray:

@@ -38,7 +38,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 class TrainSettings:
     """How the policy is trained."""
 
-    epochs: int = 40
+    epochs: int = 20
     """Passes over the training sequences, at most."""
     batch_size: int = 128
     """Sequences a step."""
