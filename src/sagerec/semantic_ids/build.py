@@ -107,7 +107,7 @@ class SemanticIds:
 def chosen_codebook_size(n_items: int) -> int:
     """The power of two nearest (in ratio) to a third of the items, from 16 to 4096.
 
-    On Amazon Beauty (12,101 items) 2 x 4096 won on validation over 3 x 256, 2 x 1024, 2 x 2048 and others (docs/log.md).
+    On Amazon Beauty (12,101 items) 2 x 4096 won on validation over 3 x 256, 2 x 1024 and 2 x 2048 (docs/log.md).
     """
     return int(np.clip(2 ** round(math.log2(max(n_items / 3, 1))), 16, 4096))
 
