@@ -19,7 +19,8 @@ $(READY): pyproject.toml
 
 demo: $(READY)
 	$(BIN)/sagerec simulate $(DEMO)/store
-	$(BIN)/sagerec run $(DEMO)/store --out $(DEMO)/run --baselines popularity item-knn $(DEMO_FLAGS)
+	$(BIN)/sagerec run $(DEMO)/store --out $(DEMO)/run --train.epochs 30 --train.batch-size 32 \
+		--baselines popularity item-knn
 
 test: $(READY)
 	$(BIN)/ruff check .

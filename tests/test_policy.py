@@ -1,5 +1,7 @@
 """The LazyDecoder: a distribution over items, causal, and the same through its cache as without."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from sagerec.semantic_ids.quantisers import separate
 N = 60
 
 
-def small_policy(*, seed: int = 0, variable_length: bool = False, **settings: object) -> LazyDecoder:
+def small_policy(*, seed: int = 0, variable_length: bool = False, **settings: Any) -> LazyDecoder:
     """A policy over 60 items with random weights, scaled so that its distribution is far from flat."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -22,7 +24,7 @@ def small_policy(*, seed: int = 0, variable_length: bool = False, **settings: ob
         # Items alone under their first two codes end there.
         alone = np.bincount(codes[:, 0] * 4 + codes[:, 1], minlength=16)[codes[:, 0] * 4 + codes[:, 1]] == 1
         codes[alone, 2] = -1
-    shape = LazyDecoderSettings(width=16, heads=2, encoder_layers=2, dropout=0.1, max_items=12, **settings)  # type: ignore[arg-type]
+    shape = LazyDecoderSettings(width=16, heads=2, encoder_layers=2, dropout=0.1, max_items=12, **settings)
     policy = LazyDecoder(shape, torch.from_numpy(codes).long(), build_trie(codes), torch.randn(N, 5))
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
@@ -45,7 +47,7 @@ def all_logprobs(policy: LazyDecoder, hidden: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("settings", [{}, {"content": False}, {"item_embedding": True}, {"decoder_layers": 2}])
-def test_item_probabilities_sum_to_one(settings: dict[str, object]) -> None:
+def test_item_probabilities_sum_to_one(settings: dict[str, Any]) -> None:
     policy = small_policy(**settings)
     items, lengths = histories()
     with torch.no_grad():
@@ -156,9 +158,9 @@ def test_fast_dropout_keeps_the_mean_and_the_stated_share() -> None:
         ({"max_items": 0}, "max_items is 0"),
     ],
 )
-def test_bad_shapes_are_refused(settings: dict[str, object], message: str) -> None:
+def test_bad_shapes_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
-        LazyDecoderSettings(**settings)  # type: ignore[arg-type]
+        LazyDecoderSettings(**settings)
 
 
 def test_content_needs_vectors() -> None:

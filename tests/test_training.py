@@ -24,11 +24,11 @@ from sagerec.catalogue.store import StoreSettings, write_store
 from sagerec.errors import ArtifactError, MissingExtraError, SettingsError, TrainingError
 from sagerec.evaluation.evaluate import EvaluateSettings
 from sagerec.policies.lazy_decoder import LazyDecoderSettings
-from sagerec.run import Run, RunSettings, evaluate, make_ids, prepare, read_policy, train
+from sagerec.run import Run, RunSettings, evaluate, make_ids, prepare, train
 from sagerec.semantic_ids.build import SemanticIdSettings
 from sagerec.training.batches import make_windows, shuffled_batches
 from sagerec.training.loop import TrainSettings, fit, learning_rate_at
-from sagerec.training.supervised import next_item_loss
+from sagerec.training.supervised import next_item_loss, read_policy
 from sagerec.training.tracking import JsonLines, open_trackers
 from tests.conftest import SMALL_IDS, SMALL_POLICY, SMALL_TRAIN
 from tests.test_policy import all_logprobs, small_policy
@@ -112,7 +112,7 @@ def test_planted_successors_are_learnt_to_recall_one(tmp_path: Path) -> None:
     settings_ = TrainSettings(epochs=16, batch_size=16, validate_every=16, weight_decay=0.0, device="cpu")
     train(run, LazyDecoderSettings(width=32, heads=2, encoder_layers=1, dropout=0.0), settings_)
     for split in ("valid", "test"):
-        report = evaluate(run, EvaluateSettings(split=split, k=(1, 5), history="keep"))  # type: ignore[arg-type]
+        report = evaluate(run, EvaluateSettings(split=split, k=(1, 5), history="keep"))
         assert report["metrics"]["recall@1"]["value"] == 1.0
 
 
@@ -210,7 +210,8 @@ def test_the_best_epoch_is_kept_and_patience_stops(tmp_path: Path) -> None:
         return {"valid_recall@10": [0.1, 0.3, 0.2, 0.2, 0.9, 0.9][len(kept) - 1]}
 
     def loss(inputs: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-        return (model(inputs.float().reshape(-1, 1)) ** 2).mean()
+        loss: torch.Tensor = model(inputs.float().reshape(-1, 1)).square().mean()
+        return loss
 
     settings_ = TrainSettings(epochs=6, validate_every=1, patience=2, device="cpu")
     windows = make_windows(sequences([5, 5]), 4)

@@ -57,7 +57,7 @@ def test_hand_built_trie() -> None:
 def test_children_advance_and_items_equal_the_slow_twin(rows: list[tuple[int, ...]]) -> None:
     trie = build_trie(padded(rows))
     prefixes = {row[:n] for row in rows for n in range(len(row))}
-    state_of = {(): ROOT}
+    state_of: dict[tuple[int, ...], int] = {(): ROOT}
     for prefix in sorted(prefixes, key=len):
         state = torch.tensor([state_of[prefix]])
         children = trie.children(state)
@@ -65,8 +65,8 @@ def test_children_advance_and_items_equal_the_slow_twin(rows: list[tuple[int, ..
         assert torch.equal(trie.advance(state.expand(len(children.token)), children.token), children.node)
         for token, node in zip(children.token.tolist(), children.node.tolist(), strict=True):
             state_of[(*prefix, token)] = node
-    for prefix, state in state_of.items():
-        assert int(trie.size[state]) == sum(row[: len(prefix)] == prefix for row in rows)
+    for prefix, node in state_of.items():
+        assert int(trie.size[node]) == sum(row[: len(prefix)] == prefix for row in rows)
     for index, row in enumerate(rows):
         assert int(trie.item[state_of[row]]) == index
     assert trie.n_nodes == len(state_of)

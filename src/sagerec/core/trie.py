@@ -23,6 +23,7 @@ from sagerec.errors import ArtifactError, TrieError
 ROOT = 0
 PADDING = -1
 _ARRAYS = ("first_child", "token", "item", "size")
+_SIZES = "sizes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +56,12 @@ class Trie:
     """(nodes,) int32 number of sequences at or under a node."""
     max_children: int
     """The largest number of children of any node."""
+    vocabulary: int
+    """One more than the largest token."""
 
     @property
     def n_nodes(self) -> int:
         return len(self.token)
-
-    @property
-    def vocabulary(self) -> int:
-        """One more than the largest token."""
-        return int(self.token.max()) + 1
 
     @property
     def n_bytes(self) -> int:
@@ -73,7 +71,7 @@ class Trie:
     def to(self, device: torch.device | str) -> "Trie":
         """The same trie on another device."""
         arrays = {name: getattr(self, name).to(device) for name in _ARRAYS}
-        return Trie(**arrays, max_children=self.max_children)
+        return Trie(**arrays, max_children=self.max_children, vocabulary=self.vocabulary)
 
     def children(self, states: Tensor) -> Children:
         """List the legal continuations of `states` (B,) int64.
@@ -220,6 +218,7 @@ def build_trie(sequences: np.ndarray, items: np.ndarray | None = None) -> Trie:
         item=torch.from_numpy(np.concatenate(leaves)),
         size=torch.from_numpy(np.concatenate(sizes)),
         max_children=int(per_node.max()),
+        vocabulary=int(codes.max()) + 1,
     )
 
 
@@ -238,6 +237,7 @@ def write_trie(folder: Path, trie: Trie) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in _ARRAYS:
         np.save(folder / f"{name}.npy", getattr(trie, name).cpu().numpy(), allow_pickle=False)
+    np.save(folder / f"{_SIZES}.npy", np.array([trie.max_children, trie.vocabulary]), allow_pickle=False)
 
 
 def read_trie(folder: Path, *, memory_map: bool = True) -> Trie:
@@ -246,17 +246,19 @@ def read_trie(folder: Path, *, memory_map: bool = True) -> Trie:
     Raises: ArtifactError where a file is missing or damaged.
     """
     arrays = {}
-    for name in _ARRAYS:
+    for name in (*_ARRAYS, _SIZES):
         path = folder / f"{name}.npy"
         try:
             # Mode "c" (copy on write) lets torch wrap the read-only file without a warning.
             arrays[name] = np.load(path, mmap_mode="c" if memory_map else None, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise ArtifactError(f"{path} cannot be read ({error}); make the Semantic IDs again") from error
+    max_children, vocabulary = arrays.pop(_SIZES).tolist()
     first_child = arrays["first_child"]
     if len({len(first_child) - 1, *(len(arrays[name]) for name in _ARRAYS[1:])}) > 1:
         raise ArtifactError(f"{folder}: the trie's arrays differ in length; make the Semantic IDs again")
     return Trie(
         **{name: torch.from_numpy(array) for name, array in arrays.items()},
-        max_children=int(np.diff(first_child).max()),
+        max_children=max_children,
+        vocabulary=vocabulary,
     )
