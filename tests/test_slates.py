@@ -15,14 +15,23 @@ from sagerec.slates.cases import distinct_rows, list_cases
 from tests.test_policy import N, all_logprobs, histories, small_policy
 
 
-@given(seed=st.integers(0, 1000), k=st.integers(1, 12), beams=st.integers(1, 12), variable=st.booleans())
+@given(
+    seed=st.integers(0, 1000),
+    k=st.integers(1, 12),
+    beams=st.integers(1, 12),
+    barred=st.integers(0, 20),
+    ends=st.booleans(),
+)
 @settings(max_examples=25, deadline=None)
-def test_exact_lists_equal_brute_force(seed: int, k: int, beams: int, variable: bool) -> None:
-    policy = small_policy(seed=seed, variable_length=variable)
+def test_exact_lists_equal_brute_force(seed: int, k: int, beams: int, barred: int, ends: bool) -> None:
+    """Also with `barred` items excluded, and with codes of different lengths."""
+    policy = small_policy(seed=seed, variable_length=ends)
     items, lengths = histories(seed)
+    generator = torch.Generator().manual_seed(seed)
+    excluded = torch.stack([torch.randperm(N, generator=generator)[:barred] for _ in range(len(items))])
     with torch.no_grad():
-        scores = all_logprobs(policy, policy.encode(items, lengths).hidden[:, 0])
-        lists = exact_lists(policy, items, lengths, k=k, beams=beams)
+        scores = all_logprobs(policy, policy.encode(items, lengths).hidden[:, 0]).scatter(1, excluded, -torch.inf)
+        lists = exact_lists(policy, items, lengths, k=k, beams=beams, excluded=excluded)
     best = scores.topk(k, dim=1)
     torch.testing.assert_close(lists.logprobs, best.values, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(scores.gather(1, lists.items), best.values, rtol=1e-4, atol=1e-4)

@@ -2,7 +2,8 @@
 
 Log-probabilities only fall along a path, so a list is proven exact when its K-th item is at least as probable as the
 best prefix that the beam ever dropped. Users without that proof are decoded again with twice the beams, until every
-list is proven: the result equals brute-force scoring of the whole catalogue, at the price of a beam.
+list is proven: the result equals brute-force scoring of the whole catalogue, at the price of a beam. Prefixes that can
+no longer reach the list are not followed, which costs nothing of the proof.
 
 Shapes: B users, W beams, R live prefixes, M legal continuations, K places, X excluded items of each user.
 """
@@ -20,6 +21,8 @@ from sagerec.policies.protocol import ContextT, Policy, PrefixT
 from sagerec.slates.legal import has_free_item
 
 NO_ITEM = -1
+ROUNDING = 1e-3
+"""Nats by which sums of float32 log-probabilities may be off."""
 
 
 class Lists(NamedTuple):
@@ -59,6 +62,7 @@ def beam_lists(
     items = torch.full((n_users, k), NO_ITEM, device=device)
     logprobs = torch.full((n_users, k), -math.inf, device=device)
     paths = None if excluded is None else excluded_paths(policy, excluded)
+    n_excluded = torch.zeros_like(user) if excluded is None else (excluded >= 0).sum(dim=1)
     prefix = policy.begin(context)
     level = 0
     while len(states):
@@ -86,12 +90,29 @@ def beam_lists(
         ends = trie.is_decided(node)
         if bool(ends.any()):
             items, logprobs = merge(items, logprobs, trie.only_item(node[ends]), score[ends], owner[ends])
-        grows = ~ends
+        # The items found are in the lists already; each prefix that is still open holds another one.
+        bounds = torch.full_like(best, -math.inf)
+        bounds[live] = (score - trie.size[node].log()).masked_fill(ends, -math.inf)
+        floor = list_floor(torch.cat([bounds, logprobs], dim=1), k + n_excluded)
+        grows = ~ends & (score >= floor[owner] - ROUNDING)
         states, scores, user = node[grows], score[grows], owner[grows]
         if len(states):
             prefix = policy.step(prefix, children.parent[chosen][grows], children.token[chosen][grows])
         level += 1
     return Lists(items, logprobs, logprobs[:, -1] >= pruned)
+
+
+def list_floor(bounds: Tensor, needed: Tensor) -> Tensor:
+    """A log-probability (B,) that the last item of each list reaches at least: no lower prefix need be followed.
+
+    `bounds` (B, W) are lower bounds on the best item under each of W disjoint prefixes (score - log of the number of
+    items: the best is no worse than the mean), and the log-probabilities of items found. Of the `needed` (B,) highest,
+    K plus the number of excluded items, at least K belong to items that may be listed.
+    """
+    inside = needed <= bounds.shape[1]
+    ranked = bounds.topk(int(needed.clamp(max=bounds.shape[1]).max()), dim=1).values
+    floor = ranked.gather(1, (needed.clamp(max=ranked.shape[1]) - 1)[:, None]).squeeze(1)
+    return torch.where(inside, floor, -math.inf)
 
 
 def user_offsets(n_users: int, width: int, device: torch.device) -> Tensor:
