@@ -25,7 +25,7 @@ from sagerec.catalogue.splits import SplitSettings, make_split
 from sagerec.catalogue.store import StoreSettings, write_store
 from sagerec.errors import SagerecError
 from sagerec.evaluation.evaluate import EvaluateSettings
-from sagerec.evaluation.sasrec import SasRecSettings
+from sagerec.evaluation.sasrec import TUNED, SasRecSettings
 from sagerec.policies.lazy_decoder import LazyDecoderSettings
 from sagerec.recommend import Recommender, load
 from sagerec.run import RunSettings
@@ -200,7 +200,7 @@ class Baseline:
     """What is measured."""
     sasrec: SasRecSettings = field(default_factory=SasRecSettings)
     """Shape of SASRec."""
-    train: TrainSettings = field(default_factory=TrainSettings)
+    train: TrainSettings = TUNED
     """How SASRec is trained."""
 
     def __call__(self) -> None:

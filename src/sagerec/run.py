@@ -28,7 +28,7 @@ from sagerec.core.metrics import first_rank, recall_at
 from sagerec.errors import ArtifactError
 from sagerec.evaluation.baselines import item_knn_lists, popularity_lists
 from sagerec.evaluation.evaluate import EvaluateSettings, evaluate_lists, excludes_history, write_evaluation
-from sagerec.evaluation.sasrec import SasRecSettings, read_sasrec, train_sasrec
+from sagerec.evaluation.sasrec import TUNED, SasRecSettings, read_sasrec, train_sasrec
 from sagerec.policies.lazy_decoder import LazyDecoder, LazyDecoderSettings
 from sagerec.semantic_ids.build import SemanticIds, SemanticIdSettings, build_semantic_ids, read_semantic_ids
 from sagerec.settings import to_json
@@ -194,7 +194,7 @@ def evaluate_baseline(
     cases, validation = run.split.cases(data, settings.split), run.split.cases(data, "valid")
     exclude, k, made_from = excludes_history(train_events, settings), max(settings.k), run.hashes("dataset", "split")
     if name == "sasrec":
-        model, training = model or SasRecSettings(), training or TrainSettings()
+        model, training = model or SasRecSettings(), training or TUNED
         folder = run.folder / "sasrec"
         resolved = {"model": to_json(model), "train": to_json(training)}
         if _is_needed(folder, "sasrec", made_from=made_from, settings=resolved, seed=training.seed):

@@ -48,6 +48,10 @@ class SasRecSettings:
         require(self.sampled >= 0, f"sampled is {self.sampled}; expected 0 (all items) or above")
 
 
+TUNED = TrainSettings(epochs=40)
+"""Training settings that won on Amazon Beauty's validation (docs/log.md)."""
+
+
 class SasRec(nn.Module):
     """A causal encoder over item embeddings whose state is scored against them."""
 
