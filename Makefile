@@ -19,7 +19,7 @@ $(READY): pyproject.toml
 
 demo: $(READY)
 	$(BIN)/sagerec simulate $(DEMO)/store
-	$(BIN)/sagerec run $(DEMO)/store --out $(DEMO)/run --train.epochs 30 --train.batch-size 32 \
+	$(BIN)/sagerec run $(DEMO)/store --out $(DEMO)/run --train.epochs 10 --train.batch-size 32 \
 		--baselines popularity item-knn
 
 test: $(READY)
