@@ -457,7 +457,7 @@ def test_no_embedder_is_left() -> None:
             "weights are (0.0, 0.0, 0.0, 0.0); expected none below 0, one above",
         ),
         ({"window": 0}, "window is 0; expected at least 1"),
-        ({"category_dimensions": 0}, "dimensions are (128, 0, 64); expected at least 1"),
+        ({"category_dimensions": 0}, "dimensions are (192, 0, 128); expected at least 1"),
     ],
 )
 def test_settings_out_of_range(values: dict[str, Any], message: str) -> None:
@@ -466,7 +466,7 @@ def test_settings_out_of_range(values: dict[str, Any], message: str) -> None:
     assert str(error.value) == message
 
 
-@pytest.mark.parametrize(("items", "size"), [(1, 16), (100, 16), (200, 32), (12_101, 2048), (10**6, 4096)])
+@pytest.mark.parametrize(("items", "size"), [(1, 16), (60, 16), (100, 32), (200, 64), (12_101, 4096), (10**6, 4096)])
 def test_chosen_codebook_size(items: int, size: int) -> None:
     """A sixth of 200 is 33, of 12,101 is 2,017; below 16 and above 4,096 the bounds hold."""
     assert chosen_codebook_size(items) == size
@@ -530,11 +530,11 @@ def test_two_builds_have_the_same_content_hash(
 
 
 def test_words_and_categories_build_too(store_data: Dataset, tmp_path: Path) -> None:
-    """With the codebook chosen: 200 items, a sixth is 33, so 32 codes a level."""
+    """With the codebook chosen: 200 items, a third is 67, so 64 codes a level."""
     train = make_split(store_data, SplitSettings()).sequences(store_data, "train")
     chosen = SemanticIdSettings(text_dimensions=4, category_dimensions=4, collaborative_dimensions=4)
     one, two = (build_semantic_ids(tmp_path / n, store_data, train, chosen, made_from={}) for n in "ab")
-    assert one.codebooks.shape == (2, 32, 12)
+    assert one.codebooks.shape == (2, 64, 12)
     lengths = np.linalg.norm(one.vectors.reshape(200, 3, 4), axis=2)
     assert lengths[:, 0] == pytest.approx(0.7, abs=1e-5)
     assert lengths[:, 1] == pytest.approx(0.5, abs=1e-5)
