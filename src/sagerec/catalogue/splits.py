@@ -68,6 +68,12 @@ class Sequences:
     def __len__(self) -> int:
         return len(self.users)
 
+    def has_repeats(self) -> bool:
+        """Whether any user took an item twice; where none did, lists may leave out the history."""
+        sequence = np.repeat(np.arange(len(self), dtype=np.int64), np.diff(self.offsets))
+        pairs = sequence * (int(self.items.max(initial=0)) + 1) + self.items
+        return len(np.unique(pairs)) < len(pairs)
+
 
 @dataclass(frozen=True, slots=True)
 class Cases:

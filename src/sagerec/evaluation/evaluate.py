@@ -60,9 +60,7 @@ def excludes_history(train: Sequences, settings: EvaluateSettings) -> bool:
     """Whether lists leave out the history: as set, or, on `auto`, where no training sequence repeats an item."""
     if settings.history != "auto":
         return settings.history == "exclude"
-    sequence = np.repeat(np.arange(len(train)), np.diff(train.offsets)).astype(np.int64)
-    pairs = sequence * (int(train.items.max(initial=0)) + 1) + train.items
-    return len(np.unique(pairs)) == len(pairs)
+    return not train.has_repeats()
 
 
 def evaluate_lists(

@@ -66,13 +66,14 @@ def train_policy(
         torch.manual_seed(settings.seed)
         policy = make_policy(ids, policy_settings).move(choose_device(settings.device))
         cases = validation_sample(validation, settings)
+        exclude = not train.has_repeats()
         summary = fit(
             policy,
             work,
             make_windows(train, policy_settings.max_items),
             settings,
             loss=lambda inputs, targets, counted: next_item_loss(policy, inputs, targets, counted),
-            validate=None if cases is None else lambda: validate(policy, cases),
+            validate=None if cases is None else lambda: validate(policy, cases, exclude_history=exclude),
             fingerprint=[resolved, made_from],
             layers=[*policy.encoder, *policy.decoder],
         )
@@ -89,9 +90,11 @@ def train_policy(
     return policy
 
 
-def validate(policy: LazyDecoder, cases: Cases) -> dict[str, float]:
+def validate(policy: LazyDecoder, cases: Cases, *, exclude_history: bool) -> dict[str, float]:
     """Recall@10 and NDCG@10 of beam lists (20 beams, not widened: for choosing an epoch, not for reporting)."""
-    lists, _ = list_cases(policy, cases, k=VALIDATION_K, beams=VALIDATION_BEAMS, widen=False)
+    lists, _ = list_cases(
+        policy, cases, k=VALIDATION_K, beams=VALIDATION_BEAMS, widen=False, exclude_history=exclude_history
+    )
     ranks = first_rank(lists, policy.listed_as(cases.targets))
     return {
         CRITERION: float(recall_at(ranks, VALIDATION_K).mean()),
