@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -19,8 +20,9 @@ from sagerec.artifacts import read_manifest, write_artifact
 from sagerec.catalogue.audit import write_events_used
 from sagerec.catalogue.splits import Cases, Sequences
 from sagerec.core.metrics import first_rank, ndcg_at, recall_at
+from sagerec.errors import ArtifactError
 from sagerec.policies.lazy_decoder import FastDropout, Layer, LazyDecoderSettings
-from sagerec.settings import require, to_json
+from sagerec.settings import from_json, require, to_json
 from sagerec.training.batches import make_windows
 from sagerec.training.loop import CRITERION, TrainSettings, choose_device, fit, validation_sample
 
@@ -162,7 +164,9 @@ def train_sasrec(
 def read_sasrec(folder: Path, n_items: int) -> SasRec:
     """Read a trained baseline back. Raises: ArtifactError."""
     manifest = read_manifest(folder, "sasrec")
-    values = manifest.settings["model"]
-    model = SasRec(SasRecSettings(**values), n_items)
-    model.load_state_dict(load_file(folder / WEIGHTS))
+    model = SasRec(from_json(SasRecSettings, manifest.settings["model"]), n_items)
+    try:
+        model.load_state_dict(load_file(folder / WEIGHTS))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ArtifactError(f"{folder / WEIGHTS} cannot be read ({error}); train the baseline again") from error
     return model.eval()
