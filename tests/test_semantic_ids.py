@@ -468,7 +468,7 @@ def test_settings_out_of_range(values: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize(("items", "size"), [(1, 16), (60, 16), (100, 32), (200, 64), (12_101, 4096), (10**6, 4096)])
 def test_chosen_codebook_size(items: int, size: int) -> None:
-    """A sixth of 200 is 33, of 12,101 is 2,017; below 16 and above 4,096 the bounds hold."""
+    """A third of 100 is 33, of 200 is 67, of 12,101 is 4,034; below 16 and above 4,096 the bounds hold."""
     assert chosen_codebook_size(items) == size
 
 

@@ -52,7 +52,7 @@ class TrainSettings:
     """Largest norm of the gradient."""
     validate_every: int = 5
     """Epochs between validations; 0 never validates and keeps the last weights."""
-    validation_users: int = 5000
+    validation_users: int = 30_000
     """Validation cases drawn for early stopping, at most."""
     patience: int = 3
     """Validations without a better Recall@10 after which training stops."""
