@@ -180,6 +180,14 @@ def test_a_clean_run_passes_and_its_counts_are_those_of_the_split(small_run: Run
 # --- what cannot be audited -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("artefact", "name"), [("split", "parts.parquet"), ("dataset", INTERACTIONS)])
+def test_a_changed_split_or_dataset_is_refused(run: Run, artefact: str, name: str) -> None:
+    with (run.folder / artefact / name).open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(ArtifactError, match=f"{artefact} was changed after it was written"):
+        audit(run)
+
+
 @pytest.mark.parametrize("name", ["ids.safetensors", EVENTS_USED, "trie/token.npy"])
 def test_a_changed_file_is_refused(run: Run, name: str) -> None:
     assert len(audit(run)) == 1

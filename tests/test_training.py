@@ -259,6 +259,8 @@ def test_tensorboard_missing_says_what_to_install(tmp_path: Path, monkeypatch: p
 def test_bad_settings_are_refused() -> None:
     with pytest.raises(SettingsError, match="learning_rate is 0; expected above 0"):
         TrainSettings(learning_rate=0)
+    with pytest.raises(SettingsError, match="precision is 'half'; expected one of auto, float32, bfloat16"):
+        TrainSettings(precision="half")  # type: ignore[arg-type]
     with pytest.raises(SettingsError, match="epochs is 0"):
         RunSettings(train=TrainSettings(epochs=0))
 

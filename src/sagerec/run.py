@@ -279,6 +279,8 @@ def audit(run: Run) -> list[Finding]:
     Raises: LeakError where a stage used a held-out event; ArtifactError where one does not say what it used, or its
     files were changed.
     """
+    for name in ("dataset", "split"):
+        artifacts.check_content(run.folder / name, run.manifest(name))
     audit_order(run.data, run.split)
     findings = []
     for name, allowed in AUDITED.items():

@@ -21,7 +21,7 @@ from sagerec.core import metrics
 from sagerec.errors import DatasetError
 from sagerec.evaluation.clusters import item_clusters
 from sagerec.semantic_ids.build import SemanticIds
-from sagerec.settings import require, to_json
+from sagerec.settings import require, require_choices, to_json
 
 BUCKET_EDGES = (5, 10, 20, 50)
 
@@ -50,6 +50,7 @@ class EvaluateSettings:
     """Seed of the resamples."""
 
     def __post_init__(self) -> None:
+        require_choices(self)
         require(len(self.k) > 0 and min(self.k) >= 1, f"k is {self.k}; expected numbers of at least 1")
         require(self.beams >= 1, f"beams is {self.beams}; expected at least 1")
         require(self.cold_max_count >= 0, f"cold_max_count is {self.cold_max_count}; expected 0 or above")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sagerec.catalogue.splits import Cases
 from sagerec.errors import TrainingError
-from sagerec.settings import require
+from sagerec.settings import require, require_choices
 from sagerec.training.batches import Windows, shuffled_batches
 from sagerec.training.checkpoints import load_checkpoint, newest_checkpoint, read_progress, save_checkpoint
 from sagerec.training.tracking import Bar, open_trackers, progress_bar
@@ -68,6 +68,7 @@ class TrainSettings:
     """Seed of the weights, the order of the batches and dropout."""
 
     def __post_init__(self) -> None:
+        require_choices(self)
         require(self.epochs >= 1, f"epochs is {self.epochs}; expected at least 1")
         require(self.batch_size >= 1, f"batch_size is {self.batch_size}; expected at least 1")
         require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}; expected above 0")
