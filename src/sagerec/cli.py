@@ -28,7 +28,7 @@ from sagerec.evaluation.evaluate import EvaluateSettings
 from sagerec.evaluation.sasrec import TUNED, SasRecSettings
 from sagerec.policies.lazy_decoder import LazyDecoderSettings
 from sagerec.recommend import Recommender, load
-from sagerec.run import RunSettings
+from sagerec.run import BaselineName, RunSettings
 from sagerec.semantic_ids.build import SemanticIdSettings
 from sagerec.training.loop import TrainSettings
 
@@ -90,7 +90,7 @@ class RunAll:
     """The stages' settings."""
     refit: bool = False
     """Train once more with the validation events, for deployment; a row of its own."""
-    baselines: tuple[Literal["popularity", "item-knn", "sasrec"], ...] = ()
+    baselines: tuple[BaselineName, ...] = ()
     """Baselines to evaluate beside it."""
 
     def __call__(self) -> None:
@@ -194,7 +194,7 @@ class Baseline:
 
     run: Folder
     """Run folder."""
-    name: tyro.conf.Positional[Literal["popularity", "item-knn", "sasrec"]]
+    name: tyro.conf.Positional[BaselineName]
     """Which baseline."""
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
     """What is measured."""

@@ -16,13 +16,13 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from sagerec import artifacts
 from sagerec.catalogue.audit import EVENTS_USED, Finding, audit_order, audit_stage, read_events_used
-from sagerec.catalogue.dataset import INTERACTIONS, ITEMS, Dataset, read_dataset
+from sagerec.catalogue.dataset import INTERACTIONS, ITEMS, Dataset, has_manifest, read_dataset
 from sagerec.catalogue.splits import Part, Split, SplitSettings, make_split, read_split, write_split
 from sagerec.core.metrics import first_rank, recall_at
 from sagerec.errors import ArtifactError
@@ -38,7 +38,7 @@ from sagerec.training.supervised import read_policy, train_policy
 from sagerec.training.tracking import progress_bar
 
 logger = logging.getLogger(__name__)
-BASELINES = ("popularity", "item-knn", "sasrec")
+BaselineName = Literal["popularity", "item-knn", "sasrec"]
 AUDITED: dict[str, tuple[Part, ...]] = {
     "semantic_ids": ("train",),
     "policy": ("train",),
@@ -113,7 +113,7 @@ def prepare(dataset: Path, out: Path, settings: SplitSettings) -> Run:
         with artifacts.write_artifact(target, "dataset", made_from={"source": source}, sizes=sizes) as fresh:
             for path in sorted(p for p in dataset.iterdir() if p.is_file() and p.name != artifacts.MANIFEST):
                 shutil.copy(path, fresh / path.name)
-            if (dataset / artifacts.MANIFEST).exists():
+            if has_manifest(dataset):
                 shutil.copy(dataset / artifacts.MANIFEST, fresh / "source.json")
     made_from = {"dataset": artifacts.read_manifest(target, "dataset").content_hash}
     if _is_needed(out / "split", "split", made_from=made_from, settings=to_json(settings), seed=settings.seed):
@@ -159,16 +159,16 @@ def refit(run: Run, policy_settings: LazyDecoderSettings, settings: TrainSetting
 
 def evaluate(run: Run, settings: EvaluateSettings, *, name: str = "policy", device: str = "auto") -> dict[str, Any]:
     """Evaluate a policy of the run; writes and returns its report."""
-    policy, ids = run.policy(name, device=device), run.ids()
-    cases = run.split.cases(run.data, settings.split)
-    k = max(settings.k)
+    ids = run.ids()
 
     def lists() -> tuple[np.ndarray, float]:
+        cases = run.split.cases(run.data, settings.split)
+        policy = read_policy(run.folder / name, ids, device=device)
         with progress_bar("evaluating", len(cases)) as bar:
             found, exact = list_cases(
                 policy,
                 cases,
-                k=k,
+                k=max(settings.k),
                 beams=settings.beams,
                 widen=settings.exact,
                 exclude_history=excludes_history(run.split.sequences(run.data, "train"), settings),
@@ -183,7 +183,7 @@ def evaluate(run: Run, settings: EvaluateSettings, *, name: str = "policy", devi
 
 def evaluate_baseline(
     run: Run,
-    name: str,
+    name: BaselineName,
     settings: EvaluateSettings,
     *,
     model: SasRecSettings | None = None,
