@@ -31,3 +31,7 @@ class TrainingError(SagerecError):
 
 class MissingExtraError(SagerecError):
     """An optional dependency is not installed."""
+
+
+class NumericalError(SagerecError):
+    """A number is not finite where the mathematics asks for one."""

@@ -269,8 +269,22 @@ class LazyDecoder(nn.Module):
             caches.append(grown)
         return Context(self.encoder_norm(x), tuple(caches), visible, context.positions + 1)
 
+    def extend(self, context: Context, slates: Tensor) -> Context:
+        """Read whole slates at once; see the protocol. Their items are columns that a mask keeps to their slate."""
+        batch, n_slates, places = slates.shape
+        order = torch.arange(n_slates * places, device=slates.device)
+        own = (order[:, None] // places == order // places) & (order[:, None] >= order)
+        seen = context.visible[:, :1].expand(-1, len(order), -1)
+        visible = torch.cat([seen, own.expand(batch, -1, -1)], dim=2)
+        positions = context.positions[:, None] + order % places
+        x = self.embed_items(slates.flatten(1))
+        for layer, cache in zip(self.encoder, context.caches, strict=True):
+            x, _ = layer(x, positions=positions, cache=cache, mask=visible.unsqueeze(1))
+        hidden = torch.cat([context.hidden[:, :1], self.encoder_norm(x)], dim=1)
+        return Context(hidden, context.caches, visible, context.positions)
+
     def begin(self, context: Context) -> Prefix:
-        """The empty prefix of every slate; see the protocol."""
+        """The empty prefix of every state; see the protocol."""
         return self._decode(context.hidden.flatten(0, 1), None, 0)
 
     def step(self, prefix: Prefix, rows: Tensor, tokens: Tensor) -> Prefix:
@@ -286,6 +300,10 @@ class LazyDecoder(nn.Module):
             x, cache = layer(x, cache=None if caches is None else caches[number])
             grown.append(cache)
         return Prefix(self.decoder_norm(x.squeeze(1)), tuple(grown), level)
+
+    def root_logits(self, prefix: Prefix) -> Tensor:
+        """Logits of the root's children; see the protocol."""
+        return self._root_logits(prefix.output, self.trie.children(prefix.output.new_zeros(1, dtype=torch.int64)).token)
 
     def child_logits(self, prefix: Prefix, children: Children) -> Tensor:
         """Logits of legal continuations; see the protocol."""

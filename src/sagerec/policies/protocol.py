@@ -1,6 +1,6 @@
 """The policy protocol: contexts are encoded once, then many continuations of each are extended code by code.
 
-Lists, rollouts, alignment and serving speak to a policy through these five calls and nothing else.
+Lists, rollouts, alignment and serving speak to a policy through these seven calls and nothing else.
 
 Shapes: B users, G slates of each user, T history items, R prefixes (rows), M legal continuations, L codes per item.
 """
@@ -31,8 +31,20 @@ class Policy(Protocol[ContextT, PrefixT]):
         """Write one item (B, G) to each slate; the history stays shared."""
         ...
 
+    def extend(self, context: ContextT, slates: Tensor) -> ContextT:
+        """Read whole slates (B, G, K - 1) after histories encoded for one slate, all places at once.
+
+        The result has 1 + G (K - 1) states a user, in this order: after the history, and after each item of slate 0,
+        of slate 1, …; what `append` gives item by item. It can only be begun.
+        """
+        ...
+
     def begin(self, context: ContextT) -> PrefixT:
-        """The empty prefix of the next item of every slate: R = B * G rows."""
+        """The empty prefix of the next item of every state: R = B * G rows, or B * (1 + G (K - 1))."""
+        ...
+
+    def root_logits(self, prefix: PrefixT) -> Tensor:
+        """(R, n) float32 logits of the root's n children after empty prefixes."""
         ...
 
     def step(self, prefix: PrefixT, rows: Tensor, tokens: Tensor) -> PrefixT:

@@ -1,9 +1,11 @@
-"""Autoregressive slates: K distinct items written one after another, sampled or greedy.
+"""Autoregressive slates: K distinct items written one after another, sampled or greedy, and their log-probabilities.
 
-P(i_1 … i_K | u) = prod_k P(i_k | u, i_<k). The history is encoded once and shared by a user's G slates; an item that
-already stands in a slate is masked in the trie, code by code, and the rest renormalised.
+P(i_1 … i_K | u) = prod_k P(i_k | u, i_<k), each code from softmax(logits / temperature) over the legal codes. The
+history is encoded once and shared by a user's G slates, in writing and in the loss; an item that already stands in a
+slate is masked in the trie, code by code, and the rest renormalised.
 
-Shapes: B users, G slates of each, K places, R = B * G rows, L codes per item, M legal continuations.
+Shapes: B users, G slates of each, K places, X excluded items, L codes per item, R prefixes, D draws from each, W
+continuations of the prefix that has most.
 """
 
 import math
@@ -13,11 +15,10 @@ import torch
 from torch import Tensor
 
 from sagerec.core.groups import group_log_softmax, pad_groups
-from sagerec.core.trie import ROOT
+from sagerec.core.trie import PADDING, ROOT
 from sagerec.errors import SettingsError
 from sagerec.policies.protocol import ContextT, Policy, PrefixT
-from sagerec.slates.beam import NO_ITEM, excluded_paths
-from sagerec.slates.legal import has_free_item
+from sagerec.slates.legal import NO_ITEM, excluded_paths, has_free_item, used_up
 
 
 class Slates(NamedTuple):
@@ -26,7 +27,7 @@ class Slates(NamedTuple):
     items: Tensor
     """(B, G, K) int64 items (rows of the trie)."""
     logprobs: Tensor
-    """(B, G, K, L) nats, at temperature 1, of each code; 0 after an item's last code."""
+    """(B, G, K, L) nats of each code, at the temperature of the draw (1 for greedy); 0 after an item's last code."""
 
 
 @torch.no_grad()
@@ -38,20 +39,26 @@ def write_slates(
     k: int,
     slates: int = 1,
     temperature: float = 1.0,
+    top_p: float = 1.0,
     excluded: Tensor | None = None,
+    uniforms: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Slates:
     """Write `slates` slates of `k` distinct items for each history (B, T) with lengths (B,).
 
-    `temperature` 0 is greedy: the most probable code at each step. Sampling draws from softmax(logits / temperature)
-    with `generator`. `excluded` (B, X) items, -1 = none, never appear.
+    `temperature` 0 is greedy: the most probable code at each step. `top_p` below 1 draws only among the most probable
+    codes that together hold that share; log-probabilities stay those of the whole distribution. `excluded` (B, X)
+    items, -1 = none, never appear. The draws are the inverse of the distribution function at `uniforms` (B, G, K, L) in
+    [0, 1), from `generator` if not given, so that a user's slates do not hang on who else is in the batch.
 
     Raises: SettingsError where the catalogue minus the excluded has fewer than `k` items, or for a temperature
-    below 0.
+    below 0 or a `top_p` outside (0, 1].
     """
     if temperature < 0:
         raise SettingsError(f"temperature is {temperature}; expected 0 (greedy) or above")
-    batch, device = len(items), policy.codes.device
+    if not 0 < top_p <= 1:
+        raise SettingsError(f"top_p is {top_p}; expected above 0, at most 1")
+    batch, device, n_codes = len(items), policy.codes.device, policy.codes.shape[1]
     barred = torch.full((batch, 0), NO_ITEM, device=device) if excluded is None else excluded
     most = int((barred >= 0).sum(dim=1).max()) if barred.numel() else 0
     n_sequences = int(policy.trie.size[ROOT])
@@ -59,58 +66,158 @@ def write_slates(
         raise SettingsError(
             f"k is {k} with {most} excluded items, and the catalogue has {n_sequences}; expected a smaller slate"
         )
-    context = policy.encode(items, lengths, slates=slates)
+    if uniforms is None:
+        uniforms = torch.rand(batch, slates, k, n_codes, generator=generator, device=device)
+    context = policy.encode(items, lengths)
+    paths = excluded_paths(policy.trie, policy.codes, barred)
     written: list[Tensor] = []
     logprobs: list[Tensor] = []
-    paths = excluded_paths(policy, barred.repeat_interleave(slates, dim=0))
     for place in range(k):
-        found, steps = _write_item(policy, policy.begin(context), paths, temperature, generator)
-        written.append(found)
-        logprobs.append(steps)
+        # All slates of a user share the first place's distribution: one prefix, and a draw for each.
+        draws = uniforms[:, :, place] if place == 0 else uniforms[:, :, place].flatten(0, 1).unsqueeze(1)
+        found, steps = _write_item(policy, policy.begin(context), paths, draws, temperature, top_p)
+        written.append(found.view(batch, slates))
+        logprobs.append(steps.view(batch, slates, n_codes))
         if place + 1 < k:
-            paths = torch.cat([paths, excluded_paths(policy, found[:, None])], dim=1)
-            context = policy.append(context, found.view(batch, slates))
-    return Slates(
-        torch.stack(written, dim=1).view(batch, slates, k),
-        torch.stack(logprobs, dim=1).view(batch, slates, k, -1),
-    )
+            if place == 0:
+                context = policy.encode(items, lengths, slates=slates)
+                paths = paths.repeat_interleave(slates, dim=0)
+            paths = torch.cat([paths, excluded_paths(policy.trie, policy.codes, found.view(-1, 1))], dim=1)
+            context = policy.append(context, written[-1])
+    return Slates(torch.stack(written, dim=2), torch.stack(logprobs, dim=2))
 
 
 def _write_item(
     policy: Policy[ContextT, PrefixT],
     prefix: PrefixT,
     paths: Tensor,
+    uniforms: Tensor,
     temperature: float,
-    generator: torch.Generator | None,
+    top_p: float,
 ) -> tuple[Tensor, Tensor]:
-    """One more item for R slates that exclude the items with `paths` (R, X, L + 1): items (R,), logprobs (R, L)."""
-    trie, device, n_rows = policy.trie, paths.device, len(paths)
-    found = torch.full((n_rows,), NO_ITEM, device=device)
-    logprobs = torch.zeros(n_rows, paths.shape[2] - 1, device=device)
-    row = torch.arange(n_rows, device=device)
+    """D more items from each of R empty prefixes that exclude the items with `paths` (R, X, L + 1).
+
+    `uniforms` (R, D, L). Returns items (R, D) and logprobs (R, D, L).
+    """
+    trie, device = policy.trie, paths.device
+    n_rows, draws, n_codes = uniforms.shape
+    found = torch.full((n_rows * draws,), NO_ITEM, device=device)
+    logprobs = torch.zeros(n_rows * draws, n_codes, device=device)
+    # Row of the prefix, place in `found`: at the root D draws from each prefix, then one from each.
+    source, slot = torch.arange(n_rows, device=device), torch.arange(n_rows * draws, device=device).view(n_rows, draws)
     states = torch.full((n_rows,), ROOT, device=device)
-    for level in range(paths.shape[2] - 1):
-        children = trie.children(states)
-        children = children.select(has_free_item(trie, children, paths[row, :, level + 1]))
-        logits = policy.child_logits(prefix, children)
-        steps = group_log_softmax(logits, children.parent, len(row))
-        preference = steps
-        if temperature > 0:
-            # Gumbel-max: the largest of logit / temperature + noise is a draw from the softmax.
-            uniform = torch.rand(len(logits), generator=generator, device=device)
-            preference = logits / temperature - (-uniform.clamp(min=1e-20).log()).log()
-        table, position = pad_groups(preference, children.parent, len(row), -math.inf)
-        child_at = torch.zeros(table.numel(), dtype=torch.int64, device=device)
-        child_at[position] = torch.arange(len(logits), device=device)
-        best = table.argmax(dim=1) + torch.arange(len(row), device=device) * table.shape[1]
-        chosen = child_at[best]
-        node = children.node[chosen]
-        logprobs[row, level] = steps[chosen]
+    for level in range(n_codes):
+        table, first = _legal_table(policy, prefix, states, paths[source, :, level + 1], level, temperature)
+        place = _draw(table, uniforms.view(-1, n_codes)[slot, level], temperature, top_p)
+        logprobs[slot.flatten(), level] = table.gather(1, place).flatten()
+        node = (first[:, None] + place).flatten()
+        owner = torch.arange(len(states), device=device).repeat_interleave(place.shape[1])
+        slot, source = slot.flatten(), source[owner]
         ends = trie.is_decided(node)
-        found[row[ends]] = trie.only_item(node[ends])
-        row, states = row[~ends], node[~ends]
-        if len(row) == 0:
+        found[slot[ends]] = trie.only_item(node[ends])
+        states, source, slot = node[~ends], source[~ends], slot[~ends].unsqueeze(1)
+        if len(states) == 0:
             break
-        kept = (~ends).nonzero()[:, 0]
-        prefix = policy.step(prefix, kept, children.token[chosen][kept])
-    return found, logprobs
+        prefix = policy.step(prefix, owner[~ends], trie.token[states].long())
+    return found.view(n_rows, draws), logprobs.view(n_rows, draws, n_codes)
+
+
+def _legal_table(
+    policy: Policy[ContextT, PrefixT],
+    prefix: PrefixT,
+    states: Tensor,
+    excluded: Tensor,
+    level: int,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (R, W) of the children of states (R,), -inf where used up or absent; their first nodes (R,)."""
+    trie, scale = policy.trie, temperature or 1.0
+    first = trie.first_child[states].long()
+    if level == 0:
+        logits = policy.root_logits(prefix) / scale
+    else:
+        children = trie.children(states)
+        logits, _ = pad_groups(
+            policy.child_logits(prefix, children) / scale, children.parent, len(states), -math.inf
+        )
+    if excluded.shape[1]:
+        logits = logits.index_put(used_up(trie, states, excluded), logits.new_tensor(-math.inf))
+    return logits.log_softmax(dim=1), first
+
+
+def _draw(table: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Columns (R, D) drawn from log-probabilities (R, W) at uniforms (R, D): the first whose share exceeds u."""
+    if temperature == 0:
+        return table.argmax(dim=1, keepdim=True).expand(-1, uniforms.shape[1])
+    shares = table.double().exp()
+    if top_p < 1:
+        ordered, order = shares.sort(dim=1, descending=True)
+        outside = ordered.cumsum(dim=1) - ordered >= top_p
+        shares = shares.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), 0.0)
+    below = shares.cumsum(dim=1)
+    total = below[:, -1:]
+    last = (below < total).sum(dim=1, keepdim=True)  # the last column with a share, should u be rounded up to 1
+    return torch.minimum(torch.searchsorted(below, uniforms.double() * total, right=True), last)
+
+
+def slate_logprobs(
+    policy: Policy[ContextT, PrefixT],
+    items: Tensor,
+    lengths: Tensor,
+    slates: Tensor,
+    *,
+    temperature: float = 1.0,
+    excluded: Tensor | None = None,
+) -> Tensor:
+    """Log-probabilities (B, G, K, L), with gradient, of the codes of given slates (B, G, K) after histories (B, T).
+
+    The distribution is that of `write_slates`: at the same weights it gives back the log-probabilities that were
+    stored. Each history is encoded once, and the first place's distribution is computed once for all G slates.
+    """
+    batch, n_slates, k = slates.shape
+    trie, codes, device = policy.trie, policy.codes, slates.device
+    context = policy.encode(items, lengths)
+    barred = torch.full((batch, 0), NO_ITEM, device=device) if excluded is None else excluded
+    user = torch.arange(batch, device=device)[:, None, None]
+    source = user.expand(-1, n_slates, 1)  # the row of `begin` that each place is decoded from
+    if k > 1:
+        context = policy.extend(context, slates[:, :, :-1])
+        states_per_user = 1 + n_slates * (k - 1)
+        later = 1 + torch.arange(n_slates * (k - 1), device=device).view(1, n_slates, k - 1)
+        source = torch.cat([source * states_per_user, user * states_per_user + later], dim=2)
+        # Before place p of a slate, its first p items are used.
+        used = torch.ones(k - 1, k - 1, dtype=torch.bool, device=device).tril()
+        before = slates[:, :, None, :-1].masked_fill(~used, NO_ITEM).flatten(1, 2)
+        before = torch.cat([before.new_full((batch, 1, k - 1), NO_ITEM), before], dim=1)
+        history = barred[:, None].expand(-1, states_per_user, -1)
+        barred = torch.cat([history, before], dim=2).flatten(0, 1)
+    prefix = policy.begin(context)
+    paths = excluded_paths(trie, codes, barred)
+    source, own = source.flatten(), codes[slates.flatten()]
+    nodes = trie.walk(own)
+    root = torch.full((len(paths),), ROOT, device=device)
+    table, first = _legal_table(policy, prefix, root, paths[:, :, 1], 0, temperature)
+    columns = [table[source, nodes[:, 1] - first[0]]]
+    live = torch.arange(len(own), device=device)
+    owner = source
+    for level in range(1, own.shape[1]):
+        going = ~trie.is_decided(nodes[live, level])
+        live, owner = live[going], owner[going]
+        column = torch.zeros(len(own), device=device)
+        if len(live):
+            states = nodes[live, level]
+            prefix = policy.step(prefix, owner, own[live, level - 1])
+            children = trie.children(states)
+            free = has_free_item(trie, states, children, paths[source[live], :, level + 1])
+            children = children.select(free)
+            logits = policy.child_logits(prefix, children) / temperature
+            steps = group_log_softmax(logits, children.parent, len(live))
+            column = column.index_put((live,), steps[children.node == nodes[live, level + 1][children.parent]])
+            owner = torch.arange(len(live), device=device)
+        columns.append(column)
+    return torch.stack(columns, dim=1).view(batch, n_slates, k, -1)
+
+
+def counted_codes(codes: Tensor, slates: Tensor) -> Tensor:
+    """(B, G, K, L) bool: the codes that count in a slate's mean, which are all that its items have."""
+    return codes[slates] != PADDING

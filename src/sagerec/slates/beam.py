@@ -18,9 +18,8 @@ from sagerec.core.groups import group_log_softmax, pad_groups
 from sagerec.core.trie import ROOT
 from sagerec.errors import SettingsError
 from sagerec.policies.protocol import ContextT, Policy, PrefixT
-from sagerec.slates.legal import has_free_item
+from sagerec.slates.legal import NO_ITEM, excluded_paths, has_free_item
 
-NO_ITEM = -1
 ROUNDING = 1e-3
 """Nats by which sums of float32 log-probabilities may be off."""
 
@@ -61,7 +60,7 @@ def beam_lists(
     pruned = torch.full((n_users,), -math.inf, device=device)
     items = torch.full((n_users, k), NO_ITEM, device=device)
     logprobs = torch.full((n_users, k), -math.inf, device=device)
-    paths = None if excluded is None else excluded_paths(policy, excluded)
+    paths = None if excluded is None else excluded_paths(trie, policy.codes, excluded)
     n_excluded = torch.zeros_like(user) if excluded is None else (excluded >= 0).sum(dim=1)
     prefix = policy.begin(context)
     level = 0
@@ -70,7 +69,7 @@ def beam_lists(
         step = group_log_softmax(policy.child_logits(prefix, children), children.parent, len(states))
         totals = scores[children.parent] + step
         if paths is not None:
-            free = has_free_item(trie, children, paths[user, :, level + 1])
+            free = has_free_item(trie, states, children, paths[user, :, level + 1])
             totals = totals.masked_fill(~free, -math.inf)
         owner = user[children.parent]
         # One more than the beams, to know the best prefix that is dropped.
@@ -118,18 +117,6 @@ def list_floor(bounds: Tensor, needed: Tensor) -> Tensor:
 def user_offsets(n_users: int, width: int, device: torch.device) -> Tensor:
     """(B, 1) where each user's row begins in a flattened (B, width) table."""
     return torch.arange(n_users, device=device)[:, None] * width
-
-
-def excluded_paths(policy: Policy[ContextT, PrefixT], excluded: Tensor) -> Tensor:
-    """States (B, X, L + 1) along the codes of excluded items (B, X); -1 for no item and after an item's end."""
-    flat = excluded.flatten()
-    known = flat >= 0
-    paths = torch.full((len(flat), policy.codes.shape[1] + 1), NO_ITEM, device=excluded.device)
-    codes = policy.codes[flat[known]]
-    paths[known] = policy.trie.walk(codes)
-    ended = torch.zeros_like(paths, dtype=torch.bool)
-    ended[known, 1:] = codes < 0
-    return paths.masked_fill(ended, NO_ITEM).view(*excluded.shape, paths.shape[1])
 
 
 def merge(items: Tensor, logprobs: Tensor, found: Tensor, scores: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,96 @@
+"""Bounds: what an objective maximises of a ratio and an advantage, and how far its gradient may go.
+
+The third of an objective's four parts. A unit is a token or a slate. Each bound returns, for every unit, the surrogate s
+(its contribution to what is maximised) and the coefficient c in closed form, defined by
+
+    ds / d log p = c A,
+
+so that a unit's gradient is c A grad log p. The tests differentiate the published surrogates and compare.
+
+Shapes: every argument is (...), one value a unit, or broadcasts against that. r = p / q is the ratio of the new to the old
+probability, A the advantage; all are detached.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Bounded(NamedTuple):
+    """One value a unit, each of the units' shape."""
+
+    surrogate: Tensor
+    """s, to be maximised."""
+    coefficient: Tensor
+    """c = (ds / d log p) / A."""
+    at_bound: Tensor
+    """bool: the bound acts, so that c is not what the ratio alone would give."""
+
+
+def unbounded(logp: Tensor, advantage: Tensor) -> Bounded:
+    """s = A log p, c = 1: REINFORCE, which knows no old policy."""
+    return Bounded(logp * advantage, torch.ones_like(logp), torch.zeros_like(logp, dtype=torch.bool))
+
+
+def clip(
+    log_ratio: Tensor, advantage: Tensor, *, low: float | Tensor, high: float | Tensor, dual: float | None = None
+) -> Bounded:
+    """s = min(r A, clip(r, 1 - low, 1 + high) A); c = r, and 0 where r > 1 + high, A > 0 or r < 1 - low, A < 0.
+
+    PPO (arXiv 1707.06347); clip-higher with high > low (DAPO, arXiv 2503.14476). `dual` bounds negatives as well:
+    s >= dual A, so c = 0 where r > dual, A < 0 (Ye et al., arXiv 1912.09729).
+    """
+    ratio = log_ratio.exp()
+    above = (advantage > 0) & (ratio > 1 + high)
+    below = (advantage < 0) & (ratio < 1 - low)
+    limited = torch.where(advantage > 0, ratio.clamp(max=1 + high), ratio.clamp(min=1 - low))
+    cut = above | below
+    if dual is not None:
+        cut = cut | ((advantage < 0) & (ratio > dual))
+        limited = torch.where(advantage < 0, limited.clamp(max=dual), limited)
+    return Bounded(limited * advantage, ratio.masked_fill(cut, 0.0), cut)
+
+
+def cap(log_ratio: Tensor, logp: Tensor, advantage: Tensor, *, most: float) -> Bounded:
+    """s = sg(min(r, most)) A log p, c = min(r, most): no gradient is cut. CISPO (arXiv 2506.13585), as in TRL."""
+    ratio = log_ratio.exp()
+    coefficient = ratio.clamp(max=most)
+    return Bounded(coefficient * advantage * logp, coefficient, ratio > most)
+
+
+def early_clip(log_ratio: Tensor, advantage: Tensor, *, low: float, high: float, margin: float) -> Bounded:
+    """`clip` on r' = p / max(q, sg(p) / (1 + high + margin)) where A < 0: c is at most 1 + high + margin there.
+
+    ECPO (OneRec, arXiv 2506.13695).
+    """
+    most = 1 + high + margin
+    early = (advantage < 0) & (log_ratio.exp() > most)
+    inner = clip(torch.where(early, torch.full_like(log_ratio, most).log(), log_ratio), advantage, low=low, high=high)
+    return inner._replace(at_bound=inner.at_bound | early)
+
+
+def gradient_bound(
+    log_ratio: Tensor,
+    logp: Tensor,
+    advantage: Tensor,
+    *,
+    boost: float | Tensor = 0.0,
+    severity: float | Tensor = 1.0,
+    boost_form: Literal["scaled", "bound"] = "scaled",
+) -> Bounded:
+    """s = p / sg(d) A, c = p / d: no unit's gradient is cut, and d bounds it.
+
+    A >= 0:  d = max(q, sg p) / (1 + b),    c = (1 + b) min(r, 1)          "scaled" (a reading of the abstract)
+             d = max(q, sg p / (1 + b)),    c = min(r, 1 + b)              "bound"
+    A <  0:  d = max(q, 1 - sg p) / kappa,  c = kappa min(r, p / (1 - p))
+
+    With boost b = 0 and severity kappa = 1, GBPO (OneRec-V2, arXiv 2508.20900); else SAGE (arXiv 2601.21452). Computed
+    from logarithms, so that p = 0 and p = 1 stay finite.
+    """
+    negative = advantage < 0
+    gain = torch.as_tensor(boost, dtype=logp.dtype, device=logp.device) + 1
+    scale = torch.where(negative, severity, gain if boost_form == "scaled" else 1.0)
+    limit = torch.where(negative, logp - logp.expm1().neg_().log_(), 0.0 if boost_form == "scaled" else gain.log())
+    coefficient = torch.minimum(log_ratio, limit).exp_() * scale
+    return Bounded(coefficient * advantage, coefficient, log_ratio > limit)

@@ -1,0 +1,373 @@
+"""Objectives: one table, one loss. An objective is ratio x advantage x bound x aggregation, and nothing else.
+
+    loss = - sum_units w s(r, A),    d loss / d log pi(o_t) = - c A w_t
+
+`policy_loss` computes value and gradient in closed form: c is the coefficient of `bounds`, w_t the weight that the
+aggregation gives to a counted token. It asks for log-probabilities and rewards and drops into any trainer.
+
+    ratio        token: r_t = pi(o_t) / pi_old(o_t);  sequence: r = exp(mean_t log r_t), the geometric mean (GSPO, SAGE)
+    advantage    raw, mean, normalised (sum, then normalise), decoupled (normalise each, then sum), decoupled-token
+    bound        none, clip, cap, early-clip, gradient, adaptive-clip
+    aggregation  slate: mean over slates of the mean over their tokens;  token: mean over all tokens;  constant: sum over
+                 tokens divided by slates x longest slate
+
+Where the paper's abstract leaves SAGE's formulas open, the reading is that of `bounds.gradient_bound`.
+
+Shapes: B contexts, G slates of each, T tokens of the longest slate, M rewards.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sagerec.core import advantages, bounds
+from sagerec.errors import NumericalError, SettingsError
+from sagerec.settings import require, require_choices
+
+LOG_RATIO_LIMIT = 20.0
+"""Log-ratios are held within +- this many nats, as in verl, so that no exponential overflows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """A row of the table. Change a setting with `dataclasses.replace`."""
+
+    name: str
+    """What it is called in reports."""
+    ratio: Literal["token", "sequence"] = "sequence"
+    """Unit of the importance ratio."""
+    advantage: Literal["raw", "mean", "normalised", "decoupled", "decoupled-token"] = "decoupled"
+    """How rewards become an advantage (`advantages`)."""
+    bound: Literal["none", "clip", "cap", "early-clip", "gradient", "adaptive-clip"] = "gradient"
+    """What limits the gradient (`bounds`); adaptive-clip is SAGE's boost and penalty on the bounds of a clip."""
+    aggregation: Literal["slate", "token", "constant"] = "slate"
+    """How units are averaged."""
+    clip_low: float = 0.2
+    """A clip's lower bound is 1 - clip_low."""
+    clip_high: float = 0.2
+    """A clip's upper bound is 1 + clip_high."""
+    dual_clip: float | None = None
+    """Upper bound of the ratio of negatives under `clip`; None for none."""
+    cap: float = 5.0
+    """Upper bound of the coefficient under `cap`."""
+    early_margin: float = 0.1
+    """Under `early-clip`, the ratio of negatives is held below 1 + clip_high + early_margin."""
+    boost: float = 0.0
+    """b = boost x coldness, or boost: what successes gain under `gradient` and `adaptive-clip`."""
+    boost_form: Literal["scaled", "bound"] = "scaled"
+    """Under `gradient`: (1 + b) scales the coefficient, or only raises its bound."""
+    boost_scope: Literal["cold", "all"] = "cold"
+    """Slates that are boosted: by their share of cold items, or all alike."""
+    entropy_penalty: float = 0.0
+    """lambda: negatives count 1 + lambda (1 - H) times, H in [0, 1] the slate's diversity."""
+    eps: float = 1e-4
+    """Added to standard deviations."""
+    trains_on_targets: bool = False
+    """A control without a policy loss: the stage continues supervised training on the same events."""
+
+    def __post_init__(self) -> None:
+        require_choices(self)
+        require(0 <= self.clip_low < 1, f"clip_low is {self.clip_low}; expected from 0 to below 1")
+        require(self.clip_high >= 0, f"clip_high is {self.clip_high}; expected 0 or above")
+        require(self.dual_clip is None or self.dual_clip > 1, f"dual_clip is {self.dual_clip}; expected above 1")
+        require(self.cap > 0, f"cap is {self.cap}; expected above 0")
+        require(self.early_margin >= 0, f"early_margin is {self.early_margin}; expected 0 or above")
+        require(self.boost >= 0, f"boost is {self.boost}; expected 0 or above")
+        require(self.entropy_penalty >= 0, f"entropy_penalty is {self.entropy_penalty}; expected 0 or above")
+        require(self.eps > 0, f"eps is {self.eps}; expected above 0")
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether boost and penalty are read."""
+        return self.bound in ("gradient", "adaptive-clip")
+
+    @property
+    def needs_diversity(self) -> bool:
+        return self.is_adaptive and self.entropy_penalty > 0
+
+    @property
+    def needs_coldness(self) -> bool:
+        return self.is_adaptive and self.boost > 0 and self.boost_scope == "cold"
+
+
+_GRPO = Objective("grpo", ratio="token", advantage="normalised", bound="clip")
+_SAGE = Objective("sage", boost=2.0, entropy_penalty=2.0)
+OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
+    {
+        row.name: row
+        for row in (
+            #                                      what differs from the line above its group
+            Objective("sft", trains_on_targets=True),
+            Objective("reinforce", ratio="token", advantage="raw", bound="none"),
+            _GRPO,
+            replace(_GRPO, name="dr_grpo", advantage="mean", aggregation="constant"),
+            replace(_GRPO, name="dapo", clip_high=0.28, aggregation="token"),
+            replace(_GRPO, name="gspo", ratio="sequence", clip_low=3e-4, clip_high=4e-4),
+            replace(_GRPO, name="cispo", bound="cap", aggregation="token"),
+            replace(_GRPO, name="gdpo", advantage="decoupled"),
+            replace(_GRPO, name="ecpo", bound="early-clip"),
+            Objective("gbpo", advantage="normalised"),
+            _SAGE,
+            replace(_SAGE, name="sage_clip", bound="adaptive-clip", boost=0.5, entropy_penalty=0.5),
+            replace(_SAGE, name="sage_no_boost", boost=0.0),
+            replace(_SAGE, name="sage_no_penalty", entropy_penalty=0.0),
+            replace(_SAGE, name="sage_coupled", advantage="normalised"),
+            replace(_SAGE, name="sage_token", ratio="token"),
+            replace(_SAGE, name="sage_bound", boost_form="bound"),
+        )
+    }
+)
+"""Every objective by name. Sources: REINFORCE (Williams 1992), GRPO (arXiv 2402.03300), Dr.GRPO (2503.20783), DAPO
+(2503.14476, without its dynamic sampling), GSPO (2507.18071), CISPO (2506.13585), GDPO (2601.05242), ECPO
+(2506.13695), GBPO (2508.20900), SAGE (2601.21452). The settings are those papers', SAGE's from validation (docs/log.md)."""
+
+
+class PolicyLoss(NamedTuple):
+    """What an objective says of a batch."""
+
+    loss: Tensor
+    """() to be minimised, with gradient to `logprobs`."""
+    advantages: Tensor
+    """(B, G), detached."""
+    coefficient: Tensor
+    """c: (B, G), or (B, G, T) for token ratios with 0 where the mask is False; detached."""
+    diagnostics: dict[str, Tensor]
+    """`ratio` and `at_bound` (bool), of the shape of the coefficient; detached."""
+
+
+class _WithGradient(torch.autograd.Function):
+    """A value whose gradient with respect to `logprobs` is known."""
+
+    @staticmethod
+    def forward(ctx: Any, logprobs: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        return upstream * ctx.saved_tensors[0], None, None
+
+
+def find_objective(objective: str | Objective) -> Objective:
+    """A row by name, or the one given. Raises: SettingsError for an unknown name."""
+    if isinstance(objective, Objective):
+        return objective
+    if objective not in OBJECTIVES:
+        raise SettingsError(f"unknown objective {objective!r}; expected one of {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[objective]
+
+
+def compute_advantages(
+    objective: str | Objective,
+    rewards: Tensor,
+    *,
+    weights: Tensor | None = None,
+    group: Tensor | None = None,
+    tokens: Tensor | None = None,
+) -> Tensor:
+    """Advantages (B, G) of rewards (B, G, M) under the objective's row.
+
+    Call it on all slates of a step, of every rank and accumulation step, and give `policy_loss` the part that it
+    needs: the statistics are then those of the global batch.
+
+    Args: weights (M,), 1 if not given; group (B, G) integer ids for ragged groups; tokens (B, G) counted tokens, for
+    `decoupled-token` alone.
+
+    Raises: NumericalError for a reward that is not finite.
+    """
+    row = find_objective(objective)
+    if rewards.ndim != 3:
+        raise SettingsError(f"rewards have shape {tuple(rewards.shape)}; expected (B, G, M): add the last dimension")
+    for name, given in (("group", group), ("tokens", tokens)):
+        if given is not None and given.shape != rewards.shape[:2]:
+            raise SettingsError(f"{name} has shape {tuple(given.shape)}; expected {tuple(rewards.shape[:2])}")
+    rewards = rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32))
+    weights = rewards.new_ones(rewards.shape[2]) if weights is None else weights.to(rewards)
+    if weights.shape != rewards.shape[2:]:
+        raise SettingsError(f"weights have shape {tuple(weights.shape)}; expected ({rewards.shape[2]},), one a reward")
+    if row.advantage == "raw":
+        found = advantages.summed(rewards, weights)
+    elif row.advantage == "mean":
+        found = advantages.mean_centred(rewards, weights, group)
+    elif row.advantage == "normalised":
+        found = advantages.group_normalised(rewards, weights, group, eps=row.eps)
+    elif row.advantage == "decoupled":
+        found = advantages.decoupled(rewards, weights, group, eps=row.eps)
+    else:
+        require(tokens is not None, "decoupled-token needs tokens (B, G): the number of counted tokens of each slate")
+        found = advantages.decoupled(rewards, weights, group, eps=row.eps, tokens=tokens)
+    if not math.isfinite(found.sum().item()):
+        raise NumericalError(f"advantages are not finite: {_first_bad('rewards', rewards)}")
+    return found
+
+
+def policy_loss(
+    objective: str | Objective,
+    *,
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    mask: Tensor,
+    rewards: Tensor | None = None,
+    weights: Tensor | None = None,
+    diversity: Tensor | None = None,
+    coldness: Tensor | None = None,
+    group: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    advantages: Tensor | None = None,
+) -> PolicyLoss:
+    """The loss of an objective, with its gradient to `logprobs`.
+
+    Args:
+        objective: a name of `OBJECTIVES`, or a row of one's own.
+        logprobs: (B, G, T) log pi(o_t) in nats under the policy that is trained.
+        old_logprobs: (B, G, T) the same under the policy that wrote the slates, stored when it did.
+        mask: (B, G, T) bool, True where a token counts; what stands elsewhere is never read.
+        rewards: (B, G, M); normalised over groups and batch as the row says. Not needed with `advantages`.
+        weights: (M,) of the rewards, 1 if not given.
+        diversity: (B, G) H in [0, 1], for an entropy penalty.
+        coldness: (B, G) share of cold items in [0, 1], for a boost of scope "cold".
+        group: (B, G) integer ids, where a group is not a row.
+        denominator: what the sum is divided by, the global number of slates (aggregation "slate"), of counted tokens
+            ("token") or slates x longest slate ("constant"). Taken from this batch if not given; with the global one,
+            losses of accumulation steps and ranks add up to that of the large batch.
+        advantages: (B, G) from `compute_advantages` on the global batch, in place of `rewards`.
+
+    A slate without a counted token adds 0. Log-ratios are held within 20 nats of 0. bfloat16 and float16 are computed
+    in float32.
+
+    Raises: SettingsError for a wrong shape or a missing argument; NumericalError where the loss is not finite.
+    """
+    row = find_objective(objective)
+    _check(row, logprobs, old_logprobs, mask, rewards, advantages, diversity, coldness)
+    counted = mask.view(torch.uint8).to(torch.promote_types(logprobs.dtype, torch.float32))
+    counts = counted.sum(dim=2)
+    if advantages is None:
+        assert rewards is not None
+        tokens = counts if row.advantage == "decoupled-token" else None
+        advantages = compute_advantages(row, rewards, weights=weights, group=group, tokens=tokens)
+    new, old, gain = logprobs.detach().to(counted), old_logprobs.detach().to(counted), advantages.detach().to(counted)
+    divisor = counts.clamp(min=1)
+    per_token = _token_weight(row, counts, divisor, mask.shape[2], denominator)  # (B, G), or () where all weigh alike
+    if row.ratio == "sequence":
+        logp = (new * counted).sum(dim=2) / divisor
+        log_ratio = (logp - (old * counted).sum(dim=2) / divisor).clamp_(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        found = _bound(row, log_ratio, logp, gain, diversity, coldness)
+        loss = -(found.surrogate * (per_token * counts)).sum()
+        gradient = (found.coefficient * gain * -per_token).unsqueeze(2) * counted
+    else:
+        log_ratio = (new - old).clamp_(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        parts = [None if x is None else x.unsqueeze(2) for x in (diversity, coldness)]
+        found = _bound(row, log_ratio, new, gain.unsqueeze(2), *parts)
+        weight = counted * per_token.unsqueeze(-1)
+        loss = -(found.surrogate * weight).sum()
+        gradient = found.coefficient * (gain.unsqueeze(2) * -weight)
+        found = found._replace(coefficient=found.coefficient * counted, at_bound=found.at_bound & mask)
+    if not math.isfinite(loss.item()):
+        # What stands at uncounted places is never read: it may be anything, and 0 times infinity is not 0.
+        unread = [x.detach().masked_fill(mask, 0.0).isfinite().all() for x in (logprobs, old_logprobs)]
+        if not bool(torch.stack(unread).all()):
+            return policy_loss(
+                row,
+                logprobs=logprobs.masked_fill(~mask, 0.0),
+                old_logprobs=old_logprobs.masked_fill(~mask, 0.0),
+                mask=mask,
+                advantages=gain,
+                diversity=diversity,
+                coldness=coldness,
+                denominator=denominator,
+            )
+        bad = [_first_bad(n, x) for n, x in (("logprobs", logprobs), ("old_logprobs", old_logprobs))]
+        raise NumericalError(f"the loss of {row.name} is {loss.item()}: {'; '.join(filter(None, bad)) or 'overflow'}")
+    return PolicyLoss(
+        loss=_WithGradient.apply(logprobs, loss, gradient.to(logprobs.dtype)),
+        advantages=gain,
+        coefficient=found.coefficient,
+        diagnostics={"ratio": log_ratio.exp(), "at_bound": found.at_bound},
+    )
+
+
+def _bound(
+    row: Objective, log_ratio: Tensor, logp: Tensor, gain: Tensor, diversity: Tensor | None, coldness: Tensor | None
+) -> bounds.Bounded:
+    """The row's bound on units (...), with diversity and coldness in a shape that broadcasts against them."""
+    if row.bound == "none":
+        return bounds.unbounded(logp, gain)
+    if row.bound == "clip":
+        return bounds.clip(log_ratio, gain, low=row.clip_low, high=row.clip_high, dual=row.dual_clip)
+    if row.bound == "cap":
+        return bounds.cap(log_ratio, logp, gain, most=row.cap)
+    if row.bound == "early-clip":
+        return bounds.early_clip(log_ratio, gain, low=row.clip_low, high=row.clip_high, margin=row.early_margin)
+    boost: float | Tensor = row.boost
+    if row.needs_coldness:
+        assert coldness is not None
+        boost = row.boost * coldness.to(logp)
+    penalty: float | Tensor = 0.0
+    if row.needs_diversity:
+        assert diversity is not None
+        penalty = row.entropy_penalty * (1 - diversity.to(logp))
+    if row.bound == "gradient":
+        form = row.boost_form
+        return bounds.gradient_bound(log_ratio, logp, gain, boost=boost, severity=1 + penalty, boost_form=form)
+    return bounds.clip(log_ratio, gain, low=row.clip_low + penalty, high=row.clip_high + boost)
+
+
+def _token_weight(
+    row: Objective, counts: Tensor, divisor: Tensor, longest: int, denominator: float | Tensor | None
+) -> Tensor:
+    """What one counted token weighs in the loss: (B, G), or () where all weigh alike."""
+    if row.aggregation == "slate":
+        return (divisor * (counts.numel() if denominator is None else denominator)).reciprocal_()
+    if denominator is None:
+        denominator = counts.sum().clamp(min=1) if row.aggregation == "token" else counts.numel() * max(longest, 1)
+    return torch.as_tensor(denominator, dtype=counts.dtype, device=counts.device).reciprocal()
+
+
+def _check(
+    row: Objective,
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    mask: Tensor,
+    rewards: Tensor | None,
+    given: Tensor | None,
+    diversity: Tensor | None,
+    coldness: Tensor | None,
+) -> None:
+    """Raise SettingsError for what does not fit together."""
+    if row.trains_on_targets:
+        raise SettingsError(f"{row.name} has no policy loss: it is the control that goes on with supervised training")
+    require((rewards is None) != (given is None), "expected either rewards or advantages: give one of the two")
+    if logprobs.ndim != 3:
+        raise SettingsError(f"logprobs have shape {tuple(logprobs.shape)}; expected (B, G, T)")
+    tokens, slates = logprobs.shape, logprobs.shape[:2]
+    expected = {"old_logprobs": (old_logprobs, tokens), "mask": (mask, tokens), "advantages": (given, slates)}
+    for name, (tensor, shape) in (expected | {"diversity": (diversity, slates), "coldness": (coldness, slates)}).items():
+        if tensor is not None and tensor.shape != shape:
+            raise SettingsError(f"{name} has shape {tuple(tensor.shape)}; expected {tuple(shape)}")
+    if rewards is not None and rewards.shape[:2] != slates:
+        raise SettingsError(f"rewards have shape {tuple(rewards.shape)}; expected {(*slates, 'M')}")
+    if mask.dtype != torch.bool:
+        raise SettingsError(f"mask has type {mask.dtype}; expected torch.bool, True where a token counts")
+    if row.needs_diversity and diversity is None:
+        raise SettingsError(
+            f"{row.name} needs diversity (B, G) in [0, 1] for its entropy penalty; give it, or set entropy_penalty to 0"
+        )
+    if row.needs_coldness and coldness is None:
+        raise SettingsError(
+            f"{row.name} needs coldness (B, G) in [0, 1] for its boost; give it, or set boost_scope to 'all' or boost to 0"
+        )
+
+
+def _first_bad(name: str, values: Tensor) -> str:
+    """Where values are not finite; empty where they all are."""
+    bad = (~values.isfinite()).nonzero()
+    if not len(bad):
+        return ""
+    at = bad[0].tolist()
+    return f"{name}{at} is {values[tuple(at)].item()}, expected a finite number"
