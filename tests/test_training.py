@@ -84,11 +84,10 @@ def test_batches_are_of_like_length_and_change_with_the_generator() -> None:
 
 def test_learning_rate_by_hand() -> None:
     """100 steps, 10 % warm-up to 1: step 0 gives 1/10, step 9 gives 1, step 55 is half-way down, the last near 1/50."""
-    rate = TrainSettings(learning_rate=1.0, warmup_share=0.1)
-    assert learning_rate_at(0, 100, rate) == pytest.approx(0.1)
-    assert learning_rate_at(9, 100, rate) == pytest.approx(1.0)
-    assert learning_rate_at(55, 100, rate) == pytest.approx(0.02 + 0.98 / 2)
-    assert learning_rate_at(100, 100, rate) == pytest.approx(0.02)
+    assert learning_rate_at(0, 100, 1.0, 0.1) == pytest.approx(0.1)
+    assert learning_rate_at(9, 100, 1.0, 0.1) == pytest.approx(1.0)
+    assert learning_rate_at(55, 100, 1.0, 0.1) == pytest.approx(0.02 + 0.98 / 2)
+    assert learning_rate_at(100, 100, 1.0, 0.1) == pytest.approx(0.02)
 
 
 def test_loss_is_the_mean_of_the_brute_force_logprobs() -> None:

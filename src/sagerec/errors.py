@@ -35,3 +35,7 @@ class MissingExtraError(SagerecError):
 
 class NumericalError(SagerecError):
     """A number is not finite where the mathematics asks for one."""
+
+
+class RewardError(SagerecError):
+    """A reward is unknown, impossible on this data, or gave what is no reward."""

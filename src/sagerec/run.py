@@ -22,8 +22,9 @@ import numpy as np
 
 from sagerec import artifacts
 from sagerec.catalogue.audit import EVENTS_USED, Finding, audit_order, audit_stage, read_events_used
-from sagerec.catalogue.dataset import INTERACTIONS, ITEMS, Dataset, has_manifest, read_dataset
+from sagerec.catalogue.dataset import INTERACTIONS, ITEMS, SOURCE, Dataset, has_manifest, read_dataset
 from sagerec.catalogue.splits import Part, Split, SplitSettings, make_split, read_split, write_split
+from sagerec.catalogue.store import TRUTH, Store, read_store
 from sagerec.core.metrics import first_rank, recall_at
 from sagerec.errors import ArtifactError
 from sagerec.evaluation.baselines import item_knn_lists, popularity_lists
@@ -33,6 +34,8 @@ from sagerec.policies.lazy_decoder import LazyDecoder, LazyDecoderSettings
 from sagerec.semantic_ids.build import SemanticIds, SemanticIdSettings, build_semantic_ids, read_semantic_ids
 from sagerec.settings import to_json
 from sagerec.slates.cases import list_cases
+from sagerec.training.align_settings import AlignSettings
+from sagerec.training.alignment import align_policy
 from sagerec.training.loop import TrainSettings
 from sagerec.training.supervised import read_policy, train_policy
 from sagerec.training.tracking import progress_bar
@@ -90,6 +93,10 @@ class Run:
         """The Semantic IDs."""
         return read_semantic_ids(self.folder / "semantic_ids")
 
+    def store(self) -> Store | None:
+        """The simulated store that the dataset is, None where it is none."""
+        return read_store(self.folder / "dataset") if (self.folder / "dataset" / TRUTH).is_file() else None
+
     def policy(self, name: str = "policy", *, device: str = "auto") -> LazyDecoder:
         """A trained policy of the run."""
         return read_policy(self.folder / name, self.ids(), device=device)
@@ -114,7 +121,7 @@ def prepare(dataset: Path, out: Path, settings: SplitSettings) -> Run:
             for path in sorted(p for p in dataset.iterdir() if p.is_file() and p.name != artifacts.MANIFEST):
                 shutil.copy(path, fresh / path.name)
             if has_manifest(dataset):
-                shutil.copy(dataset / artifacts.MANIFEST, fresh / "source.json")
+                shutil.copy(dataset / artifacts.MANIFEST, fresh / SOURCE)
     made_from = {"dataset": artifacts.read_manifest(target, "dataset").content_hash}
     if _is_needed(out / "split", "split", made_from=made_from, settings=to_json(settings), seed=settings.seed):
         write_split(out / "split", make_split(data, settings), settings, made_from["dataset"])
@@ -155,6 +162,33 @@ def refit(run: Run, policy_settings: LazyDecoderSettings, settings: TrainSetting
     if _is_needed(folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed):
         events = run.split.sequences(run.data, "train", "align", "valid")
         train_policy(folder, run.ids(), events, None, policy_settings, settings, made_from=made_from)
+
+
+def align(run: Run, settings: AlignSettings, *, name: str | None = None) -> str:
+    """The alignment stage of a run, from RUN/policy to RUN/policy-NAME (the objective's name, if not given).
+
+    Returns the name of the artefact.
+    """
+    folder = run.folder / f"policy-{name or settings.objective}"
+    made_from = run.hashes("dataset", "split", "semantic_ids", "policy")
+    policy_settings = run.manifest("policy").settings["policy"]
+    resolved = {"policy": policy_settings, "align": to_json(settings)}
+    if _is_needed(folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed):
+        ids = run.ids()
+        start, reference = (read_policy(run.folder / "policy", ids, device="cpu") for _ in range(2))
+        align_policy(
+            folder,
+            start,
+            reference,
+            run.data,
+            run.split,
+            ids,
+            settings,
+            store=run.store(),
+            policy_settings=policy_settings,
+            made_from=made_from,
+        )
+    return folder.name
 
 
 def evaluate(run: Run, settings: EvaluateSettings, *, name: str = "policy", device: str = "auto") -> dict[str, Any]:

@@ -19,6 +19,8 @@ from sagerec.artifacts import MANIFEST, UNREADABLE, read_manifest, write_artifac
 from sagerec.errors import DatasetError
 
 INTERACTIONS, ITEMS = "interactions.parquet", "items.parquet"
+SOURCE = "source.json"
+"""In a run's copy of a dataset, the manifest that the original had."""
 USER_ID, ITEM_ID, TIMESTAMP, SPLIT = "user_id", "item_id", "timestamp", "split"
 TITLE, CATEGORIES = "title", "categories"
 TEXT_COLUMNS = (TITLE, "brand", "text", "description")

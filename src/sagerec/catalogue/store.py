@@ -34,8 +34,8 @@ import polars as pl
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from sagerec.artifacts import check_content, read_manifest
-from sagerec.catalogue.dataset import read_dataset, read_table, write_dataset
+from sagerec.artifacts import check_content, read_json, read_manifest
+from sagerec.catalogue.dataset import SOURCE, read_dataset, read_table, write_dataset
 from sagerec.errors import ArtifactError, DatasetError
 from sagerec.settings import from_json, require, to_json
 
@@ -350,9 +350,12 @@ def read_store(folder: str | Path) -> Store:
             f"{folder} is a dataset but no simulated store: it has no {TRUTH}. `sagerec simulate DATASET` writes one"
         )
     check_content(folder, manifest)
-    if set(manifest.settings) != {field.name for field in dataclasses.fields(StoreSettings)}:
+    settings = manifest.settings
+    if not settings and (folder / SOURCE).is_file():
+        settings = read_json(folder / SOURCE).get("settings", {})  # a copy in a run folder
+    if set(settings) != {field.name for field in dataclasses.fields(StoreSettings)}:
         raise ArtifactError(
-            f"{folder}: its settings {sorted(manifest.settings)} are not those of a simulated store of this "
+            f"{folder}: its settings {sorted(settings)} are not those of a simulated store of this "
             "version; simulate it again"
         )
     try:
@@ -367,7 +370,7 @@ def read_store(folder: str | Path) -> Store:
         )
     data = read_dataset(folder)
     return Store(
-        settings=from_json(StoreSettings, manifest.settings),
+        settings=from_json(StoreSettings, settings),
         truth=Truth(**arrays),
         items=data.items,
         interactions=data.events,

@@ -29,14 +29,14 @@ class Bounded(NamedTuple):
 
 
 def unbounded(logp: Tensor, advantage: Tensor) -> Bounded:
-    """s = A log p, c = 1: REINFORCE, which knows no old policy."""
+    """S = A log p, c = 1: REINFORCE, which knows no old policy."""
     return Bounded(logp * advantage, torch.ones_like(logp), torch.zeros_like(logp, dtype=torch.bool))
 
 
 def clip(
     log_ratio: Tensor, advantage: Tensor, *, low: float | Tensor, high: float | Tensor, dual: float | None = None
 ) -> Bounded:
-    """s = min(r A, clip(r, 1 - low, 1 + high) A); c = r, and 0 where r > 1 + high, A > 0 or r < 1 - low, A < 0.
+    """S = min(r A, clip(r, 1 - low, 1 + high) A); c = r, and 0 where r > 1 + high, A > 0 or r < 1 - low, A < 0.
 
     PPO (arXiv 1707.06347); clip-higher with high > low (DAPO, arXiv 2503.14476). `dual` bounds negatives as well:
     s >= dual A, so c = 0 where r > dual, A < 0 (Ye et al., arXiv 1912.09729).
@@ -53,7 +53,7 @@ def clip(
 
 
 def cap(log_ratio: Tensor, logp: Tensor, advantage: Tensor, *, most: float) -> Bounded:
-    """s = sg(min(r, most)) A log p, c = min(r, most): no gradient is cut. CISPO (arXiv 2506.13585), as in TRL."""
+    """S = sg(min(r, most)) A log p, c = min(r, most): no gradient is cut. CISPO (arXiv 2506.13585), as in TRL."""
     ratio = log_ratio.exp()
     coefficient = ratio.clamp(max=most)
     return Bounded(coefficient * advantage * logp, coefficient, ratio > most)
@@ -79,7 +79,7 @@ def gradient_bound(
     severity: float | Tensor = 1.0,
     boost_form: Literal["scaled", "bound"] = "scaled",
 ) -> Bounded:
-    """s = p / sg(d) A, c = p / d: no unit's gradient is cut, and d bounds it.
+    """S = p / sg(d) A, c = p / d: no unit's gradient is cut, and d bounds it.
 
     A >= 0:  d = max(q, sg p) / (1 + b),    c = (1 + b) min(r, 1)          "scaled" (a reading of the abstract)
              d = max(q, sg p / (1 + b)),    c = min(r, 1 + b)              "bound"

@@ -242,6 +242,7 @@ def policy_loss(
     in float32.
 
     Raises: SettingsError for a wrong shape or a missing argument; NumericalError where the loss is not finite.
+
     """
     row = find_objective(objective)
     _check(row, logprobs, old_logprobs, mask, rewards, advantages, diversity, coldness)
@@ -347,7 +348,9 @@ def _check(
         raise SettingsError(f"logprobs have shape {tuple(logprobs.shape)}; expected (B, G, T)")
     tokens, slates = logprobs.shape, logprobs.shape[:2]
     expected = {"old_logprobs": (old_logprobs, tokens), "mask": (mask, tokens), "advantages": (given, slates)}
-    for name, (tensor, shape) in (expected | {"diversity": (diversity, slates), "coldness": (coldness, slates)}).items():
+    for name, (tensor, shape) in (
+        expected | {"diversity": (diversity, slates), "coldness": (coldness, slates)}
+    ).items():
         if tensor is not None and tensor.shape != shape:
             raise SettingsError(f"{name} has shape {tuple(tensor.shape)}; expected {tuple(shape)}")
     if rewards is not None and rewards.shape[:2] != slates:

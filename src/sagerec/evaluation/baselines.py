@@ -7,8 +7,8 @@ Shapes: n cases, N items, S sequences, K places.
 """
 
 import numpy as np
-from scipy import sparse
 
+from sagerec.catalogue.similarity import history_scores, item_similarities
 from sagerec.catalogue.splits import Cases, Sequences
 
 BATCH_CASES = 1024
@@ -49,29 +49,6 @@ def popularity_lists(
     return lists
 
 
-def item_similarities(train: Sequences, n_items: int, *, neighbours: int, shrinkage: float) -> sparse.csr_matrix:
-    """Cosine of items over training users, s_ij = n_ij / (sqrt(n_i n_j) + shrinkage), the best `neighbours` of each.
-
-    Sarwar et al. (2001); the shrinkage of Bell and Koren (2007) in the denominator.
-    """
-    user = np.repeat(np.arange(len(train)), np.diff(train.offsets))
-    ones = np.ones(len(user), dtype=np.float32)
-    taken = sparse.csr_matrix((ones, (user, train.items)), shape=(len(train), n_items))
-    taken.data[:] = 1
-    together = (taken.T @ taken).tocsr()
-    counts = together.diagonal()
-    together.setdiag(0)
-    together.eliminate_zeros()
-    pairs = together.tocoo()
-    cosine = pairs.data / (np.sqrt(counts[pairs.row] * counts[pairs.col]) + shrinkage)
-    # Keep the best of each row: sort by row, then by falling similarity, and cut at the rank.
-    order = np.lexsort((pairs.col, -cosine, pairs.row))
-    row = pairs.row[order]
-    first = np.searchsorted(row, np.arange(n_items))
-    kept = order[np.arange(len(row)) - first[row] < neighbours]
-    return sparse.csr_matrix((cosine[kept], (pairs.row[kept], pairs.col[kept])), shape=(n_items, n_items))
-
-
 def item_knn_lists(
     train: Sequences,
     cases: Cases,
@@ -90,12 +67,9 @@ def item_knn_lists(
     for begin in range(0, len(cases), BATCH_CASES):
         index = np.arange(begin, min(begin + BATCH_CASES, len(cases)))
         history, lengths = cases.histories(index, max_items)
-        inside = np.arange(history.shape[1]) < lengths[:, None]
-        weight = decay ** (lengths[:, None] - 1 - np.arange(history.shape[1]))
-        user = np.broadcast_to(np.arange(len(index))[:, None], history.shape)
-        profile = sparse.csr_matrix((weight[inside], (user[inside], history[inside])), shape=(len(index), n_items))
-        scores = np.asarray((profile @ similar).todense())
+        scores = history_scores(similar, history, lengths, decay=decay)
         if exclude_history:
-            scores[user[inside], history[inside]] = -np.inf
+            inside = np.arange(history.shape[1]) < lengths[:, None]
+            scores[np.nonzero(inside)[0], history[inside]] = -np.inf
         lists[index] = top_k(scores, k)
     return lists

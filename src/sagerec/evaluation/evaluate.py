@@ -19,8 +19,8 @@ from sagerec.catalogue.dataset import Dataset
 from sagerec.catalogue.splits import Cases, Sequences, Split, train_counts
 from sagerec.core import metrics
 from sagerec.errors import DatasetError
-from sagerec.evaluation.clusters import item_clusters
 from sagerec.semantic_ids.build import SemanticIds
+from sagerec.semantic_ids.clusters import item_clusters
 from sagerec.settings import require, require_choices, to_json
 
 BUCKET_EDGES = (5, 10, 20, 50)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sagerec.core.groups import group_log_softmax, pad_groups
-from sagerec.core.trie import PADDING, ROOT
+from sagerec.core.trie import ROOT
 from sagerec.errors import SettingsError
 from sagerec.policies.protocol import ContextT, Policy, PrefixT
 from sagerec.slates.legal import NO_ITEM, excluded_paths, has_free_item, used_up
@@ -28,6 +28,15 @@ class Slates(NamedTuple):
     """(B, G, K) int64 items (rows of the trie)."""
     logprobs: Tensor
     """(B, G, K, L) nats of each code, at the temperature of the draw (1 for greedy); 0 after an item's last code."""
+
+
+class SlateLogprobs(NamedTuple):
+    """Log-probabilities of given slates, with gradient."""
+
+    logprobs: Tensor
+    """(B, G, K, L) nats of each code; 0 where only one is legal, and after an item's last code."""
+    entropy: Tensor
+    """() mean entropy in nats of the first code, over the contexts and the places of the slates."""
 
 
 @torch.no_grad()
@@ -137,9 +146,7 @@ def _legal_table(
         logits = policy.root_logits(prefix) / scale
     else:
         children = trie.children(states)
-        logits, _ = pad_groups(
-            policy.child_logits(prefix, children) / scale, children.parent, len(states), -math.inf
-        )
+        logits, _ = pad_groups(policy.child_logits(prefix, children) / scale, children.parent, len(states), -math.inf)
     if excluded.shape[1]:
         logits = logits.index_put(used_up(trie, states, excluded), logits.new_tensor(-math.inf))
     return logits.log_softmax(dim=1), first
@@ -168,8 +175,8 @@ def slate_logprobs(
     *,
     temperature: float = 1.0,
     excluded: Tensor | None = None,
-) -> Tensor:
-    """Log-probabilities (B, G, K, L), with gradient, of the codes of given slates (B, G, K) after histories (B, T).
+) -> SlateLogprobs:
+    """Log-probabilities of the codes of given slates (B, G, K) after histories (B, T) with lengths (B,).
 
     The distribution is that of `write_slates`: at the same weights it gives back the log-probabilities that were
     stored. Each history is encoded once, and the first place's distribution is computed once for all G slates.
@@ -215,9 +222,5 @@ def slate_logprobs(
             column = column.index_put((live,), steps[children.node == nodes[live, level + 1][children.parent]])
             owner = torch.arange(len(live), device=device)
         columns.append(column)
-    return torch.stack(columns, dim=1).view(batch, n_slates, k, -1)
-
-
-def counted_codes(codes: Tensor, slates: Tensor) -> Tensor:
-    """(B, G, K, L) bool: the codes that count in a slate's mean, which are all that its items have."""
-    return codes[slates] != PADDING
+    entropy = -(table.exp() * table.clamp(min=torch.finfo(table.dtype).min)).sum(dim=1).mean()
+    return SlateLogprobs(torch.stack(columns, dim=1).view(batch, n_slates, k, -1), entropy)

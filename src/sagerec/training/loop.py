@@ -101,24 +101,24 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
     return nullcontext()
 
 
-def learning_rate_at(step: int, total: int, settings: TrainSettings) -> float:
-    """Linear warm-up from 0, then a cosine from 1 to 1/50, times the highest rate."""
-    warmup = max(1, round(settings.warmup_share * total))
+def learning_rate_at(step: int, total: int, highest: float, warmup_share: float) -> float:
+    """Linear warm-up from 0 over a share of the steps, then a cosine from 1 to 1/50, times the highest rate."""
+    warmup = max(1, round(warmup_share * total))
     if step < warmup:
-        return settings.learning_rate * (step + 1) / warmup
+        return highest * (step + 1) / warmup
     done = (step - warmup) / max(1, total - warmup)
-    return settings.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+    return highest * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW (betas 0.9, 0.98); vectors such as biases and norms do not decay."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), fused=True)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), fused=True)
 
 
 def validation_sample(validation: Cases | None, settings: TrainSettings) -> Cases | None:
@@ -149,7 +149,7 @@ def fit(
     """
     steps_per_epoch = math.ceil(len(windows) / settings.batch_size)
     total = steps_per_epoch * settings.epochs
-    optimizer = make_optimizer(model, settings)
+    optimizer = make_optimizer(model, settings.learning_rate, settings.weight_decay)
     progress: dict[str, Any] = {
         "fingerprint": fingerprint,
         "epoch": 0,
@@ -242,7 +242,7 @@ def _train_epoch(
     for number, index in enumerate(batches):
         step = epoch * len(batches) + number
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, total, settings)
+            group["lr"] = learning_rate_at(step, total, settings.learning_rate, settings.warmup_share)
         inputs, targets, counted = (torch.from_numpy(x).to(device) for x in windows.batch(index))
         with autocast(settings.precision, device):
             value = loss(inputs, targets, counted)

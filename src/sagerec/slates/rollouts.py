@@ -1,0 +1,102 @@
+"""Rollouts: G slates of K items for each context, and their log-probabilities under the policy that wrote them.
+
+Slates are sampled, or come from beam search: with K = 1 each of the most probable items is a slate, with K > 1 the beam
+list is one. Both kinds are scored under one distribution, that of `write_slates`, which the loss uses too.
+
+Shapes: B users, G slates of each, K places, X excluded items, L codes per item.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sagerec.core.trie import PADDING
+from sagerec.errors import SettingsError
+from sagerec.policies.protocol import ContextT, Policy, PrefixT
+from sagerec.slates.autoregressive import Slates, slate_logprobs, write_slates
+from sagerec.slates.beam import beam_lists
+from sagerec.slates.legal import NO_ITEM
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutSettings:
+    """How slates are written."""
+
+    k: int = 1
+    """Items a slate."""
+    slates: int = 32
+    """Slates a context, G."""
+    beam_slates: int | None = None
+    """Slates of the G that come from beam search: with one item a slate up to all (the default), else the beam list,
+    0 or 1 (the default is 1)."""
+    temperature: float = 1.0
+    """Of sampling, of the old log-probabilities and of the loss."""
+    top_p: float = 1.0
+    """Sample only among the most probable codes that together hold this share."""
+
+    def __post_init__(self) -> None:
+        if self.k < 1 or self.slates < 1:
+            raise SettingsError(f"k is {self.k} and slates {self.slates}; expected at least 1")
+        most = self.slates if self.k == 1 else 1
+        if self.beam_slates is not None and not 0 <= self.beam_slates <= min(most, self.slates):
+            raise SettingsError(f"beam_slates is {self.beam_slates}; expected 0 to {most} with k = {self.k}")
+        if self.temperature <= 0:
+            raise SettingsError(f"temperature is {self.temperature}; expected above 0")
+        if not 0 < self.top_p <= 1:
+            raise SettingsError(f"top_p is {self.top_p}; expected above 0, at most 1")
+
+    @property
+    def n_beams(self) -> int:
+        """`beam_slates`, with the default filled in."""
+        return self.beam_slates if self.beam_slates is not None else (self.slates if self.k == 1 else 1)
+
+
+@torch.no_grad()
+def roll_out(
+    policy: Policy[ContextT, PrefixT],
+    items: Tensor,
+    lengths: Tensor,
+    settings: RolloutSettings,
+    *,
+    excluded: Tensor | None = None,
+    uniforms: Tensor | None = None,
+) -> Slates:
+    """Slates (B, G, K) for histories (B, T) with lengths (B,), samples first, and their log-probabilities.
+
+    `uniforms` (B, samples, K, L) decide the samples. `excluded` (B, X) items, -1 = none, never appear.
+
+    Raises: SettingsError where the catalogue has too few items.
+    """
+    n_beams, parts = settings.n_beams, []
+    if settings.slates > n_beams:
+        parts.append(
+            write_slates(
+                policy,
+                items,
+                lengths,
+                k=settings.k,
+                slates=settings.slates - n_beams,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                excluded=excluded,
+                uniforms=uniforms,
+            )
+        )
+    if n_beams:
+        count = n_beams if settings.k == 1 else settings.k
+        context = policy.encode(items, lengths)
+        listed = beam_lists(policy, context, len(items), k=count, beams=count, excluded=excluded).items
+        if bool((listed == NO_ITEM).any()):
+            raise SettingsError(f"a beam of {count} items does not fit this catalogue; expected fewer slates or items")
+        slates = listed.view(len(items), n_beams, settings.k)
+        logprobs = slate_logprobs(
+            policy, items, lengths, slates, temperature=settings.temperature, excluded=excluded
+        ).logprobs
+        parts.append(Slates(slates, logprobs))
+    return Slates(torch.cat([p.items for p in parts], dim=1), torch.cat([p.logprobs for p in parts], dim=1))
+
+
+def counted_codes(codes: Tensor, slates: Tensor) -> Tensor:
+    """(B, G, K, L) bool: the codes that count in a slate's mean, all that its items have; codes (N, L)."""
+    return codes[slates] != PADDING

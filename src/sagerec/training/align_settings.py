@@ -1,0 +1,145 @@
+"""Settings of the alignment stage."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from sagerec.core.objectives import Objective, find_objective
+from sagerec.core.rewards import parse_rewards
+from sagerec.semantic_ids.clusters import ClusterKind
+from sagerec.settings import require, require_choices
+from sagerec.slates.rollouts import RolloutSettings
+
+DEFAULT_REWARDS = ("hit=1", "cold*hit=0.5", "novelty*similarity=0.1")
+CRITERION = ("recall=1", "cold_recall=0.25", "entropy=0.25")
+
+
+@dataclass(frozen=True, slots=True)
+class AlignSettings:
+    """How a policy is aligned."""
+
+    objective: str = "sage"
+    """A row of the table of objectives; `sft` is the control."""
+    reward: tuple[str, ...] = DEFAULT_REWARDS
+    """NAME=WEIGHT or NAME*NAME=WEIGHT, one for each reward."""
+    boost: float | None = None
+    """In place of the objective's own; so are the next six."""
+    boost_form: Literal["scaled", "bound"] | None = None
+    """See `boost`."""
+    boost_scope: Literal["cold", "all"] | None = None
+    """See `boost`."""
+    entropy_penalty: float | None = None
+    """See `boost`."""
+    clip_low: float | None = None
+    """See `boost`."""
+    clip_high: float | None = None
+    """See `boost`."""
+    cap: float | None = None
+    """See `boost`."""
+    k: int = 1
+    """Items a slate."""
+    slates: int = 32
+    """Slates a context, G."""
+    beam_slates: int | None = None
+    """Slates of the G that come from beam search: with one item a slate all by default, else the beam list (1)."""
+    temperature: float = 1.0
+    """Of sampling, and of the log-probabilities in the loss."""
+    top_p: float = 1.0
+    """Sample only among the most probable codes that together hold this share."""
+    credit: Literal["slate", "item"] = "slate"
+    """What a reward is credited to: the slate, or the item that earned it (its own codes alone)."""
+    clusters: ClusterKind = "coarse"
+    """Clusters by which diversity is measured; over hundreds of small ones every slate looks diverse."""
+    cold_max_count: int = 5
+    """Items with at most this many training interactions are cold."""
+    history: Literal["auto", "keep", "exclude"] = "auto"
+    """Whether items of the history may be recommended; auto excludes them where no training user had one twice."""
+    epochs: int = 1
+    """Passes over the reserved events."""
+    round_users: int = 512
+    """Contexts that are rolled out at a time; the policy is at most round_users / batch_users x passes updates older."""
+    batch_users: int = 128
+    """Contexts of an update."""
+    passes: int = 1
+    """Times that each round's rollouts are gone through."""
+    learning_rate: float = 5e-4
+    """Highest learning rate of AdamW."""
+    weight_decay: float = 0.01
+    """Weight decay of the matrices."""
+    warmup_share: float = 0.05
+    """Share of the updates in which the learning rate rises from 0; a cosine to a fiftieth follows."""
+    clip_norm: float = 1.0
+    """Largest norm of the gradient."""
+    policy_weight: float = 1.0
+    """Weight of the policy loss."""
+    sft_weight: float = 0.1
+    """Weight of the next-item loss on the reserved events, the anchor."""
+    kl_weight: float = 0.0
+    """Weight of the KL divergence to the policy that alignment started from (k3 estimator)."""
+    entropy_weight: float = 0.0
+    """Weight of the entropy bonus (first code, nats)."""
+    validations: int = 4
+    """Validations on the way, the last at the end; 0 keeps the last weights."""
+    validation_users: int = 10_000
+    """Validation cases, at most."""
+    criterion: tuple[str, ...] = CRITERION
+    """METRIC=WEIGHT: the policy kept is that with the highest sum of weight x (metric / metric at the start); recall, ndcg,
+    cold_recall, entropy (coarse clusters) and coverage, all at 10."""
+    checkpoint_every: int = 5
+    """Rounds between checkpoints."""
+    tensorboard: bool = False
+    """Write TensorBoard records beside metrics.jsonl (extra `tensorboard`)."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
+    seed: int = 0
+    """Seed of the order of events, of samples and of dropout."""
+
+    def __post_init__(self) -> None:
+        require_choices(self)
+        parse_rewards(self.reward)
+        parse_criterion(self.criterion)
+        self.row, self.rollout  # raise SettingsError for what they cannot take
+        for name in ("epochs", "round_users", "batch_users", "passes", "checkpoint_every"):
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; expected at least 1")
+        for name in ("learning_rate", "clip_norm"):
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; expected above 0")
+        for name in ("weight_decay", "policy_weight", "sft_weight", "kl_weight", "entropy_weight", "validations"):
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; expected 0 or above")
+        require(0 <= self.warmup_share < 1, f"warmup_share is {self.warmup_share}; expected from 0 to below 1")
+        require(self.cold_max_count >= 0, f"cold_max_count is {self.cold_max_count}; expected 0 or above")
+        require(
+            not (self.credit == "item" and self.k == 1),
+            "credit 'item' with one item a slate; expected k above 1, or credit 'slate'",
+        )
+
+    @property
+    def row(self) -> Objective:
+        """The objective with the settings that are given here."""
+        names = ("boost", "boost_form", "boost_scope", "entropy_penalty", "clip_low", "clip_high", "cap")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return replace(find_objective(self.objective), **given)
+
+    @property
+    def rollout(self) -> RolloutSettings:
+        """How slates are written."""
+        return RolloutSettings(self.k, self.slates, self.beam_slates, self.temperature, self.top_p)
+
+
+CRITERION_METRICS = ("recall", "ndcg", "cold_recall", "entropy", "coverage")
+
+
+def parse_criterion(parts: tuple[str, ...]) -> dict[str, float]:
+    """`("recall=1", "entropy=0.25")` as metric -> weight. Raises: SettingsError."""
+    weights: dict[str, float] = {}
+    for text in parts:
+        name, _, number = text.partition("=")
+        try:
+            weights[name] = float(number)
+        except ValueError:
+            weights[name] = math.nan
+        require(
+            name in CRITERION_METRICS and math.isfinite(weights[name]),
+            f"criterion {text!r}; expected METRIC=WEIGHT with one of {', '.join(CRITERION_METRICS)}",
+        )
+    require(bool(weights), "the criterion is empty; expected at least one METRIC=WEIGHT, such as recall=1")
+    return weights

@@ -1,0 +1,233 @@
+"""The alignment stage: a supervised policy becomes one that several rewards have shaped. Reads as SAGE's algorithm box.
+
+    for each round over the reserved events:
+        slates, old log-probabilities  <- G slates a context, by the policy as it is
+        rewards                        <- what each slate earns
+        advantages                     <- per reward and group, then over the whole round
+        for each minibatch, several times over: one step of AdamW on
+            policy_loss + sft_weight x next-item loss + kl_weight x KL(policy || start) - entropy_weight x entropy
+    every few rounds: validate, keep the best by the stated criterion
+
+Departures from the paper: rollouts serve several updates (old log-probabilities are stored), for at a ratio of 1 no bound
+acts; the reserved events are those that supervised training has not seen; dropout is off in rollouts and policy loss, so
+that the ratio is that of two policies and not of two masks. The control `sft` runs the same rounds and minibatches with
+the next-item loss alone.
+
+A killed run resumes to the same weights, bit for bit on a CPU: what is drawn in a round hangs on seed and round alone.
+
+Shapes: B users, G slates of each, K places, L codes per item, M rewards; units are slates, or items with credit "item".
+"""
+
+import logging
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sagerec.artifacts import write_artifact
+from sagerec.catalogue.audit import write_events_used
+from sagerec.catalogue.dataset import Dataset
+from sagerec.catalogue.splits import Cases, Split, train_counts
+from sagerec.catalogue.store import Store
+from sagerec.core import metrics
+from sagerec.core.rewards import parse_rewards
+from sagerec.errors import SettingsError
+from sagerec.policies.lazy_decoder import LazyDecoder
+from sagerec.semantic_ids.build import SemanticIds
+from sagerec.semantic_ids.clusters import item_clusters
+from sagerec.settings import to_json
+from sagerec.slates.cases import list_cases
+from sagerec.training import parallel
+from sagerec.training.align_settings import AlignSettings, parse_criterion
+from sagerec.training.batches import shuffled_batches
+from sagerec.training.checkpoints import load_checkpoint, newest_checkpoint, read_progress, save_checkpoint
+from sagerec.training.feedback import gather_facts, gather_feedback, to_device
+from sagerec.training.loop import choose_device, make_optimizer
+from sagerec.training.rounds import Stage, roll_round, update
+from sagerec.training.supervised import WEIGHTS
+from sagerec.training.tracking import METRICS, Trackers, open_trackers, progress_bar
+
+logger = logging.getLogger(__name__)
+VALIDATION_K, VALIDATION_BEAMS = 10, 20
+
+
+def validate(
+    policy: LazyDecoder, cases: Cases, data: Dataset, cold: np.ndarray, clusters: Any, *, exclude_history: bool
+) -> dict[str, float]:
+    """Recall, NDCG, Cold-Recall, Entropy (coarse clusters, bits) and coverage at 10 of beam lists of 20 beams."""
+    lists, _ = list_cases(
+        policy, cases, k=VALIDATION_K, beams=VALIDATION_BEAMS, widen=False, exclude_history=exclude_history
+    )
+    ranks = metrics.first_rank(lists, policy.listed_as(cases.targets))
+    recall = metrics.recall_at(ranks, VALIDATION_K)
+    chosen = cold[cases.targets]
+    return {
+        "valid_recall@10": float(recall.mean()),
+        "valid_ndcg@10": float(metrics.ndcg_at(ranks, VALIDATION_K).mean()),
+        "valid_cold_recall@10": float(recall[chosen].mean()) if chosen.any() else 0.0,
+        "valid_entropy@10": float(metrics.entropy_at(lists, clusters, VALIDATION_K).mean()),
+        "valid_coverage@10": metrics.coverage_at(lists, data.n_items, VALIDATION_K),
+    }
+
+
+def criterion_value(found: dict[str, float], start: dict[str, float], weights: dict[str, float]) -> float:
+    """sum_m weight_m x metric_m / metric_m at the start (x metric_m itself where that was 0)."""
+    names = {name: f"valid_{name}@10" for name in weights}
+    return sum(weight * found[names[m]] / (start[names[m]] or 1.0) for m, weight in weights.items())
+
+
+def align_policy(
+    folder: Path,
+    start: LazyDecoder,
+    reference: LazyDecoder,
+    data: Dataset,
+    split: Split,
+    ids: SemanticIds,
+    settings: AlignSettings,
+    *,
+    store: Store | None = None,
+    policy_settings: dict[str, Any],
+    made_from: dict[str, str],
+) -> LazyDecoder:
+    """Run the stage on the events of the part `align` and write its artefact to `folder`.
+
+    `start` is trained, `reference` a second copy of it that stays. Work in progress stands in `folder` + `.training`.
+
+    Raises: SettingsError where no event is reserved; RewardError for a reward that this data cannot give;
+    TrainingError where loss or gradient is not finite.
+    """
+    work = folder.with_name(folder.name + ".training")
+    cases = split.cases(data, "align")
+    if len(cases) == 0:
+        raise SettingsError(
+            "the split reserves no event for alignment, which needs events that supervised training has not seen; "
+            "make the run with --split.reserve event (or users)"
+        )
+    device = choose_device(parallel.rank_device(settings.device))
+    parallel.join_ranks(device)
+    weights = parse_rewards(settings.reward)
+    facts = gather_facts(data, split, ids, clusters=settings.clusters, cold_max_count=settings.cold_max_count)
+    train_events = split.sequences(data, "train")
+    stage = Stage(
+        settings=settings,
+        policy=start.move(device),
+        reference=reference.move(device).eval(),
+        cases=cases,
+        feedback=gather_feedback(data, split, cases, store, list(weights), facts),
+        facts=to_device(facts, device),
+        exclude_history=settings.history == "exclude"
+        or (settings.history == "auto" and not train_events.has_repeats()),
+        optimizer=make_optimizer(start, settings.learning_rate, settings.weight_decay),
+        work=work,
+        rewards=weights,
+    )
+    validation = split.cases(data, "valid").sample(settings.validation_users, np.random.default_rng(settings.seed))
+    cold = train_counts(data, split) <= settings.cold_max_count
+    clusters = item_clusters(data, ids, "coarse")
+
+    def measure() -> dict[str, float]:
+        found = {}
+        if parallel.rank() == 0:
+            found = validate(stage.policy, validation, data, cold, clusters, exclude_history=stage.exclude_history)
+        return parallel.share_from_first(found)
+
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        summary = run_rounds(stage, measure if len(validation) and settings.validations else None, made_from)
+    if parallel.rank() == 0:
+        seen = [cases.rows, *(np.arange(a, b) for a, b in zip(cases.starts, cases.rows, strict=True))]
+        resolved = {"policy": policy_settings, "align": to_json(settings)}
+        with write_artifact(
+            folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed, sizes=summary
+        ) as fresh:
+            save_file({k: v.contiguous().cpu() for k, v in stage.policy.state_dict().items()}, fresh / WEIGHTS)
+            write_events_used(fresh, np.concatenate(seen))
+            shutil.copy(work / METRICS, fresh / METRICS)
+            if (work / "tensorboard").exists():
+                shutil.copytree(work / "tensorboard", fresh / "tensorboard")
+        shutil.rmtree(work)
+    return stage.policy
+
+
+def run_rounds(stage: Stage, measure: Any, made_from: dict[str, str]) -> dict[str, Any]:
+    """The rounds of the algorithm box, from the newest checkpoint on; leaves the kept weights in the policy."""
+    settings, policy, work = stage.settings, stage.policy, stage.work
+    lengths = np.minimum(stage.cases.rows - stage.cases.starts, policy.settings.max_items)
+    per_round = max(1, settings.round_users // settings.batch_users)
+    n_batches = math.ceil(len(stage.cases) / settings.batch_users)
+    rounds_per_epoch = math.ceil(n_batches / per_round)
+    n_rounds = rounds_per_epoch * settings.epochs
+    total_steps = n_batches * settings.passes * settings.epochs
+    due = {round(n_rounds * (i + 1) / settings.validations) for i in range(settings.validations)} if measure else set()
+    fingerprint = [to_json(settings), made_from, parallel.n_ranks()]
+    progress: dict[str, Any] = {"fingerprint": fingerprint, "round": 0, "step": 0, "best": None, "seconds": 0.0}
+    best: dict[str, Tensor] = {}
+    if (checkpoint := newest_checkpoint(work)) is not None:
+        if (saved := read_progress(checkpoint))["fingerprint"] == fingerprint:
+            best, progress = load_checkpoint(checkpoint, policy, stage.optimizer), saved
+            logger.info("resuming after round %d of %d", progress["round"], n_rounds)
+        elif parallel.rank() == 0:
+            logger.info("the unfinished alignment in %s was of other inputs or settings; starting anew", work)
+            shutil.rmtree(work)
+    trackers = Trackers([])
+    if parallel.rank() == 0:
+        trackers = open_trackers(
+            work, tensorboard=settings.tensorboard, resume_step=progress["step"] if progress["round"] else -1
+        )
+    weights = parse_criterion(settings.criterion)
+    if measure and "start" not in progress:
+        progress["start"] = measure()
+        progress |= {"best": criterion_value(progress["start"], progress["start"], weights), "best_round": 0}
+        best = {name: value.detach().clone() for name, value in policy.state_dict().items()}
+        trackers.log(0, progress["start"] | {"round": 0, "criterion": progress["best"]})
+        logger.info("start: %s", describe(progress["start"]))
+    with progress_bar("aligning", n_rounds, completed=progress["round"]) as bar:
+        while progress["round"] < n_rounds:
+            started = time.perf_counter()
+            number = progress["round"]
+            epoch, place = divmod(number, rounds_per_epoch)
+            batches = shuffled_batches(lengths, settings.batch_users, np.random.default_rng([settings.seed, epoch]))
+            minibatches, logged = roll_round(stage, batches[place * per_round : (place + 1) * per_round], number)
+            figures = []
+            for pass_ in range(settings.passes):
+                for i in np.random.default_rng([settings.seed, number, pass_]).permutation(len(minibatches)):
+                    figures.append(update(stage, minibatches[i], progress["step"], total_steps))
+                    progress["step"] += 1
+            progress["round"] = number + 1
+            logged |= {name: float(np.mean([f[name] for f in figures])) for name in figures[0]}
+            seconds = time.perf_counter() - started
+            progress["seconds"] += seconds
+            if number + 1 in due:
+                found = measure()
+                logged |= found | {"criterion": criterion_value(found, progress["start"], weights)}
+                if logged["criterion"] > progress["best"]:
+                    progress |= {"best": logged["criterion"], "best_round": number + 1}
+                    best = {name: value.detach().clone() for name, value in policy.state_dict().items()}
+                logger.info("round %d of %d: %s", number + 1, n_rounds, describe(found))
+            trackers.log(progress["step"], logged | {"round": number + 1, "seconds": seconds})
+            bar.update(number + 1, f"loss {logged['loss']:.4f}")
+            if parallel.rank() == 0 and ((number + 1) % settings.checkpoint_every == 0 or number + 1 == n_rounds):
+                save_checkpoint(work, progress["step"], policy, stage.optimizer, progress=progress, best=best)
+    trackers.close()
+    if best:
+        policy.load_state_dict(best)
+    policy.eval()
+    return {
+        "rounds": progress["round"],
+        "updates": progress["step"],
+        "kept_round": progress.get("best_round", progress["round"]) if best else progress["round"],
+        "criterion": progress["best"],
+        "start": progress.get("start"),
+        "seconds": progress["seconds"],
+        "contexts": len(stage.cases),
+    }
+
+
+def describe(found: dict[str, float]) -> str:
+    """Validation metrics in a line."""
+    return ", ".join(f"{name.removeprefix('valid_')} {value:.4f}" for name, value in found.items())

@@ -1,0 +1,146 @@
+"""Facts and feedback: what the rewards of `core.rewards` need, gathered from a catalogue, a log and, maybe, a store.
+
+Shapes: B users, G slates of each, K places, N items.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from scipy import sparse
+from torch import Tensor
+
+from sagerec.catalogue.dataset import Dataset
+from sagerec.catalogue.similarity import history_scores, item_similarities
+from sagerec.catalogue.splits import Cases, Split, train_counts
+from sagerec.catalogue.store import Store
+from sagerec.core import rewards
+from sagerec.core.rewards import Facts, Membership
+from sagerec.errors import RewardError
+from sagerec.semantic_ids.build import SemanticIds
+from sagerec.semantic_ids.clusters import ClusterKind, item_clusters
+from sagerec.semantic_ids.embedders import unit_rows
+
+STORE_ANSWERS = ("click", "like", "dislike", "watch")
+LOGGED = ("click", "like", "dislike", "follow")
+NEIGHBOURS, SHRINKAGE, DECAY = 200, 5.0, 0.7
+"""Of the item-kNN whose scores are the collaborative reward."""
+
+
+def membership(table: sparse.csr_matrix) -> Membership:
+    """Membership of items in clusters from a sparse (N, Q) matrix whose rows sum to 1."""
+    counts = np.diff(table.indptr)
+    inside = np.arange(counts.max()) < counts[:, None]
+    cluster = np.full(inside.shape, -1, dtype=np.int64)
+    share = np.zeros(inside.shape, dtype=np.float32)
+    cluster[inside], share[inside] = table.indices, table.data
+    return Membership(torch.from_numpy(cluster), torch.from_numpy(share), int(table.shape[1]))
+
+
+def gather_facts(data: Dataset, split: Split, ids: SemanticIds, *, clusters: ClusterKind, cold_max_count: int) -> Facts:
+    """The facts of a catalogue; coldness and novelty come from the training part alone."""
+    counts = train_counts(data, split)
+    bits = np.log2(counts.sum() + len(counts)) - np.log2(counts + 1.0)
+    return Facts(
+        cold=torch.from_numpy(counts <= cold_max_count),
+        novelty=torch.from_numpy((bits / bits.max()).astype(np.float32)),
+        clusters=membership(item_clusters(data, ids, clusters)),
+        vectors=torch.from_numpy(unit_rows(ids.vectors)),
+        categories=membership(item_clusters(data, ids, "category")) if data.has_categories() else None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """Who answers for users: the store, where it is simulated, else the log, which knows the logged item alone."""
+
+    cases: Cases
+    """The contexts; a target's event row is its sample id."""
+    store: Store | None = None
+    """The simulated store."""
+    logged: dict[str, np.ndarray] = field(default_factory=dict)
+    """Name -> (n,) what the log says of each case's target."""
+    similar: sparse.csr_matrix | None = None
+    """(N, N) item-kNN similarities, where the collaborative reward is asked for."""
+
+    def answers(self, index: np.ndarray, history: np.ndarray, lengths: np.ndarray, slates: Tensor) -> dict[str, Tensor]:
+        """Answers (B, G, K) to slates of the cases `index` with histories (B, T): from the store, expected values."""
+        found: dict[str, Tensor] = {}
+        shape, device = slates.shape, slates.device
+        if self.store is not None:
+            flat = slates.cpu().numpy().reshape(-1, shape[2])
+            users = self.cases.users[index].repeat(shape[1])
+            last = history[np.arange(len(index)), lengths - 1].repeat(shape[1])
+            expected = self.store.expected(users, flat, last_items=last)
+            duration = self.store.truth.item_duration_seconds[flat]
+            values = (expected.click, expected.like, expected.dislike, expected.watch_seconds / duration)
+            for name, value in zip(STORE_ANSWERS, values, strict=True):
+                found[name] = torch.from_numpy(value.astype(np.float32)).view(shape).to(device)
+        targets = torch.from_numpy(self.cases.targets[index].astype(np.int64)).to(device)
+        for name, value in self.logged.items():
+            known = torch.from_numpy(value[index]).to(device)
+            found[name] = (slates == targets[:, None, None]) * known[:, None, None]
+        if self.similar is not None:
+            scores = torch.from_numpy(history_scores(self.similar, history, lengths, decay=DECAY))
+            best = scores.amax(dim=1).clamp(min=1e-9)[:, None, None]
+            picked = scores.gather(1, slates.cpu().flatten(1)).view(shape)
+            found[rewards.COLLABORATIVE] = (picked / best).float().to(device)
+        return found
+
+
+def gather_feedback(
+    data: Dataset, split: Split, cases: Cases, store: Store | None, expressions: list[str], facts: Facts
+) -> Feedback:
+    """What the rewards of `expressions` need.
+
+    Raises: RewardError for one that this data cannot give.
+    """
+    needs = set().union(*(rewards.needs_of(expression) for expression in expressions))
+    similar, logged = None, {}
+    if rewards.CATEGORIES in needs and facts.categories is None:
+        raise RewardError(
+            "the reward 'category' needs categories, and no item has one; add the column 'categories' to items.parquet "
+            "or choose 'similarity'"
+        )
+    if rewards.COLLABORATIVE in needs:
+        train = split.sequences(data, "train")
+        similar = item_similarities(train, data.n_items, neighbours=NEIGHBOURS, shrinkage=SHRINKAGE)
+    if store is None:
+        for name in sorted(needs & {*LOGGED, "watch"}):
+            logged[name] = _logged(data, cases, name)
+    elif "follow" in needs:
+        raise RewardError(f"the simulated store answers {', '.join(STORE_ANSWERS)}, not 'follow'; choose among these")
+    return Feedback(cases, store, logged, similar)
+
+
+def _logged(data: Dataset, cases: Cases, name: str) -> np.ndarray:
+    """(n,) float32 what the log says of the targets. Raises: RewardError where it has no such column."""
+    columns = ("watch_seconds", "duration_seconds") if name == "watch" else (name,)
+    for column in columns:
+        if column not in data.events.columns:
+            raise RewardError(
+                f"the reward {name!r} needs the column {column!r} of interactions.parquet, which has "
+                f"{', '.join(data.events.columns)}; add it or choose another reward"
+            )
+    if name != "watch":
+        values: np.ndarray = data.events[name].fill_null(0).cast(float).to_numpy()[cases.rows].astype(np.float32)
+        return values
+    seconds, duration = (torch.from_numpy(data.events[c].fill_null(0).cast(float).to_numpy().copy()) for c in columns)
+    users = torch.from_numpy(data.event_users.astype(np.int64))
+    disliked = None
+    if "dislike" in data.events.columns:
+        disliked = torch.from_numpy(data.events["dislike"].fill_null(0).cast(float).to_numpy().copy()) > 0
+    shaped: np.ndarray = rewards.shaped_watch_time(seconds, duration, users, disliked).numpy()[cases.rows]
+    return shaped
+
+
+def to_device(facts: Facts, device: torch.device) -> Facts:
+    """The facts on a device."""
+
+    def move(value: Membership | None) -> Membership | None:
+        return value and Membership(value.cluster.to(device), value.share.to(device), value.n_clusters)
+
+    clusters = move(facts.clusters)
+    assert clusters is not None
+    vectors = None if facts.vectors is None else facts.vectors.to(device)
+    return Facts(facts.cold.to(device), facts.novelty.to(device), clusters, vectors, move(facts.categories))

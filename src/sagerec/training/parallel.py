@@ -1,0 +1,80 @@
+"""Data-parallel helpers: what the ranks of a `torchrun` share. Without one, every call is the identity.
+
+A stage that divides by global counts and adds its gradients up gives the same update on any number of ranks.
+"""
+
+import os
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+def join_ranks(device: torch.device) -> None:
+    """Join the process group that `torchrun` announces, once: gloo on the CPU, nccl on GPUs."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def rank_device(name: str) -> str:
+    """The device setting of this rank: `auto` on a machine of several GPUs is the one of the local rank."""
+    if name == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+        return f"cuda:{os.environ['LOCAL_RANK']}"
+    return name
+
+
+def rank() -> int:
+    """This process's number, 0 without a group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def n_ranks() -> int:
+    """Processes in the group, 1 without one."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def own_share(n: int) -> slice:
+    """Which of n rows belong to this rank: every n_ranks-th."""
+    return slice(rank(), n, n_ranks())
+
+
+def gather_rows(own: Tensor, n: int) -> Tensor:
+    """All n rows, in their order, from each rank's `own_share` of them."""
+    if n_ranks() == 1:
+        return own
+    longest = -(-n // n_ranks())
+    padded = own.new_zeros(longest, *own.shape[1:])
+    padded[: len(own)] = own
+    parts = [torch.empty_like(padded) for _ in range(n_ranks())]
+    dist.all_gather(parts, padded)
+    return torch.stack(parts, dim=1).flatten(0, 1)[:n]
+
+
+def add_up(values: Tensor) -> Tensor:
+    """Sum of `values` over the ranks."""
+    if n_ranks() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def add_gradients_up(model: nn.Module) -> None:
+    """Replace every gradient by its sum over the ranks, in one message."""
+    if n_ranks() == 1:
+        return
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    dist.all_reduce(flat)
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
+
+
+def share_from_first(value: T) -> T:
+    """The first rank's value, on every rank (JSON-like values)."""
+    if n_ranks() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

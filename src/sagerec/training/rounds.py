@@ -1,0 +1,331 @@
+"""A round of alignment: slates, rewards, advantages, and the updates that they serve.
+
+Shapes: B contexts of a minibatch, G slates of each, K places, L codes per item, M rewards; units are slates, or items with
+credit "item".
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sagerec.catalogue.splits import Cases
+from sagerec.core.objectives import compute_advantages, policy_loss
+from sagerec.core.rewards import Facts, RewardInputs, compute_rewards, slate_coldness, slate_diversity
+from sagerec.errors import TrainingError
+from sagerec.policies.lazy_decoder import LazyDecoder
+from sagerec.slates.autoregressive import slate_logprobs
+from sagerec.slates.cases import distinct_rows
+from sagerec.slates.legal import NO_ITEM
+from sagerec.slates.rollouts import counted_codes, roll_out
+from sagerec.training import parallel
+from sagerec.training.align_settings import AlignSettings
+from sagerec.training.feedback import Feedback
+from sagerec.training.loop import learning_rate_at
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What a running alignment works with."""
+
+    settings: AlignSettings
+    """How."""
+    policy: LazyDecoder
+    """That is aligned."""
+    reference: LazyDecoder
+    """That alignment started from."""
+    optimizer: torch.optim.Optimizer
+    """Of the policy."""
+    cases: Cases
+    """The reserved events."""
+    exclude_history: bool
+    """Whether slates leave out what the user had."""
+    rewards: dict[str, float]
+    """Expression -> weight."""
+    facts: Facts
+    """What rewards know of the catalogue."""
+    feedback: Feedback
+    """Who answers for the users."""
+    work: Path
+    """Where a bad batch is saved."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contexts:
+    """This rank's share of a minibatch."""
+
+    total: int
+    """Contexts of the minibatch over all ranks."""
+    index: np.ndarray
+    """(B,) the cases."""
+    items: Tensor
+    """(B, T) histories."""
+    lengths: Tensor
+    """(B,) their lengths."""
+    excluded: Tensor | None
+    """(B, X) items that no slate may hold."""
+    targets: Tensor
+    """(B,) what the users took next."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rollouts:
+    """The slates of a minibatch's contexts. Units: B' = B of G slates each, or B K of G items each."""
+
+    slates: Tensor
+    """(B, G, K) items."""
+    old_logprobs: Tensor
+    """(B, G, K, L) nats, under the policy that wrote them."""
+    reference: Tensor | None
+    """(B, G, K, L) nats, under the policy that alignment started from; None where nobody asks."""
+    rewards: Tensor
+    """(B', G, M) of units."""
+    diversity: Tensor
+    """(B', G) H of the unit's slate."""
+    coldness: Tensor
+    """(B', G) share of cold items in the unit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Minibatch:
+    """What an update learns from; without rollouts, from the targets alone."""
+
+    contexts: Contexts
+    rollouts: Rollouts | None = None
+    advantages: Tensor | None = None
+    """(B', G)."""
+
+
+def as_units(x: Tensor, per_item: bool) -> Tensor:
+    """(B, G, K, …) as units: (B, G, K …) for slates; for items (B K, G, …), the group of an item being its place."""
+    return x.transpose(1, 2).flatten(0, 1) if per_item else x.flatten(2)
+
+
+def read_contexts(stage: Stage, index: np.ndarray) -> Contexts:
+    """This rank's share of the cases `index`."""
+    own, policy = index[parallel.own_share(len(index))], stage.policy
+    history, length = stage.cases.histories(own, policy.settings.max_items)
+    items, lengths = (torch.from_numpy(x).to(policy.device) for x in (history, length))
+    excluded = None
+    if stage.exclude_history:
+        inside = torch.arange(items.shape[1], device=items.device) < lengths[:, None]
+        excluded = distinct_rows(items.masked_fill(~inside, NO_ITEM))
+    targets = torch.from_numpy(policy.listed_as(stage.cases.targets[own])).to(policy.device).long()
+    return Contexts(len(index), own, items, lengths, excluded, targets)
+
+
+def roll_minibatch(stage: Stage, contexts: Contexts, generator: torch.Generator, *, with_reference: bool) -> Rollouts:
+    """Slates for the contexts and what they earn."""
+    settings, policy = stage.settings, stage.policy
+    rollout, per_item = settings.rollout, settings.credit == "item"
+    # Every rank draws for all contexts and takes its own, so that a context's slates do not hang on the ranks.
+    shape = (contexts.total, rollout.slates - rollout.n_beams, rollout.k, policy.codes.shape[1])
+    uniforms = torch.rand(shape, generator=generator)[parallel.own_share(contexts.total)].to(policy.device)
+    history = (contexts.items, contexts.lengths)
+    slates, old = roll_out(policy, *history, rollout, excluded=contexts.excluded, uniforms=uniforms)
+    reference = None
+    if with_reference:
+        with torch.no_grad():
+            reference = slate_logprobs(
+                stage.reference, *history, slates, temperature=settings.temperature, excluded=contexts.excluded
+            ).logprobs
+    inputs = RewardInputs(
+        sample_ids=torch.from_numpy(stage.cases.rows[contexts.index]),
+        slates=slates,
+        targets=contexts.targets,
+        logprobs=old.sum(dim=(2, 3)),
+        facts=stage.facts,
+        feedback=stage.feedback.answers(contexts.index, history[0].cpu().numpy(), history[1].cpu().numpy(), slates),
+    )
+    earned = compute_rewards(list(stage.rewards), inputs, per_item=per_item)
+    diversity, coldness = slate_diversity(slates, stage.facts.clusters), slate_coldness(slates, stage.facts.cold)
+    if per_item:
+        earned = earned.transpose(1, 2).flatten(0, 1)
+        diversity = as_units(diversity.unsqueeze(2).expand_as(slates), True)
+        coldness = as_units(stage.facts.cold[slates].float(), True)
+    return Rollouts(slates, old, reference, earned, diversity, coldness)
+
+
+def roll_round(stage: Stage, batches: Sequence[np.ndarray], number: int) -> tuple[list[Minibatch], dict[str, float]]:
+    """The minibatches of round `number`, with advantages over all of them and all ranks, and what is logged."""
+    settings, policy = stage.settings, stage.policy
+    contexts = [read_contexts(stage, index) for index in batches]
+    if settings.row.trains_on_targets:
+        return [Minibatch(c) for c in contexts], {}
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
+    policy.eval()
+    # The divergence is logged of the first minibatch, and of all where the loss holds it.
+    rolled = [
+        roll_minibatch(stage, c, generator, with_reference=i == 0 or settings.kl_weight > 0)
+        for i, c in enumerate(contexts)
+    ]
+    per_item = settings.credit == "item"
+    units = settings.k if per_item else 1
+    counted = [counted_codes(policy.codes, r.slates) for r in rolled]
+    gathered, tokens = [], []
+    for c, r, mask in zip(contexts, rolled, counted, strict=True):
+        gathered.append(gather_units(r.rewards, c.total, units))
+        tokens.append(gather_units(as_units(mask, per_item).sum(dim=2), c.total, units))
+    rewards = torch.cat(gathered)
+    weights = torch.tensor(list(stage.rewards.values()), device=policy.device)
+    advantages = compute_advantages(settings.row, rewards, weights=weights, tokens=torch.cat(tokens))
+    made = []
+    for c, r, part in zip(contexts, rolled, advantages.split([len(g) for g in gathered]), strict=True):
+        own = part.view(c.total, units, -1)[parallel.own_share(c.total)].flatten(0, 1)
+        made.append(Minibatch(c, r, own))
+    return made, rollout_figures(stage, made, rewards, advantages, counted)
+
+
+def gather_units(own: Tensor, n_contexts: int, units: int) -> Tensor:
+    """Units (B' over all ranks, …) in the order of the contexts, of which each has `units`."""
+    return parallel.gather_rows(own.view(-1, units, *own.shape[1:]), n_contexts).flatten(0, 1)
+
+
+def rollout_figures(
+    stage: Stage, made: list[Minibatch], rewards: Tensor, advantages: Tensor, counted: list[Tensor]
+) -> dict[str, float]:
+    """What is logged of a round's rollouts (this rank's, but for rewards and advantages)."""
+    rolled = [m.rollouts for m in made if m.rollouts is not None]
+    diversity = torch.cat([r.diversity.flatten() for r in rolled])
+    levels = torch.tensor([0.1, 0.5, 0.9], device=diversity.device)
+    hits = torch.cat(
+        [(r.slates == m.contexts.targets[:, None, None]).flatten(1).any(1) for m, r in zip(made, rolled, strict=True)]
+    )
+    items = torch.cat([r.slates.flatten(1) for r in rolled]).sort(dim=1).values
+    repeats = (items[:, 1:] == items[:, :-1]).float()
+    first = rolled[0]
+    assert first.reference is not None
+    means = rewards.flatten(0, 1).mean(dim=0).tolist()
+    return {f"reward/{name}": value for name, value in zip(stage.rewards, means, strict=True)} | {
+        "groups_with_hit": hits.float().mean().item(),
+        "advantage_std": advantages.std().item(),
+        "advantage_max": advantages.abs().max().item(),
+        **dict(
+            zip(
+                ("diversity_q10", "diversity_q50", "diversity_q90"),
+                torch.quantile(diversity, levels).tolist(),
+                strict=True,
+            )
+        ),
+        "coldness": torch.cat([r.coldness.flatten() for r in rolled]).mean().item(),
+        "kl_nats": k3(first.old_logprobs, first.reference, counted[0]).item(),
+        "invalid_rate": (items < 0).float().mean().item(),
+        "duplicate_rate": repeats.sum().item() / items.numel(),
+    }
+
+
+def k3(new: Tensor, reference: Tensor, counted: Tensor) -> Tensor:
+    """Mean over counted tokens of exp(ref - new) - (ref - new) - 1 >= 0, an estimate of KL(new || ref) in nats a token.
+
+    Schulman, "Approximating KL divergence" (2020).
+    """
+    difference = (reference - new).clamp(max=20.0)
+    return ((difference.exp() - difference - 1) * counted).sum() / counted.sum().clamp(min=1)
+
+
+def losses(stage: Stage, batch: Minibatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """This rank's part of the loss of a minibatch, and detached figures."""
+    settings, policy, contexts = stage.settings, stage.policy, batch.contexts
+    row, per_item = settings.row, settings.credit == "item"
+    share = len(contexts.index) / contexts.total
+    total = torch.zeros((), device=policy.device)
+    logged: dict[str, Tensor] = {}
+    if batch.rollouts is not None:
+        assert batch.advantages is not None
+        policy.eval()
+        slates = batch.rollouts.slates
+        new, entropy = slate_logprobs(
+            policy,
+            contexts.items,
+            contexts.lengths,
+            slates,
+            temperature=settings.temperature,
+            excluded=contexts.excluded,
+        )
+        counted = counted_codes(policy.codes, slates)
+        mask = as_units(counted, per_item)
+        n_units = mask.new_tensor(mask.shape[0] * mask.shape[1], dtype=torch.float32)
+        sizes = {"slate": n_units, "token": mask.sum().float(), "constant": n_units * mask.shape[2]}
+        found = policy_loss(
+            row,
+            logprobs=as_units(new, per_item),
+            old_logprobs=as_units(batch.rollouts.old_logprobs, per_item),
+            mask=mask,
+            advantages=batch.advantages,
+            diversity=batch.rollouts.diversity,
+            coldness=batch.rollouts.coldness,
+            denominator=parallel.add_up(sizes[row.aggregation]),
+        )
+        total = total + settings.policy_weight * found.loss
+        logged |= bound_figures(found.diagnostics, found.coefficient, batch.advantages)
+        logged |= {"policy_loss": found.loss.detach(), "entropy_nats": entropy.detach()}
+        if settings.kl_weight:
+            assert batch.rollouts.reference is not None
+            total = total + settings.kl_weight * share * k3(new, batch.rollouts.reference, counted)
+        if settings.entropy_weight:
+            total = total - settings.entropy_weight * share * entropy
+    if weight := 1.0 if row.trains_on_targets else settings.sft_weight:
+        # Dropout hangs on seed and update alone, so that a resumed run draws the same masks.
+        torch.manual_seed(settings.seed * 7_368_787 + step)
+        policy.train()
+        hidden = policy.encode(contexts.items, contexts.lengths).hidden[:, 0]
+        sft = -policy.target_logprobs(hidden, contexts.targets).sum() / contexts.total
+        total = total + weight * sft
+        logged["sft_loss_nats"] = sft.detach()
+        policy.eval()
+    return total, logged
+
+
+def bound_figures(diagnostics: dict[str, Tensor], coefficient: Tensor, advantages: Tensor) -> dict[str, Tensor]:
+    """Quantiles of the ratio, shares of units at each bound, and mean coefficients of both signs."""
+    ratio, at_bound = diagnostics["ratio"], diagnostics["at_bound"]
+    positive, negative = advantages > 0, advantages < 0
+    if ratio.ndim == 3:
+        positive, negative = (x.unsqueeze(2).expand_as(ratio) for x in (positive, negative))
+    sample = ratio.flatten()[:: max(1, ratio.numel() // 4096)].float()
+    low, middle, high = torch.quantile(sample, sample.new_tensor([0.05, 0.5, 0.95])).unbind()
+    return {
+        "ratio_q05": low,
+        "ratio_q50": middle,
+        "ratio_q95": high,
+        "share_at_upper": (at_bound & positive).float().mean(),
+        "share_at_lower": (at_bound & negative).float().mean(),
+        "coefficient_positive": (coefficient * positive).sum() / positive.sum().clamp(min=1),
+        "coefficient_negative": (coefficient * negative).sum() / negative.sum().clamp(min=1),
+    }
+
+
+def update(stage: Stage, batch: Minibatch, step: int, total_steps: int) -> dict[str, float]:
+    """One step of AdamW on a minibatch. Raises: TrainingError where loss or gradient is not finite, the batch saved."""
+    settings, policy = stage.settings, stage.policy
+    loss, logged = losses(stage, batch, step)
+    stage.optimizer.zero_grad()
+    if loss.requires_grad:
+        loss.backward()  # type: ignore[no-untyped-call]
+    parallel.add_gradients_up(policy)
+    norm = nn.utils.clip_grad_norm_(policy.parameters(), settings.clip_norm)
+    if not math.isfinite(float(norm)) or not math.isfinite(float(loss.detach())):
+        path = stage.work / f"bad-batch-{step}-rank{parallel.rank()}.safetensors"
+        tensors = {name: getattr(batch.contexts, name) for name in ("items", "lengths", "targets")}
+        if batch.rollouts is not None and batch.advantages is not None:
+            tensors |= {name: getattr(batch.rollouts, name) for name in ("slates", "old_logprobs", "rewards")}
+            tensors["advantages"] = batch.advantages
+        save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, path)
+        raise TrainingError(
+            f"loss {loss.item()} with gradient norm {norm.item()} at update {step}; the batch is saved in {path}. "
+            "Lower the learning rate, or look at the rewards in metrics.jsonl"
+        )
+    rate = learning_rate_at(step, total_steps, settings.learning_rate, settings.warmup_share)
+    for group in stage.optimizer.param_groups:
+        group["lr"] = rate
+    stage.optimizer.step()
+    return {name: value.item() for name, value in logged.items()} | {
+        "loss": float(loss.detach()),
+        "gradient_norm": float(norm),
+        "learning_rate": rate,
+    }
