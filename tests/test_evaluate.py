@@ -15,11 +15,11 @@ from sagerec.catalogue.splits import Sequences, SplitSettings, make_split
 from sagerec.core.trie import build_trie
 from sagerec.errors import DatasetError, SettingsError
 from sagerec.evaluation.baselines import item_knn_lists, item_similarities, popularity_lists, top_k
-from sagerec.semantic_ids.clusters import item_clusters
 from sagerec.evaluation.evaluate import EvaluateSettings, evaluate_lists, excludes_history
 from sagerec.evaluation.sasrec import SasRec, SasRecSettings
 from sagerec.run import Run, evaluate, evaluate_baseline
 from sagerec.semantic_ids.build import SemanticIds
+from sagerec.semantic_ids.clusters import item_clusters
 from tests.conftest import SMALL_RUN, SMALL_TRAIN
 
 

@@ -1,6 +1,19 @@
 """sagerec: preference alignment of generative recommenders."""
 
+from sagerec.core.objectives import OBJECTIVES, Objective, PolicyLoss, compute_advantages, policy_loss
+from sagerec.core.rewards import RewardInputs, register_reward
 from sagerec.recommend import Recommender, load
 
 __version__ = "0.1.0"
-__all__ = ["Recommender", "__version__", "load"]
+__all__ = [
+    "OBJECTIVES",
+    "Objective",
+    "PolicyLoss",
+    "Recommender",
+    "RewardInputs",
+    "__version__",
+    "compute_advantages",
+    "load",
+    "policy_loss",
+    "register_reward",
+]

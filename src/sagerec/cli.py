@@ -3,13 +3,14 @@
 Every flag is a field of a stage's settings, so a default and its help are written once.
 """
 
+import json
 import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -30,7 +31,9 @@ from sagerec.policies.lazy_decoder import LazyDecoderSettings
 from sagerec.recommend import Recommender, load
 from sagerec.run import BaselineName, RunSettings
 from sagerec.semantic_ids.build import SemanticIdSettings
+from sagerec.training.align_settings import AlignSettings
 from sagerec.training.loop import TrainSettings
+from sagerec.training.tracking import METRICS
 
 console = Console()
 FLAT = tyro.conf.arg(name="")
@@ -165,18 +168,38 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Align:
+    """Align the supervised policy of a run with several rewards, on events that it has not seen. A killed one resumes.
+
+    Example: sagerec align RUN --objective sage --reward hit=1 --reward cold*hit=0.5
+    """
+
+    run: Folder
+    """Run folder, made with --split.reserve event (or users)."""
+    align: Annotated[AlignSettings, FLAT] = field(default_factory=AlignSettings)
+    """How it is aligned."""
+    name: str | None = None
+    """The aligned policy becomes RUN/policy-NAME; the objective's name if not given."""
+
+    def __call__(self) -> None:
+        run = pipeline.open_run(self.run)
+        name = pipeline.align(run, self.align, name=self.name)
+        print_alignment(run, name)
+
+
+@dataclass(frozen=True)
 class Evaluate:
     """Evaluate the policy of a run over every case of a split; writes RUN/evaluation.json.
 
-    Example: sagerec evaluate RUN --k 10 20 --lists slate
+    Example: sagerec evaluate RUN --policy policy-sage --k 10 20
     """
 
     run: Folder
     """Run folder."""
     evaluate: Annotated[EvaluateSettings, FLAT] = field(default_factory=EvaluateSettings)
     """What is measured."""
-    policy: Literal["policy", "policy-refit"] = "policy"
-    """Which policy of the run."""
+    policy: str = "policy"
+    """Which policy of the run: policy, policy-refit, or an aligned one, such as policy-sage."""
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
 
@@ -246,8 +269,8 @@ class Recommend:
     """Write a slate, item after item, in place of the k most probable next items."""
     keep_history: bool = False
     """Items of the history may be recommended again."""
-    policy: Literal["policy", "policy-refit"] = "policy"
-    """Which policy of the run."""
+    policy: str = "policy"
+    """Which policy of the run: policy, policy-refit, or an aligned one, such as policy-sage."""
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
 
@@ -270,6 +293,7 @@ COMMANDS: dict[str, Callable[..., Callable[[], None]]] = {
     "prepare": Prepare,
     "ids": Ids,
     "train": Train,
+    "align": Align,
     "evaluate": Evaluate,
     "baseline": Baseline,
     "audit": Audit,
@@ -308,6 +332,20 @@ def print_ids(run: pipeline.Run) -> None:
         f"{', '.join(f'{e:.3f}' for e in sizes['reconstruction_error'])}; trie {sizes['trie_bytes'] / 1e6:.1f} MB",
         highlight=False,
     )
+
+
+def print_alignment(run: pipeline.Run, name: str) -> None:
+    """What alignment did to the validation metrics, and how to measure it on test."""
+    lines = (run.folder / name / METRICS).read_text(encoding="utf-8").splitlines()
+    sizes = run.manifest(name).sizes
+    validated = [values for values in map(json.loads, lines) if "criterion" in values]
+    if validated:
+        kept = next(values for values in validated if values["round"] == sizes["kept_round"])
+        table = Table("validation", "before", f"after (round {kept['round']} of {sizes['rounds']})", title=name)
+        for key in (*validated[0].keys() - {"step", "round", "seconds"},):
+            table.add_row(key.removeprefix("valid_"), f"{validated[0][key]:.4f}", f"{kept[key]:.4f}")
+        console.print(table)
+    console.print(f"next: sagerec evaluate {run.folder} --policy {name}", highlight=False)
 
 
 def print_reports(reports: dict[str, dict[str, Any]]) -> None:

@@ -16,8 +16,9 @@ from sagerec.errors import DatasetError
 from sagerec.policies.lazy_decoder import LazyDecoder
 from sagerec.run import open_run
 from sagerec.slates.autoregressive import write_slates
-from sagerec.slates.beam import NO_ITEM, exact_lists
+from sagerec.slates.beam import exact_lists
 from sagerec.slates.cases import distinct_rows
+from sagerec.slates.legal import NO_ITEM
 
 
 @dataclass(frozen=True, slots=True)

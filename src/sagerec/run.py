@@ -49,6 +49,8 @@ AUDITED: dict[str, tuple[Part, ...]] = {
     "policy-refit": ("train", "align", "valid"),
 }
 """Stages that learn from the log, and the parts that each may see."""
+ALIGNED_SEES: tuple[Part, ...] = ("train", "align")
+"""What an aligned policy may see: the reserved events, and the training events before them as histories."""
 KNN_GRID = [(neighbours, decay) for neighbours in (50, 200) for decay in (1.0, 0.7, 0.4)]
 """Settings of item-kNN among which validation chooses."""
 
@@ -92,6 +94,11 @@ class Run:
     def ids(self) -> SemanticIds:
         """The Semantic IDs."""
         return read_semantic_ids(self.folder / "semantic_ids")
+
+    def aligned(self) -> list[str]:
+        """Names of the aligned policies."""
+        found = (p.name for p in self.folder.glob("policy-*") if (p / artifacts.MANIFEST).is_file())
+        return sorted(name for name in found if name != "policy-refit")
 
     def store(self) -> Store | None:
         """The simulated store that the dataset is, None where it is none."""
@@ -169,6 +176,7 @@ def align(run: Run, settings: AlignSettings, *, name: str | None = None) -> str:
 
     Returns the name of the artefact.
     """
+    settings = settings.resolved()
     folder = run.folder / f"policy-{name or settings.objective}"
     made_from = run.hashes("dataset", "split", "semantic_ids", "policy")
     policy_settings = run.manifest("policy").settings["policy"]
@@ -317,7 +325,8 @@ def audit(run: Run) -> list[Finding]:
         artifacts.check_content(run.folder / name, run.manifest(name))
     audit_order(run.data, run.split)
     findings = []
-    for name, allowed in AUDITED.items():
+    aligned = {name: ALIGNED_SEES for name in run.aligned()}
+    for name, allowed in (AUDITED | aligned).items():
         folder = run.folder / name
         if not folder.is_dir():
             continue

@@ -21,7 +21,7 @@ def centre_groups(values: Tensor, group: Tensor | None = None) -> tuple[Tensor, 
         rows = rows - rows.mean(dim=2, keepdim=True)
         deviation = (rows.square().sum(dim=2, keepdim=True) / max(values.shape[1] - 1, 1)).sqrt_()
         return rows.transpose(1, 2), deviation.transpose(1, 2)
-    ids = group.flatten().unique(return_inverse=True)[1]
+    _, ids = torch.unique(group.flatten(), return_inverse=True)
     rows = values.flatten(0, 1)
     size = torch.bincount(ids).to(values.dtype)[:, None]
     sums = values.new_zeros(len(size), values.shape[2])

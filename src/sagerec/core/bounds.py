@@ -1,14 +1,14 @@
 """Bounds: what an objective maximises of a ratio and an advantage, and how far its gradient may go.
 
-The third of an objective's four parts. A unit is a token or a slate. Each bound returns, for every unit, the surrogate s
-(its contribution to what is maximised) and the coefficient c in closed form, defined by
+The third of an objective's four parts. A unit is a token or a slate. Each bound returns, for every unit, the surrogate
+s (its contribution to what is maximised) and the coefficient c in closed form, defined by
 
     ds / d log p = c A,
 
 so that a unit's gradient is c A grad log p. The tests differentiate the published surrogates and compare.
 
-Shapes: every argument is (...), one value a unit, or broadcasts against that. r = p / q is the ratio of the new to the old
-probability, A the advantage; all are detached.
+Shapes: every argument is (...), one value a unit, or broadcasts against that. r = p / q is the ratio of the new to the
+old probability, A the advantage; all are detached.
 """
 
 from typing import Literal, NamedTuple
@@ -36,7 +36,9 @@ def unbounded(logp: Tensor, advantage: Tensor) -> Bounded:
 def clip(
     log_ratio: Tensor, advantage: Tensor, *, low: float | Tensor, high: float | Tensor, dual: float | None = None
 ) -> Bounded:
-    """S = min(r A, clip(r, 1 - low, 1 + high) A); c = r, and 0 where r > 1 + high, A > 0 or r < 1 - low, A < 0.
+    """PPO's bound: the gradient of what has gone far enough is cut to zero.
+
+    s = min(r A, clip(r, 1 - low, 1 + high) A);  c = r, and 0 where r > 1 + high, A > 0 or r < 1 - low, A < 0.
 
     PPO (arXiv 1707.06347); clip-higher with high > low (DAPO, arXiv 2503.14476). `dual` bounds negatives as well:
     s >= dual A, so c = 0 where r > dual, A < 0 (Ye et al., arXiv 1912.09729).

@@ -8,8 +8,8 @@ aggregation gives to a counted token. It asks for log-probabilities and rewards 
     ratio        token: r_t = pi(o_t) / pi_old(o_t);  sequence: r = exp(mean_t log r_t), the geometric mean (GSPO, SAGE)
     advantage    raw, mean, normalised (sum, then normalise), decoupled (normalise each, then sum), decoupled-token
     bound        none, clip, cap, early-clip, gradient, adaptive-clip
-    aggregation  slate: mean over slates of the mean over their tokens;  token: mean over all tokens;  constant: sum over
-                 tokens divided by slates x longest slate
+    aggregation  slate: mean over slates of the mean over their tokens;  token: mean over all tokens;  constant: sum
+                 over tokens divided by slates x longest slate
 
 Where the paper's abstract leaves SAGE's formulas open, the reading is that of `bounds.gradient_bound`.
 
@@ -124,7 +124,8 @@ OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
 )
 """Every objective by name. Sources: REINFORCE (Williams 1992), GRPO (arXiv 2402.03300), Dr.GRPO (2503.20783), DAPO
 (2503.14476, without its dynamic sampling), GSPO (2507.18071), CISPO (2506.13585), GDPO (2601.05242), ECPO
-(2506.13695), GBPO (2508.20900), SAGE (2601.21452). The settings are those papers', SAGE's from validation (docs/log.md)."""
+(2506.13695), GBPO (2508.20900), SAGE (2601.21452). The settings are those papers', SAGE's from validation
+(docs/log.md)."""
 
 
 class PolicyLoss(NamedTuple):
@@ -149,7 +150,7 @@ class _WithGradient(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         return upstream * ctx.saved_tensors[0], None, None
 
@@ -286,7 +287,7 @@ def policy_loss(
         bad = [_first_bad(n, x) for n, x in (("logprobs", logprobs), ("old_logprobs", old_logprobs))]
         raise NumericalError(f"the loss of {row.name} is {loss.item()}: {'; '.join(filter(None, bad)) or 'overflow'}")
     return PolicyLoss(
-        loss=_WithGradient.apply(logprobs, loss, gradient.to(logprobs.dtype)),
+        loss=_WithGradient.apply(logprobs, loss, gradient.to(logprobs.dtype)),  # type: ignore[no-untyped-call]
         advantages=gain,
         coefficient=found.coefficient,
         diagnostics={"ratio": log_ratio.exp(), "at_bound": found.at_bound},
@@ -363,7 +364,7 @@ def _check(
         )
     if row.needs_coldness and coldness is None:
         raise SettingsError(
-            f"{row.name} needs coldness (B, G) in [0, 1] for its boost; give it, or set boost_scope to 'all' or boost to 0"
+            f"{row.name} needs coldness (B, G) in [0, 1] to boost; give it, or set boost to 0 or boost_scope to 'all'"
         )
 
 

@@ -1,9 +1,9 @@
 """Rewards: what a slate earns, as pure functions of the slate, the logged target and facts of the catalogue.
 
-A reward gives one value an item (B, G, K), or one a slate (B, G), in [0, 1] where not said otherwise. Rewards multiply:
-`cold*hit` pays for hits that are cold, `novelty*similarity` for novelty that is relevant, which keeps a dense reward from
-drowning a sparse one. Where a slate's value is wanted, an item reward is summed over the places if a factor says so
-(a hit is somewhere in the slate), else averaged.
+A reward gives one value an item (B, G, K), or one a slate (B, G), in [0, 1] where not said otherwise. Rewards
+multiply: `cold*hit` pays for hits that are cold, `novelty*similarity` for novelty that is relevant, which keeps a dense
+reward from drowning a sparse one. Where a slate's value is wanted, an item reward is summed over the places if a
+factor says so (a hit is somewhere in the slate), else averaged.
 
 Everything is keyed by the row of the target's event (`sample_ids`), never by text.
 
@@ -101,14 +101,14 @@ def slate_diversity(slates: Tensor, clusters: Membership) -> Tensor:
     With K = 1 the group of G slates takes the slate's place, and its H is every slate's. Items in several clusters can
     spread over more than K of them; H is held at 1. A single item in a single group has 0.
     """
-    if slates.shape[2] == 1:
-        return (
-            slate_diversity(slates.transpose(1, 2), clusters).expand(-1, slates.shape[1])
-            if slates.shape[1] > 1
-            else (torch.zeros(slates.shape[:2], device=slates.device))
-        )
+    group, k = slates.shape[1:]
+    if k == 1 and group == 1:
+        return torch.zeros(slates.shape[:2], device=slates.device)
+    if k == 1:
+        return slate_diversity(slates.transpose(1, 2), clusters).expand(-1, group)
     shares = cluster_shares(slates, clusters)
-    return (torch.special.entr(shares).sum(dim=2) / math.log(slates.shape[2])).clamp(max=1.0)
+    entropy = -torch.xlogy(shares, shares).sum(dim=2)
+    return (entropy / math.log(k)).clamp(max=1.0)
 
 
 def slate_coldness(slates: Tensor, cold: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ def category(x: RewardInputs) -> Tensor:
 
 
 def cold(x: RewardInputs) -> Tensor:
-    """1 for a cold item. Alone it pays for any of them; `cold*hit` or `cold*similarity` for relevant ones. (B, G, K)."""
+    """1 for a cold item: for any of them alone, as `cold*hit` or `cold*similarity` for relevant ones. (B, G, K)."""
     return x.facts.cold[x.slates].float()
 
 
@@ -303,7 +303,7 @@ def shaped_watch_time(
     Args: watch_seconds, duration_seconds (E,) above 0; users (E,) ids; dislikes (E,) bool.
     """
     bucket = duration_seconds.clamp(min=1).log2().floor().long()
-    group = torch.stack([users.long(), bucket], dim=1).unique(dim=0, return_inverse=True)[1]
+    _, group = torch.unique(torch.stack([users.long(), bucket], dim=1), dim=0, return_inverse=True)
     by_time = watch_seconds.argsort(stable=True)
     order = by_time[group[by_time].argsort(stable=True)]
     size = torch.bincount(group)

@@ -117,7 +117,7 @@ def _write_item(
     states = torch.full((n_rows,), ROOT, device=device)
     for level in range(n_codes):
         table, first = _legal_table(policy, prefix, states, paths[source, :, level + 1], level, temperature)
-        place = _draw(table, uniforms.view(-1, n_codes)[slot, level], temperature, top_p)
+        place = _draw(table, uniforms.reshape(-1, n_codes)[slot, level], temperature, top_p)
         logprobs[slot.flatten(), level] = table.gather(1, place).flatten()
         node = (first[:, None] + place).flatten()
         owner = torch.arange(len(states), device=device).repeat_interleave(place.shape[1])

@@ -11,7 +11,8 @@ import torch
 from sagerec.catalogue.splits import Cases
 from sagerec.policies.lazy_decoder import LazyDecoder
 from sagerec.slates.autoregressive import write_slates
-from sagerec.slates.beam import NO_ITEM, exact_lists
+from sagerec.slates.beam import exact_lists
+from sagerec.slates.legal import NO_ITEM
 
 
 def list_cases(

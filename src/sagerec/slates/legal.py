@@ -44,7 +44,7 @@ def used_up(trie: Trie, states: Tensor, excluded: Tensor) -> tuple[Tensor, Tenso
 
 
 def has_free_item(trie: Trie, states: Tensor, children: Children, excluded: Tensor) -> Tensor:
-    """(M,) bool: some item under the child is not excluded. `children` lists all those of states (R,); see `used_up`."""
+    """(M,) bool: some item under the child is not excluded; `children` are all those of states (R,). See `used_up`."""
     free = torch.ones_like(children.node, dtype=torch.bool)
     if excluded.shape[1]:
         row, place = used_up(trie, states, excluded)

@@ -18,6 +18,9 @@ from sagerec.slates.autoregressive import Slates, slate_logprobs, write_slates
 from sagerec.slates.beam import beam_lists
 from sagerec.slates.legal import NO_ITEM
 
+LEAST_BEAMS = 20
+"""Beams of a beam list, at least."""
+
 
 @dataclass(frozen=True, slots=True)
 class RolloutSettings:
@@ -85,8 +88,9 @@ def roll_out(
         )
     if n_beams:
         count = n_beams if settings.k == 1 else settings.k
+        width = max(count, LEAST_BEAMS)
         context = policy.encode(items, lengths)
-        listed = beam_lists(policy, context, len(items), k=count, beams=count, excluded=excluded).items
+        listed = beam_lists(policy, context, len(items), k=count, beams=width, excluded=excluded).items
         if bool((listed == NO_ITEM).any()):
             raise SettingsError(f"a beam of {count} items does not fit this catalogue; expected fewer slates or items")
         slates = listed.view(len(items), n_beams, settings.k)

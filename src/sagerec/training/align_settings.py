@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from tyro.conf import UseAppendAction
+
 from sagerec.core.objectives import Objective, find_objective
 from sagerec.core.rewards import parse_rewards
 from sagerec.semantic_ids.clusters import ClusterKind
@@ -20,8 +22,8 @@ class AlignSettings:
 
     objective: str = "sage"
     """A row of the table of objectives; `sft` is the control."""
-    reward: tuple[str, ...] = DEFAULT_REWARDS
-    """NAME=WEIGHT or NAME*NAME=WEIGHT, one for each reward."""
+    reward: UseAppendAction[tuple[str, ...]] = ()
+    """NAME=WEIGHT or NAME*NAME=WEIGHT, once for each reward; without any, those of DEFAULT_REWARDS."""
     boost: float | None = None
     """In place of the objective's own; so are the next six."""
     boost_form: Literal["scaled", "bound"] | None = None
@@ -57,7 +59,7 @@ class AlignSettings:
     epochs: int = 1
     """Passes over the reserved events."""
     round_users: int = 512
-    """Contexts that are rolled out at a time; the policy is at most round_users / batch_users x passes updates older."""
+    """Contexts that are rolled out at a time, for round_users / batch_users x passes updates, the staleness."""
     batch_users: int = 128
     """Contexts of an update."""
     passes: int = 1
@@ -82,9 +84,9 @@ class AlignSettings:
     """Validations on the way, the last at the end; 0 keeps the last weights."""
     validation_users: int = 10_000
     """Validation cases, at most."""
-    criterion: tuple[str, ...] = CRITERION
-    """METRIC=WEIGHT: the policy kept is that with the highest sum of weight x (metric / metric at the start); recall, ndcg,
-    cold_recall, entropy (coarse clusters) and coverage, all at 10."""
+    criterion: UseAppendAction[tuple[str, ...]] = ()
+    """METRIC=WEIGHT, once for each; without any, those of CRITERION. The policy kept is that with the highest sum of
+    weight x (metric / metric at the start) over recall, ndcg, cold_recall, entropy (coarse), coverage, at 10."""
     checkpoint_every: int = 5
     """Rounds between checkpoints."""
     tensorboard: bool = False
@@ -96,9 +98,11 @@ class AlignSettings:
 
     def __post_init__(self) -> None:
         require_choices(self)
-        parse_rewards(self.reward)
-        parse_criterion(self.criterion)
-        self.row, self.rollout  # raise SettingsError for what they cannot take
+        if self.reward:
+            parse_rewards(self.reward)
+        if self.criterion:
+            parse_criterion(self.criterion)
+        assert self.row.name, self.rollout.slates  # raise SettingsError for what they cannot take
         for name in ("epochs", "round_users", "batch_users", "passes", "checkpoint_every"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; expected at least 1")
         for name in ("learning_rate", "clip_norm"):
@@ -111,6 +115,10 @@ class AlignSettings:
             not (self.credit == "item" and self.k == 1),
             "credit 'item' with one item a slate; expected k above 1, or credit 'slate'",
         )
+
+    def resolved(self) -> "AlignSettings":
+        """The settings with default rewards and criterion filled in."""
+        return replace(self, reward=self.reward or DEFAULT_REWARDS, criterion=self.criterion or CRITERION)
 
     @property
     def row(self) -> Objective:

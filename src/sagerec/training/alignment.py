@@ -8,10 +8,10 @@
             policy_loss + sft_weight x next-item loss + kl_weight x KL(policy || start) - entropy_weight x entropy
     every few rounds: validate, keep the best by the stated criterion
 
-Departures from the paper: rollouts serve several updates (old log-probabilities are stored), for at a ratio of 1 no bound
-acts; the reserved events are those that supervised training has not seen; dropout is off in rollouts and policy loss, so
-that the ratio is that of two policies and not of two masks. The control `sft` runs the same rounds and minibatches with
-the next-item loss alone.
+Departures from the paper: rollouts serve several updates (old log-probabilities are stored), for at a ratio of 1 no
+bound acts; the reserved events are those that supervised training has not seen; dropout is off in rollouts and policy
+loss, so that the ratio is that of two policies and not of two masks. The control `sft` runs the same rounds and
+minibatches with the next-item loss alone.
 
 A killed run resumes to the same weights, bit for bit on a CPU: what is drawn in a round hangs on seed and round alone.
 

@@ -27,7 +27,7 @@ def rank_device(name: str) -> str:
 
 
 def rank() -> int:
-    """This process's number, 0 without a group."""
+    """Number of the process, 0 without a group."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -67,7 +67,7 @@ def add_gradients_up(model: nn.Module) -> None:
     parameters = [p for p in model.parameters() if p.requires_grad]
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
     dist.all_reduce(flat)
-    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+    for parameter, part in zip(parameters, torch.split(flat, [p.numel() for p in parameters]), strict=True):
         parameter.grad = part.view_as(parameter)
 
 

@@ -1,7 +1,7 @@
 """A round of alignment: slates, rewards, advantages, and the updates that they serve.
 
-Shapes: B contexts of a minibatch, G slates of each, K places, L codes per item, M rewards; units are slates, or items with
-credit "item".
+Shapes: B contexts of a minibatch, G slates of each, K places, L codes per item, M rewards; units are slates, or items
+with credit "item".
 """
 
 import math
@@ -57,7 +57,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Contexts:
-    """This rank's share of a minibatch."""
+    """The rank's share of a minibatch."""
 
     total: int
     """Contexts of the minibatch over all ranks."""
@@ -107,7 +107,7 @@ def as_units(x: Tensor, per_item: bool) -> Tensor:
 
 
 def read_contexts(stage: Stage, index: np.ndarray) -> Contexts:
-    """This rank's share of the cases `index`."""
+    """The rank's share of the cases `index`."""
     own, policy = index[parallel.own_share(len(index))], stage.policy
     history, length = stage.cases.histories(own, policy.settings.max_items)
     items, lengths = (torch.from_numpy(x).to(policy.device) for x in (history, length))
@@ -175,7 +175,7 @@ def roll_round(stage: Stage, batches: Sequence[np.ndarray], number: int) -> tupl
     weights = torch.tensor(list(stage.rewards.values()), device=policy.device)
     advantages = compute_advantages(settings.row, rewards, weights=weights, tokens=torch.cat(tokens))
     made = []
-    for c, r, part in zip(contexts, rolled, advantages.split([len(g) for g in gathered]), strict=True):
+    for c, r, part in zip(contexts, rolled, torch.split(advantages, [len(g) for g in gathered]), strict=True):
         own = part.view(c.total, units, -1)[parallel.own_share(c.total)].flatten(0, 1)
         made.append(Minibatch(c, r, own))
     return made, rollout_figures(stage, made, rewards, advantages, counted)
@@ -229,7 +229,7 @@ def k3(new: Tensor, reference: Tensor, counted: Tensor) -> Tensor:
 
 
 def losses(stage: Stage, batch: Minibatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """This rank's part of the loss of a minibatch, and detached figures."""
+    """The rank's part of the loss of a minibatch, and detached figures."""
     settings, policy, contexts = stage.settings, stage.policy, batch.contexts
     row, per_item = settings.row, settings.credit == "item"
     share = len(contexts.index) / contexts.total

@@ -110,7 +110,8 @@ def read_policy(folder: Path, ids: SemanticIds, *, device: str = "auto") -> Lazy
     manifest = read_manifest(folder, "policy")
     if manifest.made_from.get("semantic_ids") != ids.content_hash:
         raise ArtifactError(f"{folder} was trained on other Semantic IDs than those given; train it again")
-    policy = make_policy(ids, from_json(LazyDecoderSettings, manifest.settings["policy"]))
+    with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced at once
+        policy = make_policy(ids, from_json(LazyDecoderSettings, manifest.settings["policy"]))
     try:
         policy.load_state_dict(load_file(folder / WEIGHTS))
     except (OSError, RuntimeError, SafetensorError) as error:

@@ -1,0 +1,406 @@
+"""Objectives: golden values, the literal surrogates by autograd, identities, limits, and values derived by hand."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sagerec import OBJECTIVES, Objective, PolicyLoss, compute_advantages, policy_loss
+from sagerec.errors import NumericalError, SettingsError
+
+GOLDEN = json.loads((Path(__file__).parent / "data" / "objectives.json").read_text(encoding="utf-8"))
+SAGE = replace(OBJECTIVES["sage"], boost=2.0, entropy_penalty=1.0)
+ALL = replace(SAGE, boost=0.5, boost_scope="all")
+GOLDEN_ROWS = {
+    "sage": SAGE,
+    "sage_all": ALL,
+    "sage_bound": replace(ALL, boost_form="bound"),
+    "sage_no_boost": replace(SAGE, boost=0.0),
+    "sage_no_penalty": replace(SAGE, entropy_penalty=0.0),
+    "sage_coupled": replace(SAGE, advantage="normalised"),
+    "sage_clip": replace(OBJECTIVES["sage_clip"], boost=0.5, entropy_penalty=0.5),
+}
+WITH_LOSS = [name for name, row in OBJECTIVES.items() if not row.trains_on_targets]
+GRADIENT_BOUND = ["gbpo", "sage", "sage_no_boost", "sage_no_penalty", "sage_coupled", "sage_token", "sage_bound"]
+
+
+def batch(seed: int, *, b: int = 3, g: int = 4, t: int = 5, m: int = 2, spread: float = 0.5) -> dict[str, Tensor]:
+    """A random batch in float64 whose every slate counts at least one token."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    logprobs = -4 * draw(b, g, t) - 1e-3
+    mask = draw(b, g, t) < 0.8
+    mask[..., 0] = True
+    return {
+        "logprobs": logprobs,
+        "old_logprobs": (logprobs + spread * (draw(b, g, t) - 0.5)).clamp(max=-1e-6),
+        "mask": mask,
+        "rewards": draw(b, g, m),
+        "weights": 0.2 + draw(m),
+        "diversity": draw(b, g),
+        "coldness": draw(b, g),
+    }
+
+
+def run(row: str | Objective, inputs: dict[str, Any]) -> tuple[PolicyLoss, Tensor]:
+    """The loss and its gradient to the log-probabilities."""
+    logprobs = inputs["logprobs"].clone().requires_grad_()
+    found = policy_loss(row, **(inputs | {"logprobs": logprobs}))
+    return found, torch.autograd.grad(found.loss, logprobs)[0]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("case", range(len(GOLDEN["cases"])))
+def test_golden_values_of_an_independent_implementation(case: int, dtype: torch.dtype, tolerance: float) -> None:
+    golden = GOLDEN["cases"][case]
+    inputs = {k: torch.tensor(v, dtype=torch.bool if k == "mask" else dtype) for k, v in golden["inputs"].items()}
+    expected = golden["expected"]
+
+    def agrees(found: Tensor, values: Any) -> None:
+        torch.testing.assert_close(found, torch.tensor(values, dtype=dtype), rtol=tolerance, atol=tolerance)
+
+    assert len(expected["objectives"]) == 11
+    for name, values in expected["objectives"].items():
+        found, gradient = run(GOLDEN_ROWS.get(name, OBJECTIVES.get(name, name)), inputs)
+        agrees(found.loss.detach(), values["loss"])
+        agrees(gradient, values["grad"])
+        coupled = name in ("grpo", "gspo", "gbpo", "sage_coupled")
+        agrees(found.advantages, expected["advantages"]["sum_then_normalize" if coupled else "decoupled"])
+        if "coefficient" in values:
+            agrees(found.coefficient, values["coefficient"])
+        if found.diagnostics["ratio"].ndim == 2:
+            agrees(found.diagnostics["ratio"], expected["sequence_ratio"])
+
+
+def literal_loss(row: Objective, logprobs: Tensor, x: dict[str, Tensor], advantages: Tensor) -> Tensor:
+    """The twin: each objective's published surrogate in probabilities, differentiated by autograd."""
+    mask, old = x["mask"], x["old_logprobs"]
+    counts = mask.sum(2)
+    a = advantages
+    if row.ratio == "sequence":
+        p = ((logprobs * mask).sum(2) / counts).exp()
+        q = ((old * mask).sum(2) / counts).exp()
+        h, cold = x["diversity"], x["coldness"]
+    else:
+        p, q, a = logprobs.exp(), old.exp(), advantages.unsqueeze(2)
+        h, cold = x["diversity"].unsqueeze(2), x["coldness"].unsqueeze(2)
+    r, fixed = p / q, p.detach()
+    b = row.boost * (cold if row.boost_scope == "cold" else 1.0)
+    if row.bound == "none":
+        s = p.log() * a
+    elif row.bound == "clip":
+        s = torch.minimum(r * a, r.clamp(1 - row.clip_low, 1 + row.clip_high) * a)
+    elif row.bound == "cap":
+        s = r.detach().clamp(max=row.cap) * a * p.log()
+    elif row.bound == "early-clip":
+        early = torch.maximum(fixed / (1 + row.clip_high + row.early_margin), q)
+        r = torch.where(a < 0, p / early, r)
+        s = torch.minimum(r * a, r.clamp(1 - row.clip_low, 1 + row.clip_high) * a)
+    elif row.bound == "adaptive-clip":
+        low, high = 1 - row.clip_low - row.entropy_penalty * (1 - h), 1 + row.clip_high + b
+        s = torch.minimum(r * a, torch.minimum(torch.maximum(r, low), high) * a)
+    else:
+        scaled = row.boost_form == "scaled"
+        positive = torch.maximum(q, fixed) / (1 + b) if scaled else torch.maximum(q, fixed / (1 + b))
+        negative = torch.maximum(q, 1 - fixed) / (1 + row.entropy_penalty * (1 - h))
+        s = p / torch.where(a >= 0, positive, negative) * a
+    s = s.unsqueeze(2).expand_as(mask) if row.ratio == "sequence" else s
+    s = s * mask
+    if row.aggregation == "slate":
+        return -(s.sum(2) / counts).mean()
+    return -s.sum() / (counts.sum() if row.aggregation == "token" else mask.numel())
+
+
+@pytest.mark.parametrize("name", WITH_LOSS)
+@given(seed=st.integers(0, 10_000), spread=st.sampled_from([0.0, 0.3, 3.0]))
+@settings(max_examples=15, deadline=None)
+def test_value_gradient_and_coefficient_equal_autograd_of_the_published_surrogate(
+    name: str, seed: int, spread: float
+) -> None:
+    inputs, row = batch(seed, spread=spread), OBJECTIVES[name]
+    found, gradient = run(row, inputs)
+    logprobs = inputs["logprobs"].clone().requires_grad_()
+    loss = literal_loss(row, logprobs, inputs, found.advantages)
+    (expected,) = torch.autograd.grad(loss, logprobs)
+    torch.testing.assert_close(found.loss.detach(), loss.detach(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
+    if row.ratio == "sequence":
+        # c measured: the gradient with respect to the mean log-probability, over - A / n.
+        measured = expected.sum(2) * found.advantages.numel() / -found.advantages
+        torch.testing.assert_close(found.coefficient, measured, rtol=1e-8, atol=1e-10)
+
+
+@given(seed=st.integers(0, 10_000))
+@settings(max_examples=25, deadline=None)
+def test_without_boost_and_penalty_sage_is_decoupled_gbpo(seed: int) -> None:
+    inputs = batch(seed)
+    bare = replace(OBJECTIVES["sage"], boost=0.0, entropy_penalty=0.0)
+    (one, g1), (two, g2) = run(bare, inputs), run(replace(OBJECTIVES["gbpo"], advantage="decoupled"), inputs)
+    assert torch.equal(one.loss, two.loss)
+    assert torch.equal(g1, g2)
+    coupled, g3 = run(replace(bare, advantage="normalised"), inputs)
+    gbpo, g4 = run("gbpo", inputs)
+    assert torch.equal(coupled.loss, gbpo.loss)
+    assert torch.equal(g3, g4)
+
+
+def test_gbpo_of_one_token_by_hand() -> None:
+    """With p = .6, q = .5, A = 1: c = min(1.2, 1) = 1. With A = -1: d = max(.5, .4), c = min(1.2, 1.5) = 1.2.
+
+    With p = .2, q = .1, A = -1: d = max(.1, .8), c = min(2, .25) = .25.
+    """
+    p = torch.tensor([[[0.6], [0.6], [0.2]]], dtype=torch.float64)
+    q = torch.tensor([[[0.5], [0.5], [0.1]]], dtype=torch.float64)
+    found = policy_loss(
+        "gbpo",
+        logprobs=p.log(),
+        old_logprobs=q.log(),
+        mask=torch.ones(1, 3, 1, dtype=torch.bool),
+        advantages=torch.tensor([[1.0, -1.0, -1.0]], dtype=torch.float64),
+    )
+    assert found.coefficient[0].tolist() == pytest.approx([1.0, 1.2, 0.25])
+    assert found.diagnostics["at_bound"][0].tolist() == [True, False, True]
+    assert found.loss.item() == pytest.approx(-(1.0 - 1.2 - 0.25) / 3)
+
+
+@pytest.mark.parametrize("name", GRADIENT_BOUND)
+@given(seed=st.integers(0, 10_000), spread=st.sampled_from([0.1, 1.0, 6.0]))
+@settings(max_examples=15, deadline=None)
+def test_no_gradient_is_cut_and_none_passes_its_bound(name: str, seed: int, spread: float) -> None:
+    inputs, row = batch(seed, spread=spread), OBJECTIVES[name]
+    found, _ = run(row, inputs)
+    c, a = found.coefficient, found.advantages
+    if c.ndim == 3:
+        c, a = c[inputs["mask"]], a.unsqueeze(2).expand_as(c)[inputs["mask"]]
+        cold = inputs["coldness"].unsqueeze(2).expand_as(inputs["mask"])[inputs["mask"]]
+    else:
+        cold = inputs["coldness"]
+    assert bool((c > 0).all())
+    assert bool((c[a >= 0] <= (1 + row.boost * cold)[a >= 0] * (1 + 1e-12)).all())
+
+
+@given(seed=st.integers(0, 10_000))
+@settings(max_examples=25, deadline=None)
+def test_coefficient_rises_with_the_ratio_to_its_bound_and_falls_with_diversity(seed: int) -> None:
+    inputs = batch(seed, g=6)
+    # One log-probability for all, and ratios that rise over the group.
+    inputs["logprobs"] = torch.full_like(inputs["logprobs"], -1.0)
+    inputs["old_logprobs"] = -1.0 - torch.linspace(-0.5, 0.5, 6, dtype=torch.float64)[None, :, None].expand(3, -1, 5)
+    same = torch.full((3, 6), 0.5, dtype=torch.float64)
+    inputs |= {"coldness": same, "diversity": same}
+    given_ = {k: v for k, v in inputs.items() if k not in ("rewards", "weights")}
+    up = policy_loss(SAGE, **given_, advantages=torch.ones(3, 6)).coefficient
+    assert bool((up.diff(dim=1) >= 0).all())
+    assert up[0, -1] == pytest.approx(1 + 2.0 * 0.5)
+    assert bool((up[:, :2].diff(dim=1) > 0).all())
+    rising = given_ | {"diversity": torch.linspace(0, 1, 6, dtype=torch.float64).expand(3, -1)}
+    rising["old_logprobs"] = rising["logprobs"]
+    down = policy_loss(SAGE, **rising, advantages=-torch.ones(3, 6)).coefficient
+    assert bool((down.diff(dim=1) < 0).all())
+    assert down[0, 0] / down[0, -1] == pytest.approx(2.0)
+
+
+@given(seed=st.integers(0, 10_000), rho=st.floats(0.2, 5.0))
+@settings(max_examples=25, deadline=None)
+def test_ratio_is_the_geometric_mean_and_masked_tokens_change_nothing(seed: int, rho: float) -> None:
+    inputs = batch(seed)
+    inputs["old_logprobs"] = inputs["logprobs"] - math.log(rho)
+    found, gradient = run(SAGE, inputs)
+    torch.testing.assert_close(found.diagnostics["ratio"], torch.full_like(found.advantages, rho))
+    assert bool((gradient[~inputs["mask"]] == 0).all())
+    for junk in (7.0, -torch.inf, torch.nan):
+        changed = {k: inputs[k].masked_fill(~inputs["mask"], junk) for k in ("logprobs", "old_logprobs")}
+        for name in ("sage", "grpo", "cispo", "reinforce"):
+            one, g1 = run(name, inputs)
+            two, g2 = run(name, inputs | changed)
+            assert torch.equal(one.loss, two.loss)
+            assert torch.equal(g1, g2)
+            assert torch.equal(one.coefficient, two.coefficient)
+
+
+def test_summed_rewards_collapse_and_decoupled_ones_do_not() -> None:
+    """After GDPO's example: (hit, like) of a rare hit alone, and of a common like alone, sum to the same.
+
+    Summed, (1, 0) and (0, 1) are one. Decoupled: hits are 1, 0, 0, 0, with mean 1/4 and deviation 1/2, so a hit scores
+    1.5 and a miss -.5; likes are 0, 1, 1, 0, with mean 1/2 and deviation .57735, so they score +- .866025. The rare hit
+    scores 1.5 - .866 and the common like -.5 + .866, before the batch is brought to unit deviation (its mean is 0).
+    """
+    rewards = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 0.0]]], dtype=torch.float64)
+    together = compute_advantages("gbpo", rewards)[0]
+    apart = compute_advantages(replace(SAGE, eps=1e-12), rewards)[0]
+    assert together[0] == together[1]
+    raw = torch.tensor([1.5 - 0.866025, -0.5 + 0.866025, -0.5 + 0.866025, -0.5 - 0.866025], dtype=torch.float64)
+    torch.testing.assert_close(apart, raw / raw.std(), rtol=1e-5, atol=1e-6)
+    assert apart[0] > apart[1]
+
+
+@given(seed=st.integers(0, 10_000), scale=st.floats(0.1, 50), shift=st.floats(-5, 5))
+@settings(max_examples=40, deadline=None)
+def test_decoupled_advantages_are_standard_and_ignore_scale_and_shift(seed: int, scale: float, shift: float) -> None:
+    rewards, row = batch(seed)["rewards"], replace(SAGE, eps=1e-12)
+    found = compute_advantages(row, rewards)
+    assert float(found.mean()) == pytest.approx(0.0, abs=1e-9)
+    assert float(found.std()) == pytest.approx(1.0, rel=1e-6)
+    changed = rewards.clone()
+    changed[..., 0] = scale * changed[..., 0] + shift
+    torch.testing.assert_close(compute_advantages(row, changed), found, rtol=1e-6, atol=1e-7)
+
+
+def test_a_constant_reward_adds_nothing_to_its_group() -> None:
+    rewards = torch.rand(2, 4, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rewards[0, :, 1] = 0.3
+    found = compute_advantages(SAGE, rewards)
+    without = compute_advantages(replace(SAGE, advantage="normalised"), rewards[:1, :, :1])
+    ratio = (found[0] - found[0].mean()) / without[0]
+    torch.testing.assert_close(ratio, ratio[:1].expand(4), rtol=1e-3, atol=1e-3)
+
+
+def test_token_mode_weighs_slates_by_their_tokens() -> None:
+    """Slates repeated as often as they have tokens, and standardised, give the same numbers."""
+    x = batch(3)
+    tokens = x["mask"].sum(2)
+    row = replace(SAGE, advantage="decoupled-token", eps=1e-12)
+    found = compute_advantages(row, x["rewards"], tokens=tokens)
+    score = (x["rewards"] - x["rewards"].mean(1, keepdim=True)) / x["rewards"].std(1, keepdim=True)
+    flat = score.sum(2).flatten()
+    repeated = flat.repeat_interleave(tokens.flatten())
+    torch.testing.assert_close(found.flatten(), (flat - repeated.mean()) / repeated.std(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("advantage", ["mean", "normalised", "decoupled"])
+def test_ragged_groups_equal_groups_taken_one_by_one(advantage: Any) -> None:
+    """Groups of 1, 3 and 4 slates in shuffled order, against each group as a row of its own."""
+    rewards = batch(5, b=1, g=8)["rewards"]
+    group = torch.tensor([[7, 2, 2, 9, 9, 2, 9, 9]])
+    row = replace(SAGE, advantage=advantage, eps=1e-9)
+    found = compute_advantages(row, rewards, group=group)[0]
+    expected = torch.zeros(8, dtype=torch.float64)
+    for value in (2, 7, 9):
+        inside = (group[0] == value).nonzero()[:, 0]
+        part = rewards[:, inside]
+        centred = part - part.mean(1, keepdim=True)
+        deviation = part.std(1, keepdim=True) if len(inside) > 1 else torch.zeros(1, 1, 2, dtype=torch.float64)
+        if advantage == "mean":
+            expected[inside] = centred.sum(2)[0]
+        elif advantage == "decoupled":
+            expected[inside] = (centred / (deviation + 1e-9)).sum(2)[0]
+        else:
+            total = part.sum(2)[0]
+            spread = total.std() if len(inside) > 1 else 0.0
+            expected[inside] = (total - total.mean()) / (spread + 1e-9)
+    if advantage == "decoupled":
+        expected = (expected - expected.mean()) / (expected.std() + 1e-9)
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)
+    assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("name", WITH_LOSS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_extreme_inputs_give_finite_numbers(name: str, dtype: torch.dtype) -> None:
+    """Log-probabilities of -1e4 and of 0, rewards all equal, groups of one, slates without a counted token."""
+    values = torch.tensor([-1e4, 0.0, -1e-30, -3.0], dtype=dtype)
+    new, old = torch.cartesian_prod(values, values).T.reshape(2, 1, 16, 1)
+    logprobs = new.expand(-1, -1, 2).contiguous()
+    inputs: dict[str, Tensor] = {
+        "logprobs": logprobs,
+        "old_logprobs": old.expand(-1, -1, 2).contiguous(),
+        "mask": torch.ones(1, 16, 2, dtype=torch.bool),
+        "diversity": torch.rand(1, 16),
+        "coldness": torch.ones(1, 16),
+    }
+    row = OBJECTIVES[name]
+    for sign in (1.0, -1.0):
+        found, gradient = run(row, inputs | {"advantages": torch.full((1, 16), sign)})
+        assert bool(found.loss.isfinite())
+        assert bool(gradient.isfinite().all())
+    equal = inputs | {"rewards": torch.full((1, 16, 2), 0.1, dtype=dtype)}
+    assert run(row, equal)[0].advantages.abs().max() < 1e-2 or row.advantage == "raw"
+    single = {k: v.transpose(0, 1) for k, v in equal.items()}
+    assert bool(run(row, single)[0].loss.isfinite())
+    empty = equal | {"mask": torch.zeros(1, 16, 2, dtype=torch.bool)}
+    found, gradient = run(row, empty)
+    assert found.loss.item() == 0.0
+    assert not bool(gradient.any())
+
+
+@pytest.mark.parametrize("name", WITH_LOSS)
+def test_accumulation_steps_and_ranks_add_up_to_the_large_batch(name: str) -> None:
+    """Two parts with the global advantages and denominator: their losses and gradients add up to the whole's."""
+    x, row = batch(11, b=4), OBJECTIVES[name]
+    whole, gradient = run(row, x)
+    tokens = x["mask"].sum(2)
+    advantages = compute_advantages(row, x["rewards"], weights=x["weights"], tokens=tokens)
+    sizes = {"slate": 16, "token": int(tokens.sum()), "constant": x["mask"].numel()}
+    names = ("logprobs", "old_logprobs", "mask", "diversity", "coldness")
+    parts = [
+        run(
+            row,
+            {n: x[n][rows] for n in names} | {"advantages": advantages[rows], "denominator": sizes[row.aggregation]},
+        )
+        for rows in (slice(0, 1), slice(1, 4))
+    ]
+    total = parts[0][0].loss + parts[1][0].loss
+    torch.testing.assert_close(total, whole.loss, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.cat([p[1] for p in parts]), gradient, rtol=1e-12, atol=1e-12)
+
+
+def test_dual_clip_holds_back_negatives_of_high_ratio() -> None:
+    row = replace(OBJECTIVES["grpo"], dual_clip=3.0)
+    new = torch.tensor([[[-1.0], [-1.0]]], requires_grad=True)
+    found = policy_loss(
+        row,
+        logprobs=new,
+        old_logprobs=torch.tensor([[[-1.0 - math.log(4.0)], [-1.0 - math.log(2.0)]]]),
+        mask=torch.ones(1, 2, 1, dtype=torch.bool),
+        advantages=torch.tensor([[-1.0, -1.0]]),
+    )
+    assert found.coefficient[0, :, 0].tolist() == pytest.approx([0.0, 2.0], rel=1e-5)
+    assert found.loss.item() == pytest.approx((3.0 + 2.0) / 2, rel=1e-5)
+
+
+def test_the_same_call_in_bfloat16_gives_a_gradient_of_that_type() -> None:
+    x = batch(0)
+    found, gradient = run("sage", {k: v.bfloat16() if v.is_floating_point() else v for k, v in x.items()})
+    assert gradient.dtype == torch.bfloat16
+    assert found.loss.dtype == torch.float32
+    assert found.loss.item() == pytest.approx(run("sage", x)[0].loss.item(), abs=0.05)
+
+
+def test_wrong_calls_say_what_is_wrong() -> None:
+    x = batch(0)
+    with pytest.raises(SettingsError, match="unknown objective 'ppo'; expected one of sft, reinforce, grpo"):
+        policy_loss("ppo", **x)
+    with pytest.raises(SettingsError, match="sft has no policy loss: it is the control"):
+        policy_loss("sft", **x)
+    with pytest.raises(SettingsError, match="sage needs diversity"):
+        policy_loss("sage", **{k: v for k, v in x.items() if k != "diversity"})
+    with pytest.raises(SettingsError, match="sage needs coldness"):
+        policy_loss("sage", **{k: v for k, v in x.items() if k != "coldness"})
+    with pytest.raises(SettingsError, match=r"mask has shape \(3, 4\); expected \(3, 4, 5\)"):
+        policy_loss("grpo", **(x | {"mask": x["mask"][..., 0]}))
+    with pytest.raises(SettingsError, match=r"mask has type torch.float64; expected torch.bool"):
+        policy_loss("grpo", **(x | {"mask": x["mask"].double()}))
+    with pytest.raises(SettingsError, match="either rewards or advantages"):
+        policy_loss("grpo", **x, advantages=x["diversity"])
+    with pytest.raises(SettingsError, match=r"weights have shape \(3,\); expected \(2,\)"):
+        policy_loss("grpo", **(x | {"weights": torch.ones(3)}))
+    with pytest.raises(SettingsError, match="boost is -1"):
+        replace(SAGE, boost=-1)
+    bad = x["logprobs"].clone()
+    bad[1, 2, 0] = torch.nan
+    with pytest.raises(NumericalError, match=r"logprobs\[1, 2, 0\] is nan, expected a finite number"):
+        policy_loss("sage", **(x | {"logprobs": bad}))
+    reward = x["rewards"].clone()
+    reward[0, 1, 1] = torch.inf
+    with pytest.raises(NumericalError, match=r"rewards\[0, 1, 1\] is inf"):
+        policy_loss("sage", **(x | {"rewards": reward}))
