@@ -11,10 +11,11 @@ import torch
 
 from sagerec.artifacts import read_json
 from sagerec.catalogue.dataset import Dataset, assemble, check_interactions, check_items
+from sagerec.catalogue.similarity import item_similarities
 from sagerec.catalogue.splits import Sequences, SplitSettings, make_split
 from sagerec.core.trie import build_trie
 from sagerec.errors import DatasetError, SettingsError
-from sagerec.evaluation.baselines import item_knn_lists, item_similarities, popularity_lists, top_k
+from sagerec.evaluation.baselines import item_knn_lists, popularity_lists, top_k
 from sagerec.evaluation.evaluate import EvaluateSettings, evaluate_lists, excludes_history
 from sagerec.evaluation.sasrec import SasRec, SasRecSettings
 from sagerec.run import Run, evaluate, evaluate_baseline

@@ -108,7 +108,7 @@ def literal_loss(row: Objective, logprobs: Tensor, x: dict[str, Tensor], advanta
         s = torch.minimum(r * a, r.clamp(1 - row.clip_low, 1 + row.clip_high) * a)
     elif row.bound == "adaptive-clip":
         low, high = 1 - row.clip_low - row.entropy_penalty * (1 - h), 1 + row.clip_high + b
-        s = torch.minimum(r * a, torch.minimum(torch.maximum(r, low), high) * a)
+        s = torch.minimum(r * a, torch.minimum(torch.maximum(r, low), high * torch.ones_like(r)) * a)
     else:
         scaled = row.boost_form == "scaled"
         positive = torch.maximum(q, fixed) / (1 + b) if scaled else torch.maximum(q, fixed / (1 + b))
