@@ -15,6 +15,7 @@ LAYERS = [
     {"training"},
     {"evaluation"},
     {"run"},
+    {"study"},
     {"recommend"},
     {"__init__"},
     {"cli"},

@@ -31,6 +31,7 @@ from sagerec.policies.lazy_decoder import LazyDecoderSettings
 from sagerec.recommend import Recommender, load
 from sagerec.run import BaselineName, RunSettings
 from sagerec.semantic_ids.build import SemanticIdSettings
+from sagerec.study import CompareSettings, StudySettings, compare
 from sagerec.training.align_settings import AlignSettings
 from sagerec.training.loop import TrainSettings
 from sagerec.training.tracking import METRICS
@@ -188,6 +189,29 @@ class Align:
 
 
 @dataclass(frozen=True)
+class Compare:
+    """Compare objectives under equal conditions: one supervised policy, the same events, rewards, rollouts and budget,
+    as many trials of each one's settings, several seeds, always beside the control. A stopped study goes on.
+
+    Example: sagerec compare DATASET --objectives sage,gbpo,gspo --seeds 3 --out STUDY
+    """
+
+    dataset: Folder
+    """Dataset folder (interactions.parquet, items.parquet)."""
+    out: Path
+    """Study folder to write."""
+    study: Annotated[StudySettings, FLAT] = field(default_factory=StudySettings)
+    """What is compared."""
+    align: AlignSettings = field(default_factory=AlignSettings)
+    """What all alignments share."""
+    run: RunSettings = field(default_factory=RunSettings)
+    """The supervised stage."""
+
+    def __call__(self) -> None:
+        print_study(compare(self.dataset, self.out, CompareSettings(self.study, self.run, self.align)))
+
+
+@dataclass(frozen=True)
 class Evaluate:
     """Evaluate the policy of a run over every case of a split; writes RUN/evaluation.json.
 
@@ -294,6 +318,7 @@ COMMANDS: dict[str, Callable[..., Callable[[], None]]] = {
     "ids": Ids,
     "train": Train,
     "align": Align,
+    "compare": Compare,
     "evaluate": Evaluate,
     "baseline": Baseline,
     "audit": Audit,
@@ -346,6 +371,26 @@ def print_alignment(run: pipeline.Run, name: str) -> None:
             table.add_row(key.removeprefix("valid_"), f"{validated[0][key]:.4f}", f"{kept[key]:.4f}")
         console.print(table)
     console.print(f"next: sagerec evaluate {run.folder} --policy {name}", highlight=False)
+
+
+def print_study(record: dict[str, Any]) -> None:
+    """The table of a study: values with intervals, and what differs from the control."""
+    table = Table(
+        "row", title=f"{record['cases']:,} cases, {record['cold_cases']:,} of them cold; + and - : differs from"
+    )
+    metrics = list(record["rows"][0]["metrics"])
+    for metric in metrics:
+        table.add_column(metric, justify="right")
+    for row in record["rows"]:
+        cells = []
+        for metric in metrics:
+            signs = []
+            for other, tests in row["against"].items():
+                if tests[metric]["verdict"] != "no difference":
+                    signs.append(f"{'+' if tests[metric]['verdict'] == 'higher' else '-'}{other}")
+            cells.append(_cell(row["metrics"][metric]) + (f"\n{' '.join(signs)}" if signs else ""))
+        table.add_row(f"{row['name']}\n[dim]{len(row['seeds'])} seeds[/]", *cells)
+    console.print(table)
 
 
 def print_reports(reports: dict[str, dict[str, Any]]) -> None:

@@ -303,7 +303,9 @@ def _report(
             return saved
     cases = run.split.cases(run.data, settings.split)
     found, exact = lists()
-    report = evaluate_lists(found, cases, run.data, run.split, ids, settings, shared_ids=not ids.is_unique)
+    report = evaluate_lists(
+        found, cases, run.data, run.split, ids, settings, shared_ids=not ids.is_unique, store=run.store()
+    )
     train_events = run.split.sequences(run.data, "train")
     report |= {
         "history_excluded": excludes_history(train_events, settings),

@@ -17,6 +17,7 @@ import polars as pl
 from sagerec.artifacts import write_json
 from sagerec.catalogue.dataset import Dataset
 from sagerec.catalogue.splits import Cases, Sequences, Split, train_counts
+from sagerec.catalogue.store import Store
 from sagerec.core import metrics
 from sagerec.errors import DatasetError
 from sagerec.semantic_ids.build import SemanticIds
@@ -73,11 +74,13 @@ def evaluate_lists(
     settings: EvaluateSettings,
     *,
     shared_ids: bool = False,
+    store: Store | None = None,
 ) -> dict[str, Any]:
     """The report of lists (n, K), -1 where there is no item, for the cases of a split.
 
     With `shared_ids` an entry of a list stands for every item of its Semantic ID: accuracy is then the expected
-    value over their orders, with the optimistic and pessimistic ones beside it.
+    value over their orders, with the optimistic and pessimistic ones beside it. With the simulated `store` that the
+    users live in, it says what they would have answered.
 
     Raises: DatasetError where there are fewer than two cases.
     """
@@ -116,6 +119,9 @@ def evaluate_lists(
         for name, statistic in (("coverage", metrics.coverage_at), ("gini", metrics.gini_at)):
             at_k = _catalogue_statistic(statistic, data.n_items, k)
             values[f"{name}@{k}"] = asdict(metrics.jackknife(at_k, lists, groups=min(20, len(lists)), rng=rng))
+        if store is not None:
+            for name, per_case in expected_answers(store, cases, lists[:, :k]).items():
+                values[f"{name}@{k}"] = interval(per_case)
         values[f"invalid_rate@{k}"] = interval(metrics.invalid_rate(lists, k))
         values[f"duplicate_rate@{k}"] = interval(metrics.duplicate_rate(lists, k))
     return {
@@ -127,6 +133,14 @@ def evaluate_lists(
         "buckets": _by_popularity(ranks, target_sizes, counts[cases.targets], max(settings.k), interval),
         "settings": to_json(settings),
     }
+
+
+def expected_answers(store: Store, cases: Cases, lists: np.ndarray) -> dict[str, np.ndarray]:
+    """Expected clicks, likes, dislikes and seconds watched of each list (n, K), summed over its places: (n,) each."""
+    last = cases.event_items[cases.rows - 1]
+    found = store.expected(cases.users, lists, last_items=last)
+    answers = {"clicks": found.click, "likes": found.like, "dislikes": found.dislike}
+    return {n: v.sum(axis=1) for n, v in (answers | {"watch_seconds": found.watch_seconds}).items()}
 
 
 def _catalogue_statistic(

@@ -1,0 +1,120 @@
+"""Statistics of a comparison: several systems, each with several seeds, on the same cases.
+
+Shapes: S seeds, U cases, K places in a list, N items.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+from sagerec.catalogue.splits import Cases
+from sagerec.core import metrics
+from sagerec.core.metrics import Clusters
+
+COMPARED = ("recall@10", "ndcg@10", "cold_recall@10", "coarse_entropy@10", "coverage@10")
+"""Metrics that are tested between systems."""
+GROUPS = 20
+"""Of the jackknife."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One system's lists, seed by seed, and its value on every case."""
+
+    lists: tuple[np.ndarray, ...]
+    """S arrays (U, K)."""
+    per_case: dict[str, np.ndarray]
+    """Metric -> (U',) mean over the seeds, U' the cases that count."""
+    by_seed: dict[str, np.ndarray]
+    """Metric -> (S,)."""
+
+
+def measure(
+    lists: Sequence[np.ndarray], cases: Cases, cold: np.ndarray, clusters: Clusters, n_items: int, k: int = 10
+) -> Measured:
+    """The compared metrics at k of one system; `cold` (N,) marks the cold items."""
+    chosen = cold[cases.targets]
+    rows: dict[str, list[np.ndarray]] = {name: [] for name in COMPARED if name != "coverage@10"}
+    coverage = []
+    for found in lists:
+        ranks = metrics.first_rank(found, cases.targets)
+        recall = metrics.recall_at(ranks, k)
+        rows["recall@10"].append(recall)
+        rows["ndcg@10"].append(metrics.ndcg_at(ranks, k))
+        rows["cold_recall@10"].append(recall[chosen])
+        rows["coarse_entropy@10"].append(metrics.entropy_at(found, clusters, k))
+        coverage.append(metrics.coverage_at(found, n_items, k))
+    per_case = {name: np.mean(values, axis=0) for name, values in rows.items() if len(values[0])}
+    by_seed = {name: np.array([v.mean() for v in rows[name]]) for name in per_case}
+    return Measured(tuple(lists), per_case, by_seed | {"coverage@10": np.array(coverage)})
+
+
+def summarise(found: Measured, n_items: int, *, samples: int, seed: int, k: int = 10) -> dict[str, dict[str, float]]:
+    """Value (mean over the seeds), 95 % interval over users, and deviation over seeds of each metric."""
+    rng = np.random.default_rng(seed)
+    values = {}
+    for name, by_seed in found.by_seed.items():
+        if name == "coverage@10":
+            interval = metrics.jackknife(_mean_coverage(len(found.lists), n_items, k), _beside(found.lists, k), rng=rng)
+        else:
+            interval = metrics.bootstrap_mean(found.per_case[name], samples=samples, rng=rng)
+        deviation = float(by_seed.std(ddof=1)) if len(by_seed) > 1 else None
+        values[name] = asdict(interval) | {"seed_std": deviation}
+    return values
+
+
+def _beside(lists: Sequence[np.ndarray], k: int) -> np.ndarray:
+    """The seeds' lists side by side, (U, S k), so that a user's are resampled together."""
+    return np.concatenate([part[:, :k] for part in lists], axis=1)
+
+
+def _mean_coverage(n_seeds: int, n_items: int, k: int) -> Callable[[np.ndarray], float]:
+    def statistic(lists: np.ndarray) -> float:
+        parts = np.split(lists, n_seeds, axis=1)
+        return float(np.mean([metrics.coverage_at(part, n_items, k) for part in parts]))
+
+    return statistic
+
+
+def differences(a: Measured, b: Measured, n_items: int, *, samples: int, seed: int, k: int = 10) -> dict[str, Any]:
+    """Each metric of `a` less that of `b`, seeds averaged: paired bootstrap over users; for coverage, the jackknife."""
+    rng = np.random.default_rng(seed)
+    found: dict[str, Any] = {}
+    for name in a.by_seed:
+        if name != "coverage@10":
+            paired = metrics.paired_bootstrap(a.per_case[name], b.per_case[name], samples=samples, rng=rng)
+            interval, p_value = paired.difference, paired.p_value
+        else:
+            first, second = _mean_coverage(len(a.lists), n_items, k), _mean_coverage(len(b.lists), n_items, k)
+            width = len(a.lists) * k
+
+            def statistic(lists: np.ndarray, first: Any = first, second: Any = second, width: int = width) -> float:
+                return float(first(lists[:, :width]) - second(lists[:, width:]))
+
+            both = np.concatenate([_beside(a.lists, k), _beside(b.lists, k)], axis=1)
+            interval = metrics.jackknife(statistic, both, groups=GROUPS, rng=rng)
+            error = (interval.high - interval.low) / (2 * NormalDist().inv_cdf(0.975))
+            score = abs(interval.value) / error if error else np.inf * abs(interval.value)
+            p_value = 1.0 if interval.value == 0 else 2 * (1 - NormalDist().cdf(min(score, 40.0)))
+        found[name] = {"difference": interval.value, "low": interval.low, "high": interval.high, "p_value": p_value}
+    return found
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction: the i-th smallest of n times (n - i + 1), never falling, at most 1 (Holm 1979)."""
+    order = np.argsort(p_values, kind="stable")
+    adjusted, running = [0.0] * len(p_values), 0.0
+    for i, index in enumerate(order):
+        running = max(running, min(1.0, (len(p_values) - i) * p_values[index]))
+        adjusted[index] = running
+    return adjusted
+
+
+def judge(tests: list[dict[str, Any]], *, level: float = 0.05) -> None:
+    """Add Holm's p over all tests and a verdict to each: higher, lower or no difference."""
+    for test, p in zip(tests, holm([test["p_value"] for test in tests]), strict=True):
+        test["p_holm"] = p
+        test["verdict"] = "no difference" if p >= level else ("higher" if test["difference"] > 0 else "lower")

@@ -1,0 +1,134 @@
+"""The study: statistics by hand and on planted data, and a small one that is stopped and goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import sparse
+
+from sagerec.artifacts import read_json
+from sagerec.catalogue.splits import Cases
+from sagerec.errors import SettingsError
+from sagerec.evaluation.compare import differences, holm, judge, measure, summarise
+from sagerec.evaluation.evaluate import EvaluateSettings
+from sagerec.study import CompareSettings, StudySettings, compare, grid, read_trials
+from tests.conftest import SMALL_RUN
+from tests.test_alignment import ENVIRONMENT, QUICK
+
+SMALL_STUDY = CompareSettings(
+    StudySettings(
+        objectives=("sage,gbpo",), ablations=("sage_no_boost",), baselines=("popularity",), seeds=2, trials=1
+    ),
+    replace(SMALL_RUN, evaluate=EvaluateSettings(k=(10,), beams=20, bootstrap_samples=100)),
+    replace(QUICK, epochs=1),
+)
+
+
+def test_holm_by_hand() -> None:
+    """P = .01, .04, .03 of three: 3 x .01 = .03; 2 x .03 = .06; 1 x .04 = .04, raised to .06."""
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    assert holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+@settings(max_examples=50, deadline=None)
+def test_holm_lies_between_no_correction_and_bonferroni(p_values: list[float]) -> None:
+    adjusted = holm(p_values)
+    assert all(p <= a <= min(1.0, len(p_values) * p) + 1e-12 for p, a in zip(p_values, adjusted, strict=True))
+    order = np.argsort(p_values, kind="stable")
+    assert all(np.diff(np.array(adjusted)[order]) >= 0)
+
+
+def planted(share_hit: float, seed: int, *, n: int = 800) -> tuple[np.ndarray, Cases]:
+    """Lists of 10 among 100 items that hold the target (item 0) in a share of the cases."""
+    rng = np.random.default_rng(seed)
+    lists = np.stack([1 + rng.permutation(99)[:10] for _ in range(n)])
+    lists[: round(share_hit * n), 0] = 0
+    rows = np.arange(n)
+    return lists, Cases(rows.astype(np.int32), np.zeros(n, dtype=np.int32), rows, rows, np.zeros(n, dtype=np.int32))
+
+
+def test_a_planted_difference_is_found_and_equals_are_not_told_apart() -> None:
+    clusters = sparse.csr_matrix((np.ones(100), (np.arange(100), np.arange(100) % 4)), shape=(100, 4))
+    cold = np.arange(100) == 0
+    found = {}
+    for name, share in (("better", 0.30), ("worse", 0.10), ("same", 0.10)):
+        lists, cases = planted(share, 0)
+        other, _ = planted(share, 1)
+        found[name] = measure([lists, other], cases, cold, clusters, 100)
+    better = differences(found["better"], found["worse"], 100, samples=500, seed=0)
+    same = differences(found["same"], found["worse"], 100, samples=500, seed=0)
+    judge([*better.values(), *same.values()])
+    assert better["recall@10"]["difference"] == pytest.approx(0.2)
+    assert better["recall@10"]["low"] > 0.15
+    assert better["recall@10"]["verdict"] == better["cold_recall@10"]["verdict"] == "higher"
+    assert {test["verdict"] for test in same.values()} == {"no difference"}
+    summary = summarise(found["better"], 100, samples=500, seed=0)
+    assert summary["recall@10"]["value"] == pytest.approx(0.3)
+    assert summary["recall@10"]["low"] < 0.3 < summary["recall@10"]["high"]
+    assert summary["recall@10"]["seed_std"] == 0
+    assert summary["coverage@10"]["value"] == 1.0
+
+
+def test_trials_begin_with_the_defaults_and_are_as_many_for_each() -> None:
+    for objective in ("sage", "gbpo", "gdpo", "sft"):
+        points = grid(objective, 4)
+        assert len(points) == 4
+        assert points[0]["learning_rate"] == grid("sage", 1)[0]["learning_rate"]
+        assert len({tuple(point.items()) for point in points}) == 4
+    assert grid("sage", 0) == []
+
+
+def test_a_study_that_is_killed_goes_on_to_the_same_table(store_folder: Path, tmp_path: Path) -> None:
+    script = "import sys; from pathlib import Path; from sagerec.study import compare; from tests.test_study import *\n"
+    script += "if __name__ == '__main__': compare(Path(sys.argv[1]), Path(sys.argv[2]), SMALL_STUDY)"
+    (tmp_path / "study.py").write_text(script)
+    out = tmp_path / "study"
+    command = [sys.executable, str(tmp_path / "study.py"), str(store_folder), str(out)]
+    process = subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 200
+    while len(list((out / "trials").glob("*.json"))) < 1 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    assert process.poll() is None, "the study ended before it could be killed"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = {path.name: path.stat().st_mtime_ns for path in (out / "trials").glob("*.json")}
+    record = compare(store_folder, out, SMALL_STUDY)
+    assert {name: (out / "trials" / name).stat().st_mtime_ns for name in kept} == kept
+    assert read_json(out / "study.json") == record
+    names = [row["name"] for row in record["rows"]]
+    assert names == ["supervised", "sft", "sage", "gbpo", "sage_no_boost", "popularity"]
+    rows = {row["name"]: row for row in record["rows"]}
+    assert rows["sage"]["seeds"] == rows["sft"]["seeds"] == [0, 1]
+    assert rows["sage_no_boost"]["seeds"] == [0]
+    assert rows["sage_no_boost"]["kind"] == "ablation"
+    assert list(rows["sage"]["against"]) == ["sft", "gbpo"]
+    assert list(rows["sage_no_boost"]["against"]) == ["sft", "gbpo", "sage"]
+    assert rows["sage"]["settings"]["objective"] == "sage"
+    assert rows["sage_no_boost"]["settings"]["boost"] is None
+    assert {len(read_trials(out, objective)) for objective in ("sft", "sage", "gbpo")} == {1}
+    assert sum(trial["chosen"] for trial in record["trials"]) == 3
+    assert all(
+        "p_holm" in test for row in record["rows"] for tests in row["against"].values() for test in tests.values()
+    )
+    again = compare(store_folder, out, SMALL_STUDY)
+    assert {k: v for k, v in again.items() if k != "date"} == {k: v for k, v in record.items() if k != "date"}
+
+
+def test_wrong_studies_are_refused() -> None:
+    with pytest.raises(SettingsError, match="unknown objective 'ppo'"):
+        StudySettings(objectives=("ppo",))
+    with pytest.raises(SettingsError, match="seeds is 0"):
+        StudySettings(seeds=0)
+    assert StudySettings(ablations=("all",)).rows()["sage_bound"] == 1
