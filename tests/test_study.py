@@ -122,6 +122,7 @@ def test_a_study_that_is_killed_goes_on_to_the_same_table(store_folder: Path, tm
     assert all(
         "p_holm" in test for row in record["rows"] for tests in row["against"].values() for test in tests.values()
     )
+    assert rows["popularity"]["metrics"]["clicks@10"]["value"] > rows["popularity"]["metrics"]["likes@10"]["value"] > 0
     again = compare(store_folder, out, SMALL_STUDY)
     assert {k: v for k, v in again.items() if k != "date"} == {k: v for k, v in record.items() if k != "date"}
 

@@ -223,7 +223,7 @@ def do_jobs(folder: Path, jobs: Sequence[Job], settings: StudySettings, run_sett
     if not left:
         return
     logger.info("%d of %d jobs are done; %d to do", len(jobs) - len(left), len(jobs), len(left))
-    threads = max(1, (os.cpu_count() or 1) // settings.processes)
+    threads = max(1, torch.get_num_threads() // settings.processes)
     gpus = torch.cuda.device_count()
     devices = [f"cuda:{i % gpus}" if gpus else "cpu" for i in range(len(left))]
     with (
@@ -293,11 +293,11 @@ def describe_study(folder: Path, run: Run, settings: CompareSettings, run_settin
     cases = run.split.cases(run.data, evaluated.split)
     cold = train_counts(run.data, run.split) <= evaluated.cold_max_count
     clusters = item_clusters(run.data, run.ids(), "coarse")
-    n_items, samples = run.data.n_items, study.bootstrap_samples
+    n_items, samples, store = run.data.n_items, study.bootstrap_samples, run.store()
     sources = {"supervised": [""]} | {o: [f"-{o}-s{s}" for s in range(n)] for o, n in study.rows().items()}
     sources |= {name: [f"-{name}"] for name in study.baselines}
     found = {
-        name: measure([read_lists(run, suffix) for suffix in suffixes], cases, cold, clusters, n_items)
+        name: measure([read_lists(run, s) for s in suffixes], cases, cold, clusters, n_items, store=store)
         for name, suffixes in sources.items()
     }
     kinds = {CONTROL: "control", "supervised": "start"} | dict.fromkeys(study.baselines, "baseline")

@@ -1,5 +1,8 @@
 """Statistics of a comparison: several systems, each with several seeds, on the same cases.
 
+Tested are Recall, NDCG, Cold-Recall, Entropy (coarse clusters) and coverage at 10; in the simulated store, its users'
+expected answers too.
+
 Shapes: S seeds, U cases, K places in a list, N items.
 """
 
@@ -11,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from sagerec.catalogue.splits import Cases
+from sagerec.catalogue.store import Store
 from sagerec.core import metrics
 from sagerec.core.metrics import Clusters
+from sagerec.evaluation.evaluate import expected_answers
 
-COMPARED = ("recall@10", "ndcg@10", "cold_recall@10", "coarse_entropy@10", "coverage@10")
-"""Metrics that are tested between systems."""
 GROUPS = 20
 """Of the jackknife."""
 
@@ -33,22 +36,32 @@ class Measured:
 
 
 def measure(
-    lists: Sequence[np.ndarray], cases: Cases, cold: np.ndarray, clusters: Clusters, n_items: int, k: int = 10
+    lists: Sequence[np.ndarray],
+    cases: Cases,
+    cold: np.ndarray,
+    clusters: Clusters,
+    n_items: int,
+    *,
+    store: Store | None = None,
+    k: int = 10,
 ) -> Measured:
-    """The compared metrics at k of one system; `cold` (N,) marks the cold items."""
+    """The compared metrics at k of one system; `cold` (N,) marks the cold items; a simulated store answers too."""
     chosen = cold[cases.targets]
-    rows: dict[str, list[np.ndarray]] = {name: [] for name in COMPARED if name != "coverage@10"}
+    rows: dict[str, list[np.ndarray]] = {}
     coverage = []
     for found in lists:
         ranks = metrics.first_rank(found, cases.targets)
         recall = metrics.recall_at(ranks, k)
-        rows["recall@10"].append(recall)
-        rows["ndcg@10"].append(metrics.ndcg_at(ranks, k))
-        rows["cold_recall@10"].append(recall[chosen])
-        rows["coarse_entropy@10"].append(metrics.entropy_at(found, clusters, k))
+        values = {"recall@10": recall, "ndcg@10": metrics.ndcg_at(ranks, k), "cold_recall@10": recall[chosen]}
+        values["coarse_entropy@10"] = metrics.entropy_at(found, clusters, k)
+        if store is not None:
+            values |= {f"{name}@10": value for name, value in expected_answers(store, cases, found[:, :k]).items()}
+        for name, value in values.items():
+            if len(value):
+                rows.setdefault(name, []).append(value)
         coverage.append(metrics.coverage_at(found, n_items, k))
-    per_case = {name: np.mean(values, axis=0) for name, values in rows.items() if len(values[0])}
-    by_seed = {name: np.array([v.mean() for v in rows[name]]) for name in per_case}
+    per_case = {name: np.mean(values, axis=0) for name, values in rows.items()}
+    by_seed = {name: np.array([v.mean() for v in values]) for name, values in rows.items()}
     return Measured(tuple(lists), per_case, by_seed | {"coverage@10": np.array(coverage)})
 
 
