@@ -42,11 +42,11 @@ from sagerec.training.tracking import METRICS, progress_bar
 logger = logging.getLogger(__name__)
 STUDY, CONTROL, REFERENCE = "study.json", "sft", "gbpo"
 ABLATIONS = ("sage_no_boost", "sage_no_penalty", "sage_coupled", "sage_token", "sage_bound", "sage_clip")
-COMMON_GRID: dict[str, tuple[Any, ...]] = {"learning_rate": (5e-4, 2.5e-4, 1e-4)}
+COMMON_GRID: dict[str, tuple[Any, ...]] = {"learning_rate": (2e-4, 1e-4, 4e-4)}
 """What every objective may choose."""
 OWN_GRID: dict[str, dict[str, tuple[Any, ...]]] = {
     "sage": {"boost": (2.0, 4.0, 1.0), "entropy_penalty": (2.0, 1.0, 4.0)},
-    "gbpo": {"sft_weight": (0.1, 0.3)},
+    "gbpo": {"sft_weight": (0.02, 0.1, 0.3)},
     "gdpo": {"clip_high": (0.2, 0.28, 0.1)},
     "grpo": {"clip_high": (0.2, 0.28, 0.1)},
     "dapo": {"clip_high": (0.28, 0.4)},
