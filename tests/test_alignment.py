@@ -245,10 +245,10 @@ def test_two_ranks_make_the_updates_of_one(base_run: Path, tmp_path: Path) -> No
         assert done.returncode == 0, done.stderr[-3000:]
         weights.append(load_file(tmp_path / name / "policy-sage" / "model.safetensors"))
     start = load_file(base_run / "policy" / "model.safetensors")
-    moved = max(float((weights[0][n] - start[n]).abs().max()) for n in start)
-    apart = max(float((weights[0][n] - weights[1][n]).abs().max()) for n in start)
-    assert moved > 1e-3
-    assert apart < 0.01 * moved
+    moved = sum(float((weights[0][n] - start[n]).square().sum()) for n in start) ** 0.5
+    apart = sum(float((weights[0][n] - weights[1][n]).square().sum()) for n in start) ** 0.5
+    assert moved > 0.1
+    assert apart < 1e-3 * moved, (apart, moved)  # AdamW's first steps magnify the rounding of near-zero gradients
     one, two = (metrics_of(open_run(tmp_path / name), "policy-sage") for name in ("one", "two"))
     assert [line.get("reward/hit") for line in one] == pytest.approx([line.get("reward/hit") for line in two])
 

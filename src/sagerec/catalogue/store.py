@@ -36,6 +36,7 @@ from safetensors.numpy import load_file
 
 from sagerec.artifacts import check_content, read_json, read_manifest
 from sagerec.catalogue.dataset import SOURCE, read_dataset, read_table, write_dataset
+from sagerec.catalogue.splits import Cases
 from sagerec.errors import ArtifactError, DatasetError
 from sagerec.settings import from_json, require, to_json
 
@@ -319,6 +320,14 @@ def _check_range(values: np.ndarray, what: str, low: int, high: int) -> None:
     if values.size and (values.min() < low or values.max() >= high):
         wrong = values[(values < low) | (values >= high)][0]
         raise DatasetError(f"{what} holds {wrong}; expected indices from {low} to {high - 1} of this store")
+
+
+def expected_answers(store: Store, cases: Cases, lists: np.ndarray) -> dict[str, np.ndarray]:
+    """Expected clicks, likes, dislikes and seconds watched of each list (n, K), summed over its places: (n,) each."""
+    last = cases.event_items[cases.rows - 1]
+    found = store.expected(cases.users, lists, last_items=last)
+    answers = {"clicks": found.click, "likes": found.like, "dislikes": found.dislike}
+    return {n: v.sum(axis=1) for n, v in (answers | {"watch_seconds": found.watch_seconds}).items()}
 
 
 def write_store(folder: str | Path, store: Store) -> str:

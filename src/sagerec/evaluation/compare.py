@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 
 from sagerec.catalogue.splits import Cases
-from sagerec.catalogue.store import Store
+from sagerec.catalogue.store import Store, expected_answers
 from sagerec.core import metrics
 from sagerec.core.metrics import Clusters
-from sagerec.evaluation.evaluate import expected_answers
 
 GROUPS = 20
 """Of the jackknife."""

@@ -17,7 +17,7 @@ import polars as pl
 from sagerec.artifacts import write_json
 from sagerec.catalogue.dataset import Dataset
 from sagerec.catalogue.splits import Cases, Sequences, Split, train_counts
-from sagerec.catalogue.store import Store
+from sagerec.catalogue.store import Store, expected_answers
 from sagerec.core import metrics
 from sagerec.errors import DatasetError
 from sagerec.semantic_ids.build import SemanticIds
@@ -133,14 +133,6 @@ def evaluate_lists(
         "buckets": _by_popularity(ranks, target_sizes, counts[cases.targets], max(settings.k), interval),
         "settings": to_json(settings),
     }
-
-
-def expected_answers(store: Store, cases: Cases, lists: np.ndarray) -> dict[str, np.ndarray]:
-    """Expected clicks, likes, dislikes and seconds watched of each list (n, K), summed over its places: (n,) each."""
-    last = cases.event_items[cases.rows - 1]
-    found = store.expected(cases.users, lists, last_items=last)
-    answers = {"clicks": found.click, "likes": found.like, "dislikes": found.dislike}
-    return {n: v.sum(axis=1) for n, v in (answers | {"watch_seconds": found.watch_seconds}).items()}
 
 
 def _catalogue_statistic(

@@ -88,7 +88,8 @@ class AlignSettings:
     """Validation cases, at most."""
     criterion: UseAppendAction[tuple[str, ...]] = ()
     """METRIC=WEIGHT, once for each; without any, those of CRITERION. The policy kept is that with the highest sum of
-    weight x (metric / metric at the start) over recall, ndcg, cold_recall, entropy (coarse), coverage, at 10."""
+    weight x (metric / metric at the start) over recall, ndcg, cold_recall, entropy (coarse), coverage, at 10; on the
+    simulated store also over clicks, likes, dislikes, watch_seconds."""
     checkpoint_every: int = 5
     """Rounds between checkpoints."""
     tensorboard: bool = False
@@ -135,7 +136,8 @@ class AlignSettings:
         return RolloutSettings(self.k, self.slates, self.beam_slates, self.temperature, self.top_p)
 
 
-CRITERION_METRICS = ("recall", "ndcg", "cold_recall", "entropy", "coverage")
+STORE_METRICS = ("clicks", "likes", "dislikes", "watch_seconds")
+CRITERION_METRICS = ("recall", "ndcg", "cold_recall", "entropy", "coverage", *STORE_METRICS)
 
 
 def parse_criterion(parts: tuple[str, ...]) -> dict[str, float]:

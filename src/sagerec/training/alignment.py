@@ -34,7 +34,7 @@ from sagerec.artifacts import write_artifact
 from sagerec.catalogue.audit import write_events_used
 from sagerec.catalogue.dataset import Dataset
 from sagerec.catalogue.splits import Cases, Split, train_counts
-from sagerec.catalogue.store import Store
+from sagerec.catalogue.store import Store, expected_answers
 from sagerec.core import metrics
 from sagerec.core.rewards import parse_rewards
 from sagerec.errors import SettingsError
@@ -44,7 +44,7 @@ from sagerec.semantic_ids.clusters import item_clusters
 from sagerec.settings import to_json
 from sagerec.slates.cases import list_cases
 from sagerec.training import parallel
-from sagerec.training.align_settings import AlignSettings, parse_criterion
+from sagerec.training.align_settings import STORE_METRICS, AlignSettings, parse_criterion
 from sagerec.training.batches import shuffled_batches
 from sagerec.training.checkpoints import load_checkpoint, newest_checkpoint, read_progress, save_checkpoint
 from sagerec.training.feedback import gather_facts, gather_feedback, to_device
@@ -58,16 +58,27 @@ VALIDATION_K, VALIDATION_BEAMS = 10, 20
 
 
 def validate(
-    policy: LazyDecoder, cases: Cases, data: Dataset, cold: np.ndarray, clusters: Any, *, exclude_history: bool
+    policy: LazyDecoder,
+    cases: Cases,
+    data: Dataset,
+    cold: np.ndarray,
+    clusters: Any,
+    *,
+    exclude_history: bool,
+    store: Store | None,
 ) -> dict[str, float]:
-    """Recall, NDCG, Cold-Recall, Entropy (coarse clusters, bits) and coverage at 10 of beam lists of 20 beams."""
+    """Recall, NDCG, Cold-Recall, Entropy (coarse clusters, bits) and coverage at 10 of beam lists of 20 beams.
+
+    In the simulated store, its users' expected answers to the ten too.
+    """
     lists, _ = list_cases(
         policy, cases, k=VALIDATION_K, beams=VALIDATION_BEAMS, widen=False, exclude_history=exclude_history
     )
     ranks = metrics.first_rank(lists, policy.listed_as(cases.targets))
     recall = metrics.recall_at(ranks, VALIDATION_K)
     chosen = cold[cases.targets]
-    return {
+    answers = {} if store is None else expected_answers(store, cases, lists)
+    return {f"valid_{name}@10": float(value.mean()) for name, value in answers.items()} | {
         "valid_recall@10": float(recall.mean()),
         "valid_ndcg@10": float(metrics.ndcg_at(ranks, VALIDATION_K).mean()),
         "valid_cold_recall@10": float(recall[chosen].mean()) if chosen.any() else 0.0,
@@ -109,6 +120,11 @@ def align_policy(
             "the split reserves no event for alignment, which needs events that supervised training has not seen; "
             "make the run with --split.reserve event (or users)"
         )
+    for name in parse_criterion(settings.criterion).keys() & set(STORE_METRICS):
+        if store is None:
+            raise SettingsError(
+                f"the criterion {name!r} asks a simulated store, and this dataset is none; choose others"
+            )
     device = choose_device(parallel.rank_device(settings.device))
     parallel.join_ranks(device)
     weights = parse_rewards(settings.reward)
@@ -134,7 +150,15 @@ def align_policy(
     def measure() -> dict[str, float]:
         found = {}
         if parallel.rank() == 0:
-            found = validate(stage.policy, validation, data, cold, clusters, exclude_history=stage.exclude_history)
+            found = validate(
+                stage.policy,
+                validation,
+                data,
+                cold,
+                clusters,
+                exclude_history=stage.exclude_history,
+                store=store,
+            )
         return parallel.share_from_first(found)
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
