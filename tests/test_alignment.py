@@ -142,6 +142,15 @@ def test_the_control_trains_on_the_same_events_and_the_audit_proves_them(run: Ru
     assert "reward/hit" not in metrics_of(run, "policy-sft")[1]
 
 
+def test_fewer_events_can_be_used(run: Run) -> None:
+    align(run, replace(QUICK, max_contexts=40, epochs=1, validations=0), name="few")
+    sizes = read_manifest(run.folder / "policy-few", "policy").sizes
+    assert sizes["contexts"] == 40
+    assert sizes["updates"] == 2
+    found = next(finding for finding in audit(run) if finding.stage == "policy-few")
+    assert found.counts["align"] == 40
+
+
 def test_the_record_says_what_happened(run: Run) -> None:
     align(run, replace(QUICK, passes=2, kl_weight=0.1, entropy_weight=0.01))
     lines = metrics_of(run, "policy-sage")

@@ -60,6 +60,8 @@ class AlignSettings:
     """Whether items of the history may be recommended; auto excludes them where no training user had one twice."""
     epochs: int = 1
     """Passes over the reserved events."""
+    max_contexts: int = 0
+    """Reserved events used, drawn by the seed; 0 uses all."""
     round_users: int = 512
     """Contexts that are rolled out at a time, for round_users / batch_users x passes updates, the staleness."""
     batch_users: int = 128
@@ -110,7 +112,15 @@ class AlignSettings:
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; expected at least 1")
         for name in ("learning_rate", "clip_norm"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; expected above 0")
-        for name in ("weight_decay", "policy_weight", "sft_weight", "kl_weight", "entropy_weight", "validations"):
+        for name in (
+            "weight_decay",
+            "policy_weight",
+            "max_contexts",
+            "sft_weight",
+            "kl_weight",
+            "entropy_weight",
+            "validations",
+        ):
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; expected 0 or above")
         require(0 <= self.warmup_share < 1, f"warmup_share is {self.warmup_share}; expected from 0 to below 1")
         require(self.cold_max_count >= 0, f"cold_max_count is {self.cold_max_count}; expected 0 or above")

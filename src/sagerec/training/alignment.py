@@ -120,6 +120,8 @@ def align_policy(
             "the split reserves no event for alignment, which needs events that supervised training has not seen; "
             "make the run with --split.reserve event (or users)"
         )
+    if settings.max_contexts:
+        cases = cases.sample(settings.max_contexts, np.random.default_rng(settings.seed))
     for name in parse_criterion(settings.criterion).keys() & set(STORE_METRICS):
         if store is None:
             raise SettingsError(
