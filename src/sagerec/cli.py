@@ -32,6 +32,7 @@ from sagerec.recommend import Recommender, load
 from sagerec.run import BaselineName, RunSettings
 from sagerec.semantic_ids.build import SemanticIdSettings
 from sagerec.study import CompareSettings, StudySettings, compare
+from sagerec.training import parallel
 from sagerec.training.align_settings import AlignSettings
 from sagerec.training.loop import TrainSettings
 from sagerec.training.tracking import METRICS
@@ -185,7 +186,8 @@ class Align:
     def __call__(self) -> None:
         run = pipeline.open_run(self.run)
         name = pipeline.align(run, self.align, name=self.name)
-        print_alignment(run, name)
+        if parallel.rank() == 0:
+            print_alignment(run, name)
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,10 @@ class Sequences:
         pairs = sequence * (int(self.items.max(initial=0)) + 1) + self.items
         return len(np.unique(pairs)) < len(pairs)
 
+    def excludes_history(self, choice: Literal["auto", "keep", "exclude"]) -> bool:
+        """Whether lists leave out the history: as chosen, or, on `auto`, where no sequence repeats an item."""
+        return choice == "exclude" or (choice == "auto" and not self.has_repeats())
+
 
 @dataclass(frozen=True, slots=True)
 class Cases:

@@ -60,9 +60,7 @@ class EvaluateSettings:
 
 def excludes_history(train: Sequences, settings: EvaluateSettings) -> bool:
     """Whether lists leave out the history: as set, or, on `auto`, where no training sequence repeats an item."""
-    if settings.history != "auto":
-        return settings.history == "exclude"
-    return not train.has_repeats()
+    return train.excludes_history(settings.history)
 
 
 def evaluate_lists(

@@ -41,7 +41,7 @@ from sagerec.errors import SettingsError
 from sagerec.policies.lazy_decoder import LazyDecoder
 from sagerec.semantic_ids.build import SemanticIds
 from sagerec.semantic_ids.clusters import item_clusters
-from sagerec.settings import to_json
+from sagerec.settings import require, to_json
 from sagerec.slates.cases import list_cases
 from sagerec.training import parallel
 from sagerec.training.align_settings import STORE_METRICS, AlignSettings, parse_criterion
@@ -131,7 +131,6 @@ def align_policy(
     parallel.join_ranks(device)
     weights = parse_rewards(settings.reward)
     facts = gather_facts(data, split, ids, clusters=settings.clusters, cold_max_count=settings.cold_max_count)
-    train_events = split.sequences(data, "train")
     stage = Stage(
         settings=settings,
         policy=start.move(device),
@@ -139,8 +138,7 @@ def align_policy(
         cases=cases,
         feedback=gather_feedback(data, split, cases, store, list(weights), facts),
         facts=to_device(facts, device),
-        exclude_history=settings.history == "exclude"
-        or (settings.history == "auto" and not train_events.has_repeats()),
+        exclude_history=split.sequences(data, "train").excludes_history(settings.history),
         optimizer=make_optimizer(start, settings.learning_rate, settings.weight_decay),
         work=work,
         rewards=weights,
@@ -166,17 +164,19 @@ def align_policy(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         summary = run_rounds(stage, measure if len(validation) and settings.validations else None, made_from)
     if parallel.rank() == 0:
-        seen = [cases.rows, *(np.arange(a, b) for a, b in zip(cases.starts, cases.rows, strict=True))]
+        opened, closed = (np.bincount(rows, minlength=data.n_events + 1) for rows in (cases.starts, cases.rows + 1))
+        seen = np.flatnonzero((opened - closed).cumsum() > 0)  # from the start of each history to its target
         resolved = {"policy": policy_settings, "align": to_json(settings)}
         with write_artifact(
             folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed, sizes=summary
         ) as fresh:
             save_file({k: v.contiguous().cpu() for k, v in stage.policy.state_dict().items()}, fresh / WEIGHTS)
-            write_events_used(fresh, np.concatenate(seen))
+            write_events_used(fresh, seen)
             shutil.copy(work / METRICS, fresh / METRICS)
             if (work / "tensorboard").exists():
                 shutil.copytree(work / "tensorboard", fresh / "tensorboard")
         shutil.rmtree(work)
+    parallel.share_from_first(None)  # no rank goes on before the artefact is there
     return stage.policy
 
 
@@ -186,6 +186,11 @@ def run_rounds(stage: Stage, measure: Any, made_from: dict[str, str]) -> dict[st
     lengths = np.minimum(stage.cases.rows - stage.cases.starts, policy.settings.max_items)
     per_round = max(1, settings.round_users // settings.batch_users)
     n_batches = math.ceil(len(stage.cases) / settings.batch_users)
+    smallest = len(stage.cases) - (n_batches - 1) * settings.batch_users
+    require(
+        smallest >= parallel.n_ranks(),
+        f"the last minibatch has {smallest} contexts for {parallel.n_ranks()} processes; choose another batch_users",
+    )
     rounds_per_epoch = math.ceil(n_batches / per_round)
     n_rounds = rounds_per_epoch * settings.epochs
     total_steps = n_batches * settings.passes * settings.epochs
@@ -193,13 +198,14 @@ def run_rounds(stage: Stage, measure: Any, made_from: dict[str, str]) -> dict[st
     fingerprint = [to_json(settings), made_from, parallel.n_ranks()]
     progress: dict[str, Any] = {"fingerprint": fingerprint, "round": 0, "step": 0, "best": None, "seconds": 0.0}
     best: dict[str, Tensor] = {}
-    if (checkpoint := newest_checkpoint(work)) is not None:
-        if (saved := read_progress(checkpoint))["fingerprint"] == fingerprint:
-            best, progress = load_checkpoint(checkpoint, policy, stage.optimizer), saved
-            logger.info("resuming after round %d of %d", progress["round"], n_rounds)
-        elif parallel.rank() == 0:
-            logger.info("the unfinished alignment in %s was of other inputs or settings; starting anew", work)
-            shutil.rmtree(work)
+    checkpoint = newest_checkpoint(work) if parallel.rank() == 0 else None
+    if checkpoint is not None and read_progress(checkpoint)["fingerprint"] != fingerprint:
+        logger.info("the unfinished alignment in %s was of other inputs or settings; starting anew", work)
+        shutil.rmtree(work)
+        checkpoint = None
+    if (checkpoint := parallel.share_from_first(checkpoint)) is not None:
+        best, progress = load_checkpoint(checkpoint, policy, stage.optimizer), read_progress(checkpoint)
+        logger.info("resuming after round %d of %d", progress["round"], n_rounds)
     trackers = Trackers([])
     if parallel.rank() == 0:
         trackers = open_trackers(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sagerec.catalogue.splits import Cases
 from sagerec.core.objectives import compute_advantages, policy_loss
 from sagerec.core.rewards import Facts, RewardInputs, compute_rewards, slate_coldness, slate_diversity
-from sagerec.errors import TrainingError
+from sagerec.errors import NumericalError, TrainingError
 from sagerec.policies.lazy_decoder import LazyDecoder
 from sagerec.slates.autoregressive import slate_logprobs
 from sagerec.slates.cases import distinct_rows
@@ -303,19 +303,19 @@ def bound_figures(diagnostics: dict[str, Tensor], coefficient: Tensor, advantage
 def update(stage: Stage, batch: Minibatch, step: int, total_steps: int) -> dict[str, float]:
     """One step of AdamW on a minibatch. Raises: TrainingError where loss or gradient is not finite, the batch saved."""
     settings, policy = stage.settings, stage.policy
-    loss, logged = losses(stage, batch, step)
     stage.optimizer.zero_grad()
+    try:
+        loss, logged = losses(stage, batch, step)
+    except NumericalError as error:
+        raise TrainingError(
+            f"update {step}: {error}; the batch is saved in {save_batch(stage, batch, step)}"
+        ) from error
     if loss.requires_grad:
         loss.backward()  # type: ignore[no-untyped-call]
     parallel.add_gradients_up(policy)
     norm = nn.utils.clip_grad_norm_(policy.parameters(), settings.clip_norm)
     if not math.isfinite(float(norm)) or not math.isfinite(float(loss.detach())):
-        path = stage.work / f"bad-batch-{step}-rank{parallel.rank()}.safetensors"
-        tensors = {name: getattr(batch.contexts, name) for name in ("items", "lengths", "targets")}
-        if batch.rollouts is not None and batch.advantages is not None:
-            tensors |= {name: getattr(batch.rollouts, name) for name in ("slates", "old_logprobs", "rewards")}
-            tensors["advantages"] = batch.advantages
-        save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, path)
+        path = save_batch(stage, batch, step)
         raise TrainingError(
             f"loss {loss.item()} with gradient norm {norm.item()} at update {step}; the batch is saved in {path}. "
             "Lower the learning rate, or look at the rewards in metrics.jsonl"
@@ -329,3 +329,15 @@ def update(stage: Stage, batch: Minibatch, step: int, total_steps: int) -> dict[
         "gradient_norm": float(norm),
         "learning_rate": rate,
     }
+
+
+def save_batch(stage: Stage, batch: Minibatch, step: int) -> Path:
+    """Save what an update that failed was given; returns where."""
+    stage.work.mkdir(parents=True, exist_ok=True)
+    path = stage.work / f"bad-batch-{step}-rank{parallel.rank()}.safetensors"
+    tensors = {name: getattr(batch.contexts, name) for name in ("items", "lengths", "targets")}
+    if batch.rollouts is not None and batch.advantages is not None:
+        tensors |= {name: getattr(batch.rollouts, name) for name in ("slates", "old_logprobs", "rewards")}
+        tensors["advantages"] = batch.advantages
+    save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, path)
+    return path
