@@ -1,0 +1,116 @@
+"""Study folders as a page of Markdown tables: what `docs/results.md` is made of."""
+
+from pathlib import Path
+from typing import Any
+
+from sagerec.artifacts import read_json
+from sagerec.study import STUDY
+
+PERCENT = ("recall@10", "ndcg@10", "cold_recall@10", "coverage@10")
+NAMES = {
+    "recall@10": "Recall@10",
+    "ndcg@10": "NDCG@10",
+    "cold_recall@10": "Cold-Recall@10",
+    "coarse_entropy@10": "Entropy@10 (bits)",
+    "coverage@10": "coverage@10",
+    "clicks@10": "clicks",
+    "likes@10": "likes",
+    "dislikes@10": "dislikes",
+    "watch_seconds@10": "seconds watched",
+}
+PUBLISHED = """| published, not measured here | Recall@10 | NDCG@10 | Cold-Recall@10 | Entropy@10 | source |
+|---|---|---|---|---|---|
+| SAGE | | | .0619 | 2.551 | arXiv 2601.21452 |
+| OneRec-V2 with GBPO, as SAGE's paper measures it | | | .0326 | 2.285 | arXiv 2601.21452 |
+| TIGER | .0648 | .0384 | | | arXiv 2305.05065 |
+| LC-Rec | .0764 | | | | arXiv 2311.09049 |
+| RPG | .0809 | .0464 | | | arXiv 2506.05781 |
+"""
+
+
+def study_markdown(folder: Path, title: str) -> str:
+    """The tables of one study. Raises: ArtifactError where the folder has no study.json."""
+    record = read_json(folder / STUDY)
+    metrics = list(record["rows"][0]["metrics"])
+    lines = [f"## {title}", "", _what(record), "", _table(record, metrics), ""]
+    lines += ["What the tests say (p corrected by Holm over all tests of the study):", "", _tests(record, metrics), ""]
+    if record["trials"]:
+        lines += ["Chosen on validation, each from as many trials:", "", _chosen(record), ""]
+    return "\n".join(lines)
+
+
+def results_page(folders: dict[str, Path]) -> str:
+    """The whole page: a study under each title, then what others published."""
+    parts = [
+        "# Results",
+        "",
+        "Written by `sagerec results`; do not edit. How to repeat each table: [reproduce](reproduce.md).",
+        "",
+        *(study_markdown(folder, title) for title, folder in folders.items()),
+        "## What others published on Amazon Beauty",
+        "",
+        "Other preparations, other clusters, other definitions of cold: to look at, not to compare.",
+        "",
+        PUBLISHED,
+    ]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def _what(record: dict[str, Any]) -> str:
+    sizes = record["dataset"]
+    return (
+        f"{sizes['users']:,} users, {sizes['items']:,} items, {sizes['interactions']:,} interactions; {record['cases']:,} "
+        f"test cases, {record['cold_cases']:,} of them cold. Seeds {record['seeds']}; {record['hardware']}; "
+        f"{record['date']}; PyTorch {record['versions']['torch']}. Values are means over the seeds with 95 % intervals over users."
+    )
+
+
+def _number(metric: str, value: float) -> str:
+    return f"{value:.4f}" if metric in PERCENT else f"{value:.3f}"
+
+
+def _table(record: dict[str, Any], metrics: list[str]) -> str:
+    lines = ["| row | seeds | " + " | ".join(NAMES.get(m, m) for m in metrics) + " | minutes |"]
+    lines.append("|---|---|" + "---|" * (len(metrics) + 1))
+    for row in record["rows"]:
+        cells = []
+        for metric in metrics:
+            found = row["metrics"].get(metric)
+            if found is None:
+                cells.append("")
+                continue
+            text = " – ".join(_number(metric, found[end]) for end in ("low", "high"))
+            cells.append(f"{_number(metric, found['value'])} [{text}]")
+        minutes = f"{sum(row['seconds']) / len(row['seconds']) / 60:.1f}" if row.get("seconds") else ""
+        lines.append(f"| {row['name']} | {len(row['seeds'])} | " + " | ".join(cells) + f" | {minutes} |")
+    return "\n".join(lines)
+
+
+def _tests(record: dict[str, Any], metrics: list[str]) -> str:
+    lines = ["| row | against | " + " | ".join(NAMES.get(m, m) for m in metrics) + " |"]
+    lines.append("|---|---|" + "---|" * len(metrics))
+    for row in record["rows"]:
+        for other, tests in row["against"].items():
+            base = next(r for r in record["rows"] if r["name"] == other)["metrics"]
+            cells = []
+            for metric in metrics:
+                test = tests.get(metric)
+                if test is None:
+                    cells.append("")
+                elif test["verdict"] == "no difference":
+                    cells.append("no difference")
+                else:
+                    cells.append(f"{test['difference'] / base[metric]['value']:+.1%} (p {test['p_holm']:.3f})")
+            lines.append(f"| {row['name']} | {other} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _chosen(record: dict[str, Any]) -> str:
+    lines = ["| objective | trials | chosen | criterion | worst |", "|---|---|---|---|---|"]
+    for objective in dict.fromkeys(trial["objective"] for trial in record["trials"]):
+        trials = [trial for trial in record["trials"] if trial["objective"] == objective]
+        best = next(trial for trial in trials if trial["chosen"])
+        text = ", ".join(f"{name} {value:g}" for name, value in best["settings"].items())
+        worst = min(trial["criterion"] for trial in trials)
+        lines.append(f"| {objective} | {len(trials)} | {text} | {best['criterion']:.3f} | {worst:.3f} |")
+    return "\n".join(lines)
