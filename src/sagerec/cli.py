@@ -20,6 +20,9 @@ from rich.text import Text
 from sagerec import run as pipeline
 from sagerec.catalogue.dataset import Dataset, read_dataset
 from sagerec.catalogue.describe import describe
+from sagerec.catalogue.formats.importer import Format, import_dataset
+from sagerec.catalogue.formats.table import TableColumns
+from sagerec.catalogue.formats.writer import ImportSettings
 from sagerec.catalogue.simulate import simulate
 from sagerec.catalogue.splits import SplitSettings, make_split
 from sagerec.catalogue.store import StoreSettings, write_store
@@ -52,6 +55,28 @@ class Simulate:
     def __call__(self) -> None:
         write_store(self.out, simulate(self.store))
         print_description(self.out.name, describe_dataset(read_dataset(self.out)))
+
+
+@dataclass(frozen=True)
+class Import:
+    """Make a dataset of files in another format; docs/data.md says what each format holds.
+
+    Example: sagerec import amazon-2023 All_Beauty.jsonl.gz meta_All_Beauty.jsonl.gz --out DATASET --k-core 5
+    """
+
+    format: tyro.conf.Positional[Format]
+    """What the files are."""
+    sources: tyro.conf.Positional[tuple[Path, ...]]
+    """Files, or folders that hold them; of tables the log first, then the items."""
+    out: Path
+    """Dataset folder to write."""
+    clean: Annotated[ImportSettings, FLAT] = field(default_factory=ImportSettings)
+    """What is left out."""
+    columns: TableColumns = field(default_factory=TableColumns)
+    """Names of the columns of `table`."""
+
+    def __call__(self) -> None:
+        print_description(self.out.name, import_dataset(self.format, self.sources, self.out, self.clean, self.columns))
 
 
 @dataclass(frozen=True)
@@ -265,6 +290,7 @@ class Recommend:
 
 COMMANDS: dict[str, Callable[..., Callable[[], None]]] = {
     "simulate": Simulate,
+    "import": Import,
     "inspect": Inspect,
     "run": RunAll,
     "prepare": Prepare,

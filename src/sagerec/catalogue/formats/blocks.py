@@ -1,0 +1,182 @@
+"""Text files, plain or gzip, as blocks of whole lines: what every reader of lines stands on.
+
+A block is some megabytes, so memory does not grow with the file. The next block is read and decompressed in a thread
+while the last one is parsed. A byte-order mark is taken off, and every line end is made a newline.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import polars as pl
+from isal import igzip, isal_zlib
+
+from sagerec.errors import DatasetError
+
+logger = logging.getLogger(__name__)
+BLOCK_BYTES = 4 << 20
+MAX_RECORD_BYTES = 64 << 20
+"""A line, or a quoted cell, that does not end within this many bytes is a broken one."""
+GZIP_MAGIC, UTF8_MARK, UTF16_MARKS = b"\x1f\x8b", b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
+DAMAGED: tuple[type[Exception], ...] = (EOFError, OSError, cast(type[Exception], isal_zlib.error))
+"""What reading a gzip stream raises that is cut short or damaged."""
+LOGGED_BAD_ROWS = 5
+"""Bad rows of an import that are logged one by one; the others are counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Whole lines of a file."""
+
+    path: Path
+    """The file."""
+    text: bytes
+    """The lines, each ended by a newline."""
+    first_line: int
+    """Number of the first line, from 1."""
+    source_bytes: int
+    """How much of the file as it lies on disk has been read so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Rows that were read from one file."""
+
+    path: Path
+    """The file."""
+    table: pl.DataFrame
+    """R rows in canonical columns and types."""
+    lines: np.ndarray
+    """(R,) uint32 line of each row, from 1; of a Parquet file the row, from 1."""
+    source_bytes: int
+    """How much of the file has been read so far."""
+
+
+class BadRows:
+    """What becomes of rows that cannot be read: an error, or with `skip` a count."""
+
+    def __init__(self, *, skip: bool) -> None:
+        self.skip = skip
+        self.counts: Counter[str] = Counter()
+
+    def report(self, path: Path, line: int, reason: str, detail: str) -> None:
+        """Count a bad row under `reason`. Raises: DatasetError, with its place and the detail, unless `skip`."""
+        if not self.skip:
+            raise DatasetError(
+                f"{path}: {place(path, line)}: {reason}: {detail}. Mend it, or leave such rows out with --skip-bad-rows"
+            )
+        self.counts[reason] += 1
+        total = self.counts.total()
+        if total <= LOGGED_BAD_ROWS:
+            more = "; further ones are only counted" if total == LOGGED_BAD_ROWS else ""
+            logger.warning("left out %s, %s: %s: %s%s", path.name, place(path, line), reason, detail, more)
+
+
+def place(path: Path, line: int) -> str:
+    """Where a row stands in its file."""
+    kinds = {".parquet": "row", ".item.json": "entry"}
+    return f"{next((kind for end, kind in kinds.items() if path.name.endswith(end)), 'line')} {line}"
+
+
+def read_blocks(path: Path, bad: BadRows, *, quoted: bool = False, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
+    """The lines of a file in blocks; with `quoted`, no block ends inside a quoted cell.
+
+    Raises: DatasetError for a file that is missing, empty, UTF-16 or damaged gzip. Where bad rows are skipped, a gzip
+    stream cut short counts as one, and the whole lines before the cut are kept.
+    """
+    blocks = _blocks(path, bad, quoted=quoted, block_bytes=block_bytes)
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(next, blocks, None)
+        while (block := ahead.result()) is not None:
+            ahead = pool.submit(next, blocks, None)
+            yield block
+
+
+def _blocks(path: Path, bad: BadRows, *, quoted: bool, block_bytes: int) -> Iterator[Block]:
+    if not path.is_file():
+        raise DatasetError(f"{path} is not a file; give the files to import, or a folder that holds them")
+    line, rest, damage = 1, b"", list[str]()
+    with path.open("rb") as raw:
+        packed = raw.read(2) == GZIP_MAGIC
+        raw.seek(0)
+        file = cast(BufferedReader, igzip.IGzipFile(fileobj=raw)) if packed else raw
+        for text in _line_ends(_pieces(path, file, damage, block_bytes)):
+            rest += text
+            end = _end_of_records(rest, quoted=quoted)
+            if end:
+                yield Block(path, rest[:end], line, raw.tell())
+                line += rest.count(b"\n", 0, end)
+                rest = rest[end:]
+            if len(rest) > max(MAX_RECORD_BYTES, block_bytes):
+                what = 'a quote (") that is opened there is not closed' if quoted else "it does not end"
+                raise DatasetError(
+                    f"{path}: line {line}: {what} within {MAX_RECORD_BYTES >> 20} MB; expected text of separate lines. "
+                    "Mend the file or give another format"
+                )
+        if damage:
+            line += rest.count(b"\n")
+            if not bad.skip:
+                raise DatasetError(
+                    f"{path}: line {line}: the file {damage[0]}; expected a whole gzip file. Get it again, or keep the "
+                    "lines before with --skip-bad-rows"
+                )
+            bad.report(path, line, "file cut short", f"it {damage[0]}")
+        elif rest:
+            yield Block(path, rest + b"\n", line, raw.tell())
+        elif line == 1:
+            raise DatasetError(f"{path} is empty; expected at least one line. Get it again, or leave it out")
+
+
+def _pieces(path: Path, file: BufferedReader, damage: list[str], block_bytes: int) -> Iterator[bytes]:
+    """The decompressed bytes without a byte-order mark; where the stream is damaged, what came before, and why."""
+    first, ended = True, False
+    while not ended:
+        parts, size = [], 0
+        while size < block_bytes and not ended:
+            try:
+                part = file.read1(block_bytes)
+            except DAMAGED as error:
+                damage.append("ends early" if isinstance(error, EOFError) else f"cannot be read ({error})")
+                part = b""
+            parts.append(part)
+            size += len(part)
+            ended = not part
+        piece = b"".join(parts)
+        if first and piece[:2] in UTF16_MARKS:
+            raise DatasetError(
+                f"{path} is UTF-16 text; expected UTF-8. Convert it, for example with: iconv -f UTF-16 -t UTF-8"
+            )
+        yield piece.removeprefix(UTF8_MARK) if first else piece
+        first = False
+
+
+def _line_ends(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """The same text with every line end a newline; a carriage return at the end of a piece waits for the next."""
+    waiting = False
+    for piece in pieces:
+        text = b"\r" + piece if waiting else piece
+        waiting = text.endswith(b"\r") and bool(piece)
+        if waiting:
+            text = text[:-1]
+        yield text.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in text else text
+    if waiting:
+        yield b"\n"
+
+
+def _end_of_records(text: bytes, *, quoted: bool) -> int:
+    """Where the last whole record of `text` ends; a newline ends one where as many quotes stand before as close."""
+    end = text.rfind(b"\n") + 1
+    if not quoted:
+        return end
+    odd = text.count(b'"', 0, end) % 2
+    while odd and end:
+        before = text.rfind(b"\n", 0, end - 1) + 1
+        odd ^= text.count(b'"', before, end) % 2
+        end = before
+    return end
