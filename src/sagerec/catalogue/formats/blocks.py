@@ -9,20 +9,23 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
-from typing import cast
+from typing import BinaryIO, cast
 
 import numpy as np
 import polars as pl
-from isal import igzip, isal_zlib
+from isal import isal_zlib
 
 from sagerec.errors import DatasetError
 
 logger = logging.getLogger(__name__)
 BLOCK_BYTES = 4 << 20
+PACKED_BYTES = 256 << 10
+"""Compressed bytes that are read at a time."""
 MAX_RECORD_BYTES = 64 << 20
 """A line, or a quoted cell, that does not end within this many bytes is a broken one."""
+GZIP_WINDOW = 31
+"""What zlib calls a gzip stream with the largest window."""
 GZIP_MAGIC, UTF8_MARK, UTF16_MARKS = b"\x1f\x8b", b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
 DAMAGED: tuple[type[Exception], ...] = (EOFError, OSError, cast(type[Exception], isal_zlib.error))
 """What reading a gzip stream raises that is cut short or damaged."""
@@ -40,6 +43,8 @@ class Block:
     """The lines, each ended by a newline."""
     first_line: int
     """Number of the first line, from 1."""
+    line_count: int
+    """Lines in `text`."""
     source_bytes: int
     """How much of the file as it lies on disk has been read so far."""
 
@@ -87,8 +92,9 @@ def place(path: Path, line: int) -> str:
 def read_blocks(path: Path, bad: BadRows, *, quoted: bool = False, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
     """The lines of a file in blocks; with `quoted`, no block ends inside a quoted cell.
 
-    Raises: DatasetError for a file that is missing, empty, UTF-16 or damaged gzip. Where bad rows are skipped, a gzip
-    stream cut short counts as one, and the whole lines before the cut are kept.
+    Raises: DatasetError for a file that is missing, empty, UTF-16 or damaged gzip. Where bad rows are skipped, the
+    damage counts as one, and the whole lines before it are kept: all of them before a cut, those of the compressed
+    bytes read earlier (`PACKED_BYTES` at a time) before a wrong byte.
     """
     blocks = _blocks(path, bad, quoted=quoted, block_bytes=block_bytes)
     with ThreadPoolExecutor(1) as pool:
@@ -98,20 +104,28 @@ def read_blocks(path: Path, bad: BadRows, *, quoted: bool = False, block_bytes: 
             yield block
 
 
+def peek_header(path: Path) -> str:
+    """The first line of a file, as far as it can be read; its faults are for `read_blocks` to tell."""
+    with path.open("rb") as raw:
+        try:
+            head = next(_content(raw, 1 << 16), b"")
+        except DAMAGED:
+            head = b""
+    return head.removeprefix(UTF8_MARK).decode("utf-8", "replace").split("\n", 1)[0].removesuffix("\r")
+
+
 def _blocks(path: Path, bad: BadRows, *, quoted: bool, block_bytes: int) -> Iterator[Block]:
     if not path.is_file():
         raise DatasetError(f"{path} is not a file; give the files to import, or a folder that holds them")
     line, rest, damage = 1, b"", list[str]()
     with path.open("rb") as raw:
-        packed = raw.read(2) == GZIP_MAGIC
-        raw.seek(0)
-        file = cast(BufferedReader, igzip.IGzipFile(fileobj=raw)) if packed else raw
-        for text in _line_ends(_pieces(path, file, damage, block_bytes)):
+        for text in _line_ends(_pieces(path, _content(raw, block_bytes), damage, block_bytes)):
             rest += text
             end = _end_of_records(rest, quoted=quoted)
             if end:
-                yield Block(path, rest[:end], line, raw.tell())
-                line += rest.count(b"\n", 0, end)
+                count = _newlines(rest, end)
+                yield Block(path, rest[:end], line, count, raw.tell())
+                line += count
                 rest = rest[end:]
             if len(rest) > max(MAX_RECORD_BYTES, block_bytes):
                 what = 'a quote (") that is opened there is not closed' if quoted else "it does not end"
@@ -128,25 +142,54 @@ def _blocks(path: Path, bad: BadRows, *, quoted: bool, block_bytes: int) -> Iter
                 )
             bad.report(path, line, "file cut short", f"it {damage[0]}")
         elif rest:
-            yield Block(path, rest + b"\n", line, raw.tell())
+            yield Block(path, rest + b"\n", line, rest.count(b"\n") + 1, raw.tell())
         elif line == 1:
             raise DatasetError(f"{path} is empty; expected at least one line. Get it again, or leave it out")
 
 
-def _pieces(path: Path, file: BufferedReader, damage: list[str], block_bytes: int) -> Iterator[bytes]:
-    """The decompressed bytes without a byte-order mark; where the stream is damaged, what came before, and why."""
+def _newlines(text: bytes, end: int) -> int:
+    """Newlines before `end`: five times as fast as `bytes.count`, which looks for one after the other."""
+    return int(np.count_nonzero(np.frombuffer(text, dtype=np.uint8, count=end) == ord("\n")))
+
+
+def _content(file: BinaryIO, size: int) -> Iterator[bytes]:
+    """The bytes of a file, decompressed where it is gzip, in parts of at most `size`. Raises: one of DAMAGED."""
+    part = file.read(min(size, PACKED_BYTES))
+    if not part.startswith(GZIP_MAGIC):
+        while part:
+            yield part
+            part = file.read(size)
+        return
+    stream = isal_zlib.decompressobj(wbits=GZIP_WINDOW)
+    while part:
+        yield stream.decompress(part, size)
+        part = stream.unconsumed_tail
+        if stream.eof:  # a further member may follow, or the zeros that some archives are padded with
+            part = stream.unused_data.lstrip(b"\0")
+            while not part and (more := file.read(PACKED_BYTES)):
+                part = more.lstrip(b"\0")
+            if part:
+                stream = isal_zlib.decompressobj(wbits=GZIP_WINDOW)
+        part = part or file.read(min(size, PACKED_BYTES))
+    yield stream.flush()
+    if not stream.eof:
+        raise EOFError
+
+
+def _pieces(path: Path, content: Iterator[bytes], damage: list[str], block_bytes: int) -> Iterator[bytes]:
+    """The content in pieces of about a block, without a byte-order mark; where it is damaged, what came before."""
     first, ended = True, False
     while not ended:
         parts, size = [], 0
         while size < block_bytes and not ended:
             try:
-                part = file.read1(block_bytes)
+                part = next(content, None)
             except DAMAGED as error:
                 damage.append("ends early" if isinstance(error, EOFError) else f"cannot be read ({error})")
-                part = b""
-            parts.append(part)
-            size += len(part)
-            ended = not part
+                part = None
+            parts.append(part or b"")
+            size += len(part or b"")
+            ended = part is None
         piece = b"".join(parts)
         if first and piece[:2] in UTF16_MARKS:
             raise DatasetError(

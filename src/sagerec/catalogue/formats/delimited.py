@@ -42,10 +42,10 @@ def read_delimited(path: Path, choose: Choose, bad: BadRows, dialect: Dialect) -
             header = _header(path, block.text[:end], dialect)
             fields = choose(header)
             require_columns(pl.DataFrame(schema=dict.fromkeys(header, pl.String)), [f.source for f in fields], path)
-            block = Block(path, block.text[end:], block.first_line + 1, block.source_bytes)
+            block = Block(path, block.text[end:], block.first_line + 1, block.line_count - 1, block.source_bytes)
         if block.text.strip():
             yield fast_chunk(block, header, fields, dialect) or slow_chunk(
-                block.path, _slow_cells(block, header, fields, bad, dialect), fields, bad, block.source_bytes
+                block.path, slow_cells(block, header, fields, bad, dialect), fields, bad, block.source_bytes
             )
 
 
@@ -100,7 +100,7 @@ def fast_chunk(block: Block, header: list[str], fields: Sequence[Field], dialect
         cast = pl.DataFrame([cast_cells(table[str(header.index(f.source))], f) for f in fields])
     except (*UNREADABLE, BadValueError):
         return None
-    if table.height == block.text.count(b"\n"):
+    if table.height == block.line_count:
         lines = as_lines(range(block.first_line, block.first_line + table.height))
     else:
         lines = as_lines([number for number, _ in records_of(block, dialect)])
@@ -133,7 +133,7 @@ def cast_cells(column: pl.Series, field: Field) -> pl.Series:
     return cast.alias(field.name)
 
 
-def _slow_cells(
+def slow_cells(
     block: Block, header: list[str], fields: Sequence[Field], bad: BadRows, dialect: Dialect
 ) -> Iterator[tuple[int, list[str | None]]]:
     """(line, the cells of `fields`) of every record; broken ones are reported."""

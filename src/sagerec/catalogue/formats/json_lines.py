@@ -89,7 +89,7 @@ def fast_chunk(block: Block, fields: Sequence[Field]) -> Chunk | None:
         table = pl.read_ndjson(block.text, schema=schema)
     except UNREADABLE:
         return None
-    if table.height == block.text.count(b"\n"):
+    if table.height == block.line_count:
         lines = as_lines(range(block.first_line, block.first_line + table.height))
     else:
         filled = [i for i, line in enumerate(block.text.split(b"\n"), block.first_line) if line.strip()]
@@ -97,13 +97,17 @@ def fast_chunk(block: Block, fields: Sequence[Field]) -> Chunk | None:
             return None
         lines = as_lines(filled)
     table = table.rename({f.source: f.name for f in fields})
-    faults = [pl.col(f.name).is_null().any() for f in fields if f.required]
-    texts = [pl.col(f.name) for f in fields if DTYPES.get(f.kind) == pl.String()]
-    faults += [(c.str.starts_with("[") | c.str.starts_with("{")).any() for c in texts]  # a list or an object
-    faults += [(pl.col(f.name) == "").any() for f in fields if f.required and f.kind == "text"]
-    if table.select(pl.any_horizontal(faults)).item():
-        return None
+    for column, field in zip(table, fields, strict=True):
+        if field.required and column.null_count():
+            return None
+        if field.kind == "text" and ((field.required and (column == "").any()) or _has_nested(column)):
+            return None
     return Chunk(block.path, table, lines, block.source_bytes)
+
+
+def _has_nested(column: pl.Series) -> bool:
+    """Whether a text may be a list or an object, which polars takes as text."""
+    return bool((column.str.starts_with("[") | column.str.starts_with("{")).any())
 
 
 def slow_chunk(block: Block, fields: Sequence[Field], bad: BadRows, parse: Parse) -> Chunk:

@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 
 from sagerec.catalogue.dataset import CATEGORIES, ITEM_ID, SPLIT, TIMESTAMP, TITLE, USER_ID
-from sagerec.catalogue.formats.blocks import BadRows, Chunk, read_blocks
+from sagerec.catalogue.formats.blocks import BadRows, Chunk, peek_header
 from sagerec.catalogue.formats.delimited import Dialect, read_delimited
 from sagerec.catalogue.formats.fields import Field, log_fields, split_field
 from sagerec.catalogue.formats.source import Source, clean_items
@@ -31,7 +31,7 @@ ITEM_NAMES: dict[str, tuple[str, ...]] = {
 def read_recbole(files: Sequence[Path], bad: BadRows) -> Source:
     """A `.inter` file or several, and the `.item` file beside. Raises: DatasetError."""
     logs = [p for p in files if p.suffix == ".inter"]
-    plain = [p for p in logs if SEQUENCE_COLUMN not in _header_line(p, bad)]
+    plain = [p for p in logs if SEQUENCE_COLUMN not in peek_header(p).split("\t")]
     items = [p for p in files if p.suffix == ".item"]
     if not plain:
         why = f"those there are ({', '.join(p.name for p in logs)}) hold whole sequences" if logs else "there is none"
@@ -43,12 +43,6 @@ def read_recbole(files: Sequence[Path], bad: BadRows) -> Source:
         items=chain.from_iterable(_read_items(p, bad) for p in items) if items else None,
         files=(*plain, *items),
     )
-
-
-def _header_line(path: Path, bad: BadRows) -> list[str]:
-    """The names in the first line, as far as they are text."""
-    block = next(read_blocks(path, bad, block_bytes=1 << 16))
-    return block.text.split(b"\n", 1)[0].decode("utf-8", "replace").split("\t")
 
 
 def _log_fields(header: list[str]) -> list[Field]:
