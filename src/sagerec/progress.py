@@ -37,6 +37,7 @@ class Bar:
     def __init__(self, progress: Progress, task: Any, description: str) -> None:
         self._progress, self._task, self._description = progress, task, description
 
-    def update(self, completed: int, note: str = "") -> None:
-        """Set how much is done, and a short note behind the description."""
-        self._progress.update(self._task, completed=completed, description=f"{self._description} {note}".rstrip())
+    def update(self, completed: int, note: str = "", *, total: int | None = None) -> None:
+        """Set how much is done, a short note behind the description, and how much there is once it is known."""
+        description = f"{self._description} {note}".rstrip()
+        self._progress.update(self._task, completed=completed, total=total, description=description)
