@@ -130,7 +130,8 @@ def test_a_second_call_goes_on_after_the_first_gave_up(server: Server, tmp_path:
     part = tmp_path / "All_Beauty.jsonl.gz.part"
     assert str(error.value) == (
         f"{server.address}{REVIEWS}: the connection was cut after 150 of {size:,} bytes; 150 bytes are in {part}. "
-        "Check the network and call again: it goes on there. Or get the file in another way and give it to sagerec import"
+        "Check the network and call again: it goes on there. Or get the file in another way and give it to sagerec "
+        "import"
     )
     assert not (tmp_path / "All_Beauty.jsonl.gz").exists()
     [reviews, _] = fetch_category("All_Beauty", tmp_path, patient(server))

@@ -217,15 +217,6 @@ def write_minionerec(
     listed = zip(joined, titles, strict=True)
     info = "".join(f"{sid}\t{' '.join(title.split())}\t{index}\n" for index, (sid, title) in enumerate(listed))
     (folder / "info" / f"{name}.txt").write_text(info, encoding="utf-8")
-    columns = [
-        "user_id",
-        "history_item_title",
-        "item_title",
-        "history_item_id",
-        "item_id",
-        "history_item_sid",
-        "item_sid",
-    ]
     for part, part_rows in rows.items():
         (folder / part).mkdir()
         with (folder / part / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
