@@ -273,3 +273,9 @@ def test_columns_are_found_in_any_order(tmp_path: Path) -> None:
     data, _ = imported("table", log)
     rows: list[Any] = data.events.select("user_id", "item_id", "timestamp", "rating").rows()
     assert rows == [("u", "a", 1, 5.0)]
+
+
+def test_true_and_false_are_feedback(tmp_path: Path) -> None:
+    log = write(tmp_path / "log.csv", "user_id,item_id,timestamp,click,like\nu,a,1,True,1\nu,b,2,false,0\nu,c,3,,\n")
+    data, _ = imported("table", log)
+    assert data.events.select("click", "like").rows() == [(1.0, 1.0), (0.0, 0.0), (None, None)]

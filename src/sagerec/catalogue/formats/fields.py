@@ -126,6 +126,8 @@ def text_value(field: Field, value: str | None) -> Any:
         if value.strip().lower() not in FLAGS:
             raise wrong(field, value, "true, false, 1 or 0")
         return FLAGS[value.strip().lower()]
+    if value.strip().lower() in ("true", "false"):
+        return float(FLAGS[value.strip().lower()])
     try:
         number = float(value)
     except ValueError:
