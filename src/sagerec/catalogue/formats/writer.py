@@ -23,7 +23,6 @@ from sagerec.catalogue.dataset import (
     ITEM_ID,
     ITEMS,
     SPLIT,
-    SPLIT_VALUES,
     TEXT_COLUMNS,
     TIMESTAMP,
     TITLE,
@@ -31,14 +30,13 @@ from sagerec.catalogue.dataset import (
     check_items,
 )
 from sagerec.catalogue.formats.blocks import BadRows, Chunk, place
+from sagerec.catalogue.formats.event_log import FILE, ITEM, LINE, USER, Codes, core, distinct, in_order, read_log, ties
 from sagerec.catalogue.formats.source import Source
 from sagerec.errors import DatasetError
 from sagerec.settings import require, require_choices, to_json
 
 Progress = Callable[[int], None]
 """Called with the bytes of the source files that have been read."""
-USER, ITEM, FILE, LINE = "_user", "_item", "_file", "_line"
-"""Columns of the log while it is made: codes of the ids, and where a row came from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,35 +66,9 @@ class ImportSettings:
         require(self.k_core >= 1, f"k_core is {self.k_core}; expected at least 1")
         require(self.min_user_events >= 1, f"min_user_events is {self.min_user_events}; expected at least 1")
 
-
-class Codes:
-    """External ids as numbers, in the order in which they came: a dictionary that polars keeps."""
-
-    def __init__(self) -> None:
-        self._dtype = pl.Categorical(pl.Categories.random())
-        self._alive: list[pl.Series] = []  # polars forgets categories that no series holds
-        self._size = 0
-
-    def __len__(self) -> int:
-        return self._size
-
-    def encode(self, ids: pl.Series) -> pl.Series:
-        """uint32 codes of ids, new ones numbered on."""
-        encoded = ids.cast(self._dtype)
-        self._alive = self._alive or [encoded]
-        codes = encoded.to_physical()
-        if len(codes):
-            self._size = max(self._size, int(codes.max()) + 1)  # type: ignore[arg-type]
-        return codes
-
-    def decode(self, codes: pl.Expr) -> pl.Expr:
-        """The ids of a column of codes."""
-        return codes.cat.to(self._dtype).cast(pl.String)
-
-    def ids(self, codes: pl.Series | None = None) -> pl.Series:
-        """The ids of some codes, or of all."""
-        numbers = pl.int_range(self._size, dtype=pl.UInt32, eager=True) if codes is None else codes
-        return numbers.cat.to(self._dtype).cast(pl.String)
+    def core(self) -> dict[str, int]:
+        """How many events a user and an item keep at least."""
+        return {"of_user": max(self.k_core, self.min_user_events), "of_item": self.k_core}
 
 
 def write_imported(
@@ -123,7 +95,7 @@ def write_imported(
     events = distinct(events, settings.duplicates)
     figures["duplicate_events"] = before - len(events)
     before = len(events)
-    events = core(events, settings, users, items)
+    events = core(events, users, items, **settings.core())
     table, figures["duplicate_items"] = read_items(
         _reporting(source.items, progress, logged_bytes) if source.items else None, source, events, items, settings, bad
     )
@@ -133,7 +105,7 @@ def write_imported(
     events, table = worded(events, table, items, settings)
     figures["events_of_dropped_items"] = before - len(events)
     before = len(events)
-    events = core(events, settings, users, items)
+    events = core(events, users, items, **settings.core())
     figures["events_below_k_core"] = below_core + before - len(events)
     figures["bad_rows"] = bad.counts.total()
     if events.is_empty():
@@ -170,78 +142,6 @@ def _ids_of(events: pl.DataFrame, items: Codes) -> pl.Series:
     return items.ids(events[ITEM].unique().sort()).rename(ITEM_ID)
 
 
-def read_log(chunks: Iterator[Chunk], files: tuple[Path, ...], users: Codes, items: Codes) -> pl.DataFrame:
-    """All events as codes, times and feedback, with file and line of each row.
-
-    Raises: DatasetError where no row is left, or the times of two files are of two kinds.
-    """
-    parts: list[pl.DataFrame] = []
-    for chunk in chunks:
-        table = chunk.table
-        parts.append(
-            table.drop(USER_ID, ITEM_ID).with_columns(
-                users.encode(table[USER_ID]).alias(USER),
-                items.encode(table[ITEM_ID]).alias(ITEM),
-                *([pl.col(SPLIT).cast(pl.Enum(SPLIT_VALUES))] if SPLIT in table.columns else []),
-                pl.lit(files.index(chunk.path), pl.UInt16).alias(FILE),
-                pl.Series(LINE, chunk.lines),
-            )
-        )
-    parts = [part for part in parts if len(part)]
-    if not parts:
-        raise DatasetError(f"{', '.join(p.name for p in files)}: no row can be used; expected at least one event")
-    if len({isinstance(part.schema[TIMESTAMP], pl.Datetime) for part in parts}) > 1:
-        raise DatasetError("the times are numbers in some rows and dates in others; write them in one way")
-    return pl.concat(parts, how="diagonal_relaxed")
-
-
-def in_order(events: pl.DataFrame, users: Codes) -> pl.DataFrame:
-    """The canonical order: by user id as text, by time, then as the files have it."""
-    ids = users.ids()
-    rank = np.empty(len(ids), dtype=np.uint32)
-    rank[ids.arg_sort().to_numpy()] = np.arange(len(ids), dtype=np.uint32)
-    key = pl.Series("_rank", rank[events[USER].to_numpy()])
-    return events.with_columns(key).sort("_rank", TIMESTAMP, maintain_order=True).drop("_rank")
-
-
-def distinct(events: pl.DataFrame, duplicates: str) -> pl.DataFrame:
-    """The events, which are in order, without duplicates; the first row of each is kept."""
-    if duplicates == "keep":
-        return events
-    if duplicates == "item":
-        pair = pl.col(USER).cast(pl.UInt64) * (int(events[ITEM].max() or 0) + 1) + pl.col(ITEM)  # type: ignore[arg-type]
-        return events.filter(pair.is_first_distinct())
-    tied = np.append(_ties(events), False)
-    tied[:-1] |= tied[1:]  # only rows that share user and time with a neighbour can be duplicates
-    rows = np.flatnonzero(tied)
-    first = events[rows].select(pl.struct(USER, TIMESTAMP, ITEM).is_first_distinct()).to_series().to_numpy()
-    keep = np.ones(len(events), dtype=bool)
-    keep[rows[~first]] = False
-    return events.filter(pl.Series(keep))
-
-
-def _ties(events: pl.DataFrame) -> np.ndarray:
-    """(E,) bool: the event shares user and time with the one before."""
-    same = (pl.col(USER) == pl.col(USER).shift()) & (pl.col(TIMESTAMP) == pl.col(TIMESTAMP).shift())
-    return events.select(same.fill_null(False)).to_series().to_numpy()
-
-
-def core(events: pl.DataFrame, settings: ImportSettings, users: Codes, items: Codes) -> pl.DataFrame:
-    """The events of users and items that have enough of them, repeated until it holds."""
-    of_user = max(settings.k_core, settings.min_user_events)
-    if of_user == 1:
-        return events
-    user, item = events[USER].to_numpy(), events[ITEM].to_numpy()
-    keep = np.ones(len(events), dtype=bool)
-    left, before = len(events), -1
-    while left != before:
-        enough_users = np.bincount(user[keep], minlength=len(users)) >= of_user
-        enough_items = np.bincount(item[keep], minlength=len(items)) >= settings.k_core
-        keep &= enough_users[user] & enough_items[item]
-        left, before = int(keep.sum()), left
-    return events.filter(pl.Series(keep))
-
-
 def read_items(
     chunks: Iterator[Chunk] | None,
     source: Source,
@@ -258,12 +158,17 @@ def read_items(
     logged = _ids_of(events, items)
     if chunks is None:
         return _without_words(logged), 0
+    wanted = np.zeros(len(items), dtype=bool)
+    wanted[events[ITEM].unique().to_numpy()] = True
     parts: list[pl.DataFrame] = []
     for chunk in chunks:
         table = chunk.table.with_columns(
             pl.lit(source.files.index(chunk.path), pl.UInt16).alias(FILE), pl.Series(LINE, chunk.lines)
         )
-        parts.append(table.filter(pl.col(ITEM_ID).is_in(logged.implode())) if _only_log(source, settings) else table)
+        if _only_log(source, settings):
+            codes = items.encode(table[ITEM_ID]).to_numpy()
+            table = table.filter(pl.Series(wanted[np.minimum(codes, len(wanted) - 1)] & (codes < len(wanted))))
+        parts.append(table)
     table = pl.concat(parts, how="diagonal_relaxed") if parts else _without_words(logged[:0])
     repeats = 0
     first: dict[str, tuple[list[Any], int, int]] = {}
@@ -334,7 +239,7 @@ def _content_figures(events: pl.DataFrame, table: pl.DataFrame) -> dict[str, Any
         "items": len(table),
         "interactions": len(events),
         "feedback": [c for c in events.columns if c not in (USER, ITEM, TIMESTAMP, SPLIT, FILE, LINE)],
-        "same_time_ties": int(_ties(events).sum()),
+        "same_time_ties": int(ties(events).sum()),
         "users_with_one_event": int((of_user == 1).sum()),
         "items_without_text": len(table) - int(table.select(_has_words(table).sum()).item()),
         "items_without_events": len(table) - events[ITEM].n_unique(),
