@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -117,17 +118,21 @@ def peek_header(path: Path) -> str:
 def _blocks(path: Path, bad: BadRows, *, quoted: bool, block_bytes: int) -> Iterator[Block]:
     if not path.is_file():
         raise DatasetError(f"{path} is not a file; give the files to import, or a folder that holds them")
-    line, rest, damage = 1, b"", list[str]()
+    line, parts, size, damage = 1, list[bytes](), 0, list[str]()
     with path.open("rb") as raw:
-        for text in _line_ends(_pieces(path, _content(raw, block_bytes), damage, block_bytes)):
-            rest += text
-            end = _end_of_records(rest, quoted=quoted)
-            if end:
-                count = _newlines(rest, end)
-                yield Block(path, rest[:end], line, count, raw.tell())
+        for part in chain(_line_ends(_pieces(path, _content(raw, block_bytes), damage)), [None]):
+            if part is not None:
+                parts.append(part)
+                size += len(part)
+                if size < block_bytes:
+                    continue
+            text, rest = _cut(parts, quoted=quoted)
+            if text:
+                count = _newlines(text)
+                yield Block(path, text, line, count, raw.tell())
                 line += count
-                rest = rest[end:]
-            if len(rest) > max(MAX_RECORD_BYTES, block_bytes):
+            parts, size = [rest], len(rest)
+            if size > max(MAX_RECORD_BYTES, block_bytes):
                 what = 'a quote (") that is opened there is not closed' if quoted else "it does not end"
                 raise DatasetError(
                     f"{path}: line {line}: {what} within {MAX_RECORD_BYTES >> 20} MB; expected text of separate lines. "
@@ -147,9 +152,9 @@ def _blocks(path: Path, bad: BadRows, *, quoted: bool, block_bytes: int) -> Iter
             raise DatasetError(f"{path} is empty; expected at least one line. Get it again, or leave it out")
 
 
-def _newlines(text: bytes, end: int) -> int:
-    """Newlines before `end`: five times as fast as `bytes.count`, which looks for one after the other."""
-    return int(np.count_nonzero(np.frombuffer(text, dtype=np.uint8, count=end) == ord("\n")))
+def _newlines(text: bytes) -> int:
+    """Newlines of a text: five times as fast as `bytes.count`, which looks for one after the other."""
+    return int(np.count_nonzero(np.frombuffer(text, dtype=np.uint8) == ord("\n")))
 
 
 def _content(file: BinaryIO, size: int) -> Iterator[bytes]:
@@ -176,27 +181,25 @@ def _content(file: BinaryIO, size: int) -> Iterator[bytes]:
         raise EOFError
 
 
-def _pieces(path: Path, content: Iterator[bytes], damage: list[str], block_bytes: int) -> Iterator[bytes]:
-    """The content in pieces of about a block, without a byte-order mark; where it is damaged, what came before."""
-    first, ended = True, False
-    while not ended:
-        parts, size = [], 0
-        while size < block_bytes and not ended:
-            try:
-                part = next(content, None)
-            except DAMAGED as error:
-                damage.append("ends early" if isinstance(error, EOFError) else f"cannot be read ({error})")
-                part = None
-            parts.append(part or b"")
-            size += len(part or b"")
-            ended = part is None
-        piece = b"".join(parts)
-        if first and piece[:2] in UTF16_MARKS:
-            raise DatasetError(
-                f"{path} is UTF-16 text; expected UTF-8. Convert it, for example with: iconv -f UTF-16 -t UTF-8"
-            )
-        yield piece.removeprefix(UTF8_MARK) if first else piece
-        first = False
+def _pieces(path: Path, content: Iterator[bytes], damage: list[str]) -> Iterator[bytes]:
+    """The content without a byte-order mark; where it is damaged, what came before, and why is added to `damage`."""
+    begin: bytes | None = b""
+    try:
+        for part in content:
+            if begin is None:
+                yield part
+                continue
+            begin += part
+            if begin[:2] in UTF16_MARKS:
+                raise DatasetError(
+                    f"{path} is UTF-16 text; expected UTF-8. Convert it, for example with: iconv -f UTF-16 -t UTF-8"
+                )
+            if len(begin) >= len(UTF8_MARK):
+                yield begin.removeprefix(UTF8_MARK)
+                begin = None
+    except DAMAGED as error:
+        damage.append("ends early" if isinstance(error, EOFError) else f"cannot be read ({error})")
+    yield begin or b""
 
 
 def _line_ends(pieces: Iterator[bytes]) -> Iterator[bytes]:
@@ -210,6 +213,16 @@ def _line_ends(pieces: Iterator[bytes]) -> Iterator[bytes]:
         yield text.replace(b"\r\n", b"\n").replace(b"\r", b"\n") if b"\r" in text else text
     if waiting:
         yield b"\n"
+
+
+def _cut(parts: list[bytes], *, quoted: bool) -> tuple[bytes, bytes]:
+    """The whole records of the parts, and the rest behind; copied once where the last part ends a line."""
+    end = 0 if quoted else parts[-1].rfind(b"\n") + 1
+    if end:
+        return b"".join([*parts[:-1], parts[-1][:end]]), parts[-1][end:]
+    text = b"".join(parts)
+    end = _end_of_records(text, quoted=quoted)
+    return text[:end], text[end:]
 
 
 def _end_of_records(text: bytes, *, quoted: bool) -> int:

@@ -7,7 +7,9 @@ only and runs nothing.
 import ast
 import json
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from sagerec.artifacts import UNREADABLE
 from sagerec.catalogue.formats.blocks import BadRows, Block, Chunk, read_blocks
 from sagerec.catalogue.formats.fields import DTYPES, BadValueError, Field, as_lines, json_value
 
+PARSERS = 2
+"""Blocks that are parsed at once, while a further one is read; polars has the threads that do it."""
 Parse = Callable[[str], Any]
 
 
@@ -73,13 +77,20 @@ def block_records(block: Block, bad: BadRows, parse: Parse) -> Iterator[tuple[in
                 yield number, record
 
 
-def read_json_lines(
-    path: Path, fields: Sequence[Field], bad: BadRows, *, parse: Parse = parse_json, block_bytes: int | None = None
-) -> Iterator[Chunk]:
-    """The named fields of every object, in chunks. Bad rows: broken lines, missing values, wrong types."""
-    blocks = read_blocks(path, bad) if block_bytes is None else read_blocks(path, bad, block_bytes=block_bytes)
-    for block in blocks:
-        yield fast_chunk(block, fields) or slow_chunk(block, fields, bad, parse)
+def read_json_lines(path: Path, fields: Sequence[Field], bad: BadRows, *, parse: Parse = parse_json) -> Iterator[Chunk]:
+    """The named fields of every object, in chunks, some of which are parsed at once; bad rows are told in their order.
+
+    Bad rows: broken lines, missing values, wrong types.
+    """
+    with ThreadPoolExecutor(PARSERS) as pool:
+        parsing: deque[tuple[Block, Future[Chunk | None]]] = deque()
+        for block in read_blocks(path, bad):
+            parsing.append((block, pool.submit(fast_chunk, block, fields)))
+            if len(parsing) > PARSERS:
+                block, chunk = parsing.popleft()
+                yield chunk.result() or slow_chunk(block, fields, bad, parse)
+        for block, chunk in parsing:
+            yield chunk.result() or slow_chunk(block, fields, bad, parse)
 
 
 def fast_chunk(block: Block, fields: Sequence[Field]) -> Chunk | None:

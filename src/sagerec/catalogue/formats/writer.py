@@ -268,4 +268,4 @@ def write(
     )
     with write_artifact(folder, "dataset", made_from=made_from, settings=settings, sizes=figures) as fresh:
         table.write_parquet(fresh / ITEMS)
-        rows.sink_parquet(fresh / INTERACTIONS)
+        rows.sink_parquet(fresh / INTERACTIONS, compression_level=1)  # zstd; twice as fast as its default, 5 % larger
