@@ -1,6 +1,8 @@
 """The benchmarks run, in `--quick` mode, and write JSON of the shape that `benchmarks/README.md` documents."""
 
+import gzip
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import subprocess
@@ -16,6 +18,7 @@ import torch
 from sagerec.core.trie import build_trie
 from sagerec.errors import MissingExtraError
 from sagerec.semantic_ids.quantisers import separate
+from tests.test_formats import review_2023
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 RECORD = {"benchmark", "date", "command", "hardware", "versions", "seed", "settings", "results", "limits", "ok"}
@@ -139,3 +142,51 @@ def test_decode_knows_lists_with_repeats_and_holes(load: Any) -> None:
     assert distinct(torch.tensor([[3, 1], [0, 2]]))
     assert not distinct(torch.tensor([[3, 1], [2, 2]]))
     assert not distinct(torch.tensor([[3, -1], [0, 2]]))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pandas") is None, reason="pandas is not installed (extra bench)")
+def test_import_runs(tmp_path: Path) -> None:
+    record = run_quick("import", tmp_path)
+    assert set(record) == RECORD
+    assert record["ok"] is None
+    assert "pandas" in record["versions"]
+    results = record["results"]
+    assert set(results) == {"file", "import", "pandas", "ratio"}
+    ours, pandas = results["import"], results["pandas"]
+    assert (ours["rows"], pandas["rows"], results["file"]["rows"]) == (3_000, 1_000, 3_000)
+    assert (ours["users"] <= 500, ours["items"] <= 200) == (True, True)
+    assert results["ratio"] == pytest.approx(ours["rows_per_second"] / pandas["rows_per_second"])
+    assert pandas["rows_per_second"] == max(pandas["rows_per_second_of_rounds"])
+    assert min(ours["peak_gb"], pandas["peak_gb"], results["file"]["json_gb"]) > 0
+
+
+def test_import_limits_are_checked_on_the_rows_that_they_are_for(load: Any) -> None:
+    """2.1 GB misses 2 GB; five times as fast is fast enough."""
+    check = load("import").check_limits
+    assert check({"import": {"rows": 9_999_999, "peak_gb": 1.0}, "ratio": 9.0}) == []
+    limits = check({"import": {"rows": 10_000_000, "peak_gb": 2.1}, "ratio": 5.0})
+    assert [limit["ok"] for limit in limits] == [False, True]
+
+
+def test_import_draws_reviews_of_the_releases_fields(load: Any, tmp_path: Path) -> None:
+    module = load("import")
+    settings = module.ImportBenchmarkSettings(rows=200, pandas_rows=50, users=30, items=20, bodies=10)
+    sizes = module.write_reviews(tmp_path, settings)
+    lines = gzip.decompress((tmp_path / "reviews.jsonl.gz").read_bytes()).splitlines()
+    assert gzip.decompress((tmp_path / "pandas.jsonl.gz").read_bytes()).splitlines() == lines[:50]
+    reviews = [json.loads(line) for line in lines]
+    assert (len(reviews), sizes["rows"]) == (200, 200)
+    assert {tuple(sorted(review)) for review in reviews} == {tuple(sorted(review_2023("u", "i", 1)))}
+    assert {len(review["user_id"]) for review in reviews} == {28}
+    assert sizes["json_gb"] == sum(len(line) + 1 for line in lines) / 1e9
+
+
+def test_import_without_pandas_says_how_to_get_it(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load("import")
+
+    def absent(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(module.metadata, "version", absent)
+    with pytest.raises(MissingExtraError, match=r'pip install "sagerec\[bench\]"'):
+        module.pandas_version()

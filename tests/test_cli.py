@@ -62,6 +62,7 @@ def test_help_names_every_flag_and_gives_an_example(command: str, capsys: pytest
         if "Settings(" in line:
             continue  # the default of a whole group, which has no flag of its own
         positional = name in ("--run", "--dataset", "--name") or (command == "simulate" and name == "--out")
+        positional = positional or (command == "import" and name in ("--format", "--sources"))
         assert positional or name in printed, name
 
 

@@ -25,7 +25,17 @@ USER_ID, ITEM_ID, TIMESTAMP, SPLIT = "user_id", "item_id", "timestamp", "split"
 TITLE, CATEGORIES = "title", "categories"
 TEXT_COLUMNS = (TITLE, "brand", "text", "description")
 """Columns of `items.parquet` that describe an item in words, in the order in which they are joined."""
-FEEDBACK_COLUMNS = ("click", "like", "dislike", "follow", "watch_seconds", "duration_seconds", "rating")
+FEEDBACK_COLUMNS = (
+    "click",
+    "like",
+    "dislike",
+    "follow",
+    "watch_seconds",
+    "duration_seconds",
+    "rating",
+    "verified",
+    "helpful_votes",
+)
 """Known feedback columns of `interactions.parquet`; others are carried along unread."""
 SPLIT_VALUES = ("train", "align", "valid", "test")
 """What the column `split` of `interactions.parquet` may hold."""

@@ -4,23 +4,13 @@ Every logged metric is defined in `docs/metrics.md`.
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-
 from sagerec.errors import MissingExtraError
+from sagerec.progress import Bar, progress_bar
 
+__all__ = ["METRICS", "Bar", "JsonLines", "TensorBoard", "Tracker", "Trackers", "open_trackers", "progress_bar"]
 METRICS = "metrics.jsonl"
 
 
@@ -104,30 +94,3 @@ def open_trackers(folder: Path, *, tensorboard: bool, resume_step: int) -> Track
     if tensorboard:
         trackers.append(TensorBoard(folder / "tensorboard", resume_step))
     return Trackers(trackers)
-
-
-@contextmanager
-def progress_bar(description: str, total: int, *, completed: int = 0) -> Iterator["Bar"]:
-    """A bar with count, time and time left on a terminal; nothing elsewhere."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        yield Bar(progress, progress.add_task(description, total=total, completed=completed), description)
-
-
-class Bar:
-    """One running task of a progress display."""
-
-    def __init__(self, progress: Progress, task: Any, description: str) -> None:
-        self._progress, self._task, self._description = progress, task, description
-
-    def update(self, completed: int, note: str = "") -> None:
-        """Set how much is done, and a short note behind the description."""
-        self._progress.update(self._task, completed=completed, description=f"{self._description} {note}".rstrip())

@@ -1,0 +1,160 @@
+"""Fields of a file, and what becomes of a value that does not fit.
+
+Each reader has a fast path, polars on a whole block, and a slow one, row by row, that is taken for blocks in which the
+fast one found a fault: it finds the line, and says what is wrong with it.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+
+from sagerec.catalogue.dataset import ITEM_ID, SPLIT, SPLIT_VALUES, TIMESTAMP, USER_ID
+
+Kind = Literal["text", "number", "integer", "flag", "time", "split"]
+DTYPES: dict[Kind, pl.DataType] = {
+    "text": pl.String(),
+    "number": pl.Float64(),
+    "integer": pl.Int64(),
+    "flag": pl.Boolean(),
+    "split": pl.String(),
+}
+"""The type of a column; that of a time follows from the file."""
+FLAGS = {"true": True, "false": False, "1": True, "0": False}
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One field of a file that becomes a column."""
+
+    name: str
+    """Canonical column."""
+    source: str
+    """The file's own name for it."""
+    kind: Kind = "text"
+    """What its values are."""
+    required: bool = False
+    """A row without it is a bad one."""
+
+
+def log_fields(user: str, item: str, time: str, time_kind: Kind = "time") -> tuple[Field, ...]:
+    """The three fields that every log has, under the file's own names."""
+    return (
+        Field(USER_ID, user, required=True),
+        Field(ITEM_ID, item, required=True),
+        Field(TIMESTAMP, time, time_kind, required=True),
+    )
+
+
+def split_field(source: str = SPLIT) -> Field:
+    """The part of an event, where the file has it."""
+    return Field(SPLIT, source, "split", required=True)
+
+
+class BadValueError(ValueError):
+    """A row that does not fit: a reason that is counted, and the detail."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason, self.detail = reason, detail
+
+
+def missing(field: Field) -> BadValueError:
+    """The fault of a row without a required field."""
+    return BadValueError("missing value", f"{field.source!r} is missing or empty")
+
+
+def wrong(field: Field, value: Any, expected: str) -> BadValueError:
+    """The fault of a value of another kind."""
+    shown = repr(value)
+    return BadValueError(
+        "wrong type", f"{field.source!r} is {shown if len(shown) <= 60 else shown[:57] + '...'}; expected {expected}"
+    )
+
+
+def is_unicode(value: Any) -> bool:
+    """Whether a value is text that UTF-8 can hold; JSON may escape half of a surrogate pair, which is none."""
+    return isinstance(value, str) and (value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value))
+
+
+def json_value(field: Field, record: dict[str, Any]) -> Any:
+    """The value of `field` in a parsed record, None where it is null. Raises: BadValueError."""
+    value = record.get(field.source)
+    if value is None or (value == "" and field.required):
+        if field.required:
+            raise missing(field)
+        return None
+    if field.kind == "text":
+        if isinstance(value, list | dict | tuple | set | bytes):
+            raise wrong(field, value, "text")
+        if isinstance(value, bool):
+            return str(value).lower()
+        text = str(value)
+        if not is_unicode(text):
+            raise wrong(field, value, "Unicode text, not half of a surrogate pair")
+        return text
+    if field.kind == "flag":
+        if not isinstance(value, bool):
+            raise wrong(field, value, "true or false")
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise wrong(field, value, "a number")
+    if field.kind == "number":
+        return float(value)
+    if not (float(value).is_integer() and abs(value) < 2**63):
+        raise wrong(field, value, "a whole number")
+    return int(value)
+
+
+def text_value(field: Field, value: str | None) -> Any:
+    """The value of a cell of a text file, None where it is empty. Raises: BadValueError."""
+    if value is None or value.strip() == "":
+        if field.required:
+            raise missing(field)
+        return None
+    if field.kind == "split" and value not in SPLIT_VALUES:
+        raise wrong(field, value, "train, align, valid or test")
+    if field.kind in ("text", "split"):
+        return value
+    if field.kind == "time":
+        return _time(field, value.strip())
+    if field.kind == "flag":
+        if value.strip().lower() not in FLAGS:
+            raise wrong(field, value, "true, false, 1 or 0")
+        return FLAGS[value.strip().lower()]
+    if value.strip().lower() in ("true", "false"):
+        return float(FLAGS[value.strip().lower()])
+    try:
+        number = float(value)
+    except ValueError:
+        raise wrong(field, value, "a number") from None
+    if not math.isfinite(number):
+        raise wrong(field, value, "a number")
+    if field.kind == "integer" and not number.is_integer():
+        raise wrong(field, value, "a whole number")
+    return number
+
+
+def _time(field: Field, value: str) -> int | float | datetime:
+    """A time as a number or as a date, those with a zone in UTC."""
+    for read in (int, float):
+        try:
+            number = read(value)
+        except ValueError:
+            continue
+        if math.isfinite(number) and abs(number) < 2**63:
+            return number
+    try:
+        time = datetime.fromisoformat(value)
+    except ValueError:
+        raise wrong(field, value, "a number, or a date such as 2024-01-31T12:00:00") from None
+    return time if time.tzinfo is None else time.astimezone(UTC).replace(tzinfo=None)
+
+
+def as_lines(numbers: Sequence[int] | range) -> np.ndarray:
+    """Line numbers as they are kept: (R,) uint32."""
+    return np.asarray(numbers, dtype=np.uint32)

@@ -1,0 +1,46 @@
+"""`sagerec import`: a format by its name, its files to a canonical dataset."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from sagerec.catalogue.formats.amazon import read_amazon
+from sagerec.catalogue.formats.blocks import BadRows
+from sagerec.catalogue.formats.minionerec import read_minionerec
+from sagerec.catalogue.formats.recbole import read_recbole
+from sagerec.catalogue.formats.source import files_of
+from sagerec.catalogue.formats.table import TableColumns, read_tables
+from sagerec.catalogue.formats.writer import ImportSettings, write_imported
+from sagerec.progress import progress_bar
+from sagerec.settings import to_json
+
+Format = Literal["amazon-2014", "amazon-2018", "amazon-2023", "minionerec", "recbole", "table"]
+MB = 1_000_000
+
+
+def import_dataset(
+    format_name: Format,
+    sources: Sequence[Path],
+    out: Path,
+    settings: ImportSettings | None = None,
+    columns: TableColumns | None = None,
+) -> dict[str, Any]:
+    """Import files, or the files of folders, and write the canonical dataset; returns the figures of the import.
+
+    Raises: DatasetError, and then nothing is written.
+    """
+    settings, columns = settings or ImportSettings(), columns or TableColumns()
+    files, bad = files_of(sources), BadRows(skip=settings.skip_bad_rows)
+    origin: dict[str, Any] = {"format": format_name}
+    if format_name == "minionerec":
+        source = read_minionerec(files, bad)
+    elif format_name == "recbole":
+        source = read_recbole(files, bad)
+    elif format_name == "table":
+        source = read_tables(files, bad, columns)
+        origin["columns"] = to_json(columns)
+    else:
+        source = read_amazon(format_name, files, bad)
+    total = sum(path.stat().st_size for path in source.files)
+    with progress_bar("MB read", total // MB) as bar:
+        return write_imported(out, source, settings, bad, origin=origin, progress=lambda done: bar.update(done // MB))
