@@ -59,9 +59,10 @@ def results_page(folders: dict[str, Path]) -> str:
 def _what(record: dict[str, Any]) -> str:
     sizes = record["dataset"]
     return (
-        f"{sizes['users']:,} users, {sizes['items']:,} items, {sizes['interactions']:,} interactions; {record['cases']:,} "
-        f"test cases, {record['cold_cases']:,} of them cold. Seeds {record['seeds']}; {record['hardware']}; "
-        f"{record['date']}; PyTorch {record['versions']['torch']}. Values are means over the seeds with 95 % intervals over users."
+        f"{sizes['users']:,} users, {sizes['items']:,} items, {sizes['interactions']:,} interactions; "
+        f"{record['cases']:,} test cases, {record['cold_cases']:,} of them cold. Seeds {record['seeds']}; "
+        f"{record['hardware']}; {record['date']}; PyTorch {record['versions']['torch']}. Values are means over the seeds "
+        "with 95 % intervals over users."
     )
 
 
