@@ -61,7 +61,7 @@ def _what(record: dict[str, Any]) -> str:
     return (
         f"{sizes['users']:,} users, {sizes['items']:,} items, {sizes['interactions']:,} interactions; "
         f"{record['cases']:,} test cases, {record['cold_cases']:,} of them cold. Seeds {record['seeds']}; "
-        f"{record['hardware']}; {record['date']}; PyTorch {record['versions']['torch']}. Values are means over the seeds "
+        f"{record['hardware']}; {record['date']}; PyTorch {record['versions']['torch']}. Values are means over seeds "
         "with 95 % intervals over users."
     )
 
