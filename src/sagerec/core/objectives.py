@@ -96,7 +96,7 @@ class Objective:
 
 
 _GRPO = Objective("grpo", ratio="token", advantage="normalised", bound="clip")
-_SAGE = Objective("sage", boost=2.0, entropy_penalty=2.0)
+_SAGE = Objective("sage", boost=4.0, entropy_penalty=4.0)
 OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
     {
         row.name: row

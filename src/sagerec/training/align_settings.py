@@ -12,7 +12,7 @@ from sagerec.semantic_ids.clusters import ClusterKind
 from sagerec.settings import require, require_choices
 from sagerec.slates.rollouts import RolloutSettings
 
-DEFAULT_REWARDS = ("hit=1", "cold*hit=1", "novelty*similarity=0.1", "diversity=0.07")
+DEFAULT_REWARDS = ("hit=1", "cold*hit=1", "novelty*similarity=0.1", "diversity=0.09")
 """Rewards and weights that won on validation (docs/log.md)."""
 CRITERION = ("recall=2", "cold_recall=0.25", "entropy=0.5")
 """What a validated policy is worth: losing 1 % of Recall costs what 4 % of Entropy or 8 % of Cold-Recall gain."""
@@ -42,7 +42,7 @@ class AlignSettings:
     """See `boost`."""
     k: int = 1
     """Items a slate."""
-    slates: int = 32
+    slates: int = 16
     """Slates a context, G."""
     beam_slates: int | None = None
     """Slates of the G that come from beam search: with one item a slate all by default, else the beam list (1)."""
@@ -58,7 +58,7 @@ class AlignSettings:
     """Items with at most this many training interactions are cold."""
     history: Literal["auto", "keep", "exclude"] = "auto"
     """Whether items of the history may be recommended; auto excludes them where no training user had one twice."""
-    epochs: int = 1
+    epochs: int = 2
     """Passes over the reserved events."""
     max_contexts: int = 0
     """Reserved events used, drawn by the seed; 0 uses all."""
@@ -68,7 +68,7 @@ class AlignSettings:
     """Contexts of an update."""
     passes: int = 1
     """Times that each round's rollouts are gone through."""
-    learning_rate: float = 2e-4
+    learning_rate: float = 8e-4
     """Highest learning rate of AdamW."""
     weight_decay: float = 0.01
     """Weight decay of the matrices."""
@@ -78,7 +78,7 @@ class AlignSettings:
     """Largest norm of the gradient."""
     policy_weight: float = 1.0
     """Weight of the policy loss."""
-    sft_weight: float = 0.02
+    sft_weight: float = 0.5
     """Weight of the next-item loss on the reserved events, the anchor."""
     kl_weight: float = 0.0
     """Weight of the KL divergence to the policy that alignment started from (k3 estimator)."""
