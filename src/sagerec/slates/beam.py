@@ -121,12 +121,19 @@ def user_offsets(n_users: int, width: int, device: torch.device) -> Tensor:
 
 
 def excluded_paths(policy: Policy[ContextT, PrefixT], excluded: Tensor) -> Tensor:
-    """States (B, X, L + 1) along the codes of excluded items (B, X); -1 for no item and after an item's end."""
+    """States (B, X, L + 1) along the codes of excluded items (B, X); -1 for no item and after an item's end.
+
+    Items that share their codes count once a row: what is barred is an ID.
+    """
     flat = excluded.flatten()
     known = flat >= 0
     paths = torch.full((len(flat), policy.codes.shape[1] + 1), NO_ITEM, device=excluded.device)
     codes = policy.codes[flat[known]]
     paths[known] = policy.trie.walk(codes)
+    ids = paths[:, -1].view(excluded.shape)
+    known &= ~((ids[:, :, None] == ids[:, None, :]).tril(-1).any(dim=2)).flatten()
+    paths[~known] = NO_ITEM
+    codes = policy.codes[flat[known]]
     ended = torch.zeros_like(paths, dtype=torch.bool)
     ended[known, 1:] = codes < 0
     return paths.masked_fill(ended, NO_ITEM).view(*excluded.shape, paths.shape[1])

@@ -1,0 +1,138 @@
+"""New items into an artefact of Semantic IDs: the codes of the older items stay, and the trie grows.
+
+A new item is embedded by the saved projections (its co-occurrence block is zero: it has no events), takes the nearest
+centroid at each level among the codes in use, and, where IDs are unique, the next free last code of the items that it
+collides with. So only the last level can grow, and a policy trained before serves on (`policies.lazy_decoder`).
+
+Shapes: N items, n of them new, D dimensions, L codes per item.
+"""
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+from safetensors.numpy import save_file
+
+from sagerec.artifacts import UNREADABLE, read_manifest, write_artifact
+from sagerec.catalogue.audit import EVENTS_USED
+from sagerec.catalogue.dataset import CATEGORIES, Dataset
+from sagerec.core.trie import build_trie, write_trie
+from sagerec.errors import ArtifactError
+from sagerec.semantic_ids.build import (
+    NETWORK,
+    PROJECTIONS,
+    TENSORS,
+    VOCABULARY,
+    SemanticIdSettings,
+    read_semantic_ids,
+    read_tensors,
+    sizes_of,
+)
+from sagerec.semantic_ids.embedders import Projection, embed_sentences, project_categories, project_text
+from sagerec.semantic_ids.quantisers import mean_square, nearest_codes, separate
+from sagerec.semantic_ids.rq_vae import encode, load_rq_vae
+from sagerec.settings import from_json
+
+
+@dataclass(frozen=True, slots=True)
+class Addition:
+    """What became of new items."""
+
+    codes: np.ndarray
+    """(n, L) int32 their codes."""
+    collisions: int
+    """How many of them have the quantiser's codes of another item."""
+    reconstruction_error: float
+    """Mean squared length of what the codes leave over, over that of the vectors, as far as quantised (RQ-VAE: of
+    the vectors that it learnt)."""
+
+
+def new_item_vectors(folder: Path, new: Dataset, settings: SemanticIdSettings, blocks: dict[str, int]) -> np.ndarray:
+    """Vectors (n, D) of the items of `new` in the space of the artefact at `folder`, whose blocks have these widths.
+
+    Raises: ArtifactError where the artefact does not hold its projections.
+    """
+    arrays = read_tensors(folder / PROJECTIONS)
+
+    def projection(name: str) -> Projection:
+        return Projection(**{part: arrays[f"{name}.{part}"] for part in ("features", "idf", "components")})
+
+    found = []
+    for name, width in blocks.items():
+        if name == "text":
+            found.append(settings.text_weight * project_text(new.texts(), projection(name)))
+        elif name == "categories":
+            found.append(settings.category_weight * project_categories(new, _vocabulary(folder), projection(name)))
+        elif name == "sentences":
+            found.append(settings.sentence_weight * embed_sentences(new.texts(), settings.sentence_model))
+        else:
+            found.append(np.zeros((new.n_items, width), dtype=np.float32))
+    return np.concatenate(found, axis=1).astype(np.float32)
+
+
+def grow_semantic_ids(folder: Path, data: Dataset, *, made_from: dict[str, str]) -> Addition:
+    """Give codes to the last items of `data`, which the artefact at `folder` does not hold yet, and write it anew.
+
+    Its manifest names the content that it had before, so that what was trained on that is told to fit.
+    """
+    manifest, ids = read_manifest(folder, "semantic_ids"), read_semantic_ids(folder)
+    settings, n_old = from_json(SemanticIdSettings, manifest.settings), len(ids.codes)
+    vectors = new_item_vectors(folder, replace(data, items=data.items[n_old:]), settings, manifest.sizes["blocks"])
+    levels = len(ids.codebooks)
+    used = [np.unique(column) for column in ids.codes.T[:levels]]
+    coded = vectors
+    if (folder / NETWORK).is_file():
+        coded = encode(load_rq_vae(read_tensors(folder / NETWORK)), torch.from_numpy(vectors)).numpy()
+    chosen, left = nearest_codes(coded, ids.codebooks, used)
+    prefixes = np.concatenate([ids.codes[:, :levels], chosen])
+    # Ranked in the order of arrival, a new item comes after all that share its codes: the next free last code.
+    ranks = separate(prefixes, np.zeros(len(prefixes)))
+    if settings.unique:
+        codes = np.concatenate([ids.codes, ranks[n_old:]])
+        trie = build_trie(codes)
+    else:
+        codes = prefixes
+        first = n_old + np.flatnonzero(ranks[n_old:, -1] == 0)
+        listed = np.concatenate([np.sort(ids.trie.item[ids.trie.item >= 0].numpy()), first])
+        trie = build_trie(codes[listed], listed)
+    _, inverse, counts = np.unique(prefixes, axis=0, return_inverse=True, return_counts=True)
+    addition = Addition(
+        codes=codes[n_old:],
+        collisions=int((counts[inverse.reshape(-1)[n_old:]] > 1).sum()),
+        reconstruction_error=mean_square(left) / mean_square(coded),
+    )
+    record = {
+        "items": len(vectors),
+        "collisions": addition.collisions,
+        "reconstruction_error": addition.reconstruction_error,
+    }
+    sizes = manifest.sizes | sizes_of(codes, trie, levels=levels)
+    sizes["added"] = [*manifest.sizes.get("added", []), record]
+    with write_artifact(
+        folder,
+        "semantic_ids",
+        made_from=manifest.made_from | made_from,
+        settings=manifest.settings,
+        seed=manifest.seed,
+        sizes=sizes,
+        grown_from=[*manifest.grown_from, manifest.content_hash],
+    ) as fresh:
+        tensors = {"codes": codes, "vectors": np.concatenate([ids.vectors, vectors]), "codebooks": ids.codebooks}
+        save_file(tensors, fresh / TENSORS)
+        write_trie(fresh / "trie", trie)
+        for name in (PROJECTIONS, VOCABULARY, NETWORK, EVENTS_USED):
+            if (folder / name).is_file():
+                shutil.copy(folder / name, fresh / name)
+    return addition
+
+
+def _vocabulary(folder: Path) -> list[str]:
+    """The categories that the artefact knows, in the order of their columns."""
+    try:
+        values: list[str] = pl.read_parquet(folder / VOCABULARY)[CATEGORIES].to_list()
+    except UNREADABLE as error:
+        raise ArtifactError(f"{folder / VOCABULARY} cannot be read ({error}); make the Semantic IDs again") from error
+    return values
