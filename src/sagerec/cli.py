@@ -156,7 +156,7 @@ class IdsAdd:
     def __call__(self) -> None:
         added = pipeline.add_items(self.run, self.items)
         console.print(
-            f"{len(added.codes):,} items added, {added.collisions:,} of them with the codes of another item; "
+            f"{added.items:,} items added, {added.collisions:,} of them with the codes of another item; "
             f"reconstruction error {added.reconstruction_error:.3f}",
             highlight=False,
         )

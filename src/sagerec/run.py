@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import polars as pl
 
 from sagerec import artifacts
 from sagerec.catalogue.audit import EVENTS_USED, Finding, audit_order, audit_stage, read_events_used
@@ -31,7 +32,7 @@ from sagerec.evaluation.baselines import item_knn_lists, popularity_lists
 from sagerec.evaluation.evaluate import EvaluateSettings, evaluate_lists, excludes_history, write_evaluation
 from sagerec.evaluation.sasrec import TUNED, SasRecSettings, read_sasrec, train_sasrec
 from sagerec.policies.lazy_decoder import LazyDecoder, LazyDecoderSettings
-from sagerec.semantic_ids.add import Addition, grow_semantic_ids
+from sagerec.semantic_ids.add import Addition, code_new_items, write_addition
 from sagerec.semantic_ids.build import SemanticIds, SemanticIdSettings, build_semantic_ids, read_semantic_ids
 from sagerec.settings import to_json
 from sagerec.slates.cases import list_cases
@@ -158,26 +159,30 @@ def _existing_file(name: str) -> Path:
 def add_items(folder: Path, items: Path) -> Addition:
     """Add the items of a Parquet file to the catalogue and the Semantic IDs of a run, whose policies serve on.
 
-    The dataset grows first, then the IDs; cut short between the two, the same call goes on.
+    The codes are found first; then the dataset is written, then the IDs. Cut short between the two, the same call goes
+    on.
 
     Raises: DatasetError for an item that the run has already, or what `read_new_items` refuses; ArtifactError.
     """
     run = open_run(folder)
-    new = read_new_items(items, run.data)
-    known = known_items(new, run.data)
-    waiting = run.data.items[ITEM_ID][run.manifest("semantic_ids").sizes["items"] :]
+    data, new = run.data, read_new_items(items, run.data)
+    known = known_items(new, data)
+    waiting = data.items[ITEM_ID][run.manifest("semantic_ids").sizes["items"] :]
     if len(waiting) and waiting.equals(new[ITEM_ID]):
-        logger.info("dataset: has these items already; the Semantic IDs do not, so that is where it goes on")
+        logger.info("dataset: has these items already, and the Semantic IDs do not; going on there")
     elif known.any():
         raise DatasetError(
             f"{items}: {int(known.sum())} of {len(new)} items are in the run already, the first "
             f"{new[ITEM_ID].filter(known)[0]!r} in row {known.arg_max()} (from 0). Drop these rows"
         )
     else:
-        run.ids()  # refuses, before anything grows, IDs that do not fit the dataset
-        grow_dataset(folder / "dataset", run.data, new)
-        run = open_run(folder)
-    return grow_semantic_ids(folder / "semantic_ids", run.data, made_from=run.hashes("dataset"))
+        run.ids()  # refuses IDs that do not fit the dataset
+        data = replace(data, items=pl.concat([data.items, new]))
+    addition = code_new_items(folder / "semantic_ids", data)
+    if data is not run.data:
+        grow_dataset(folder / "dataset", data.items)
+    write_addition(folder / "semantic_ids", addition, made_from=run.hashes("dataset"))
+    return addition
 
 
 def train(run: Run, policy_settings: LazyDecoderSettings, settings: TrainSettings) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import polars as pl
 
 from sagerec.artifacts import MANIFEST, read_manifest, write_artifact
-from sagerec.catalogue.dataset import ITEM_ID, ITEMS, Dataset, check_items, read_dataset, read_table
+from sagerec.catalogue.dataset import ITEM_ID, ITEMS, Dataset, check_items, read_table
 from sagerec.errors import DatasetError
 
 
@@ -34,27 +34,25 @@ def read_new_items(path: Path, data: Dataset) -> pl.DataFrame:
     )
 
 
-def grow_dataset(folder: Path, data: Dataset, new: pl.DataFrame) -> Dataset:
-    """Append the rows `new` to the items of the dataset artefact at `folder`, which `data` was read from.
+def grow_dataset(folder: Path, items: pl.DataFrame) -> None:
+    """Write the dataset artefact at `folder` anew with `items`, which begin with those that it has.
 
-    The artefact keeps what it was made from, and its manifest names the content it had before.
+    It keeps what it was made from, and its manifest names the content that it had before.
     """
     manifest = read_manifest(folder, "dataset")
-    sizes = manifest.sizes | {"items": data.n_items + len(new)}
     with write_artifact(
         folder,
         "dataset",
         made_from=manifest.made_from,
         settings=manifest.settings,
         seed=manifest.seed,
-        sizes=sizes,
+        sizes=manifest.sizes | {"items": len(items)},
         grown_from=[*manifest.grown_from, manifest.content_hash],
     ) as fresh:
         for path in folder.iterdir():
             if path.name not in (MANIFEST, ITEMS):
                 shutil.copy(path, fresh / path.name)
-        pl.concat([data.items, new]).write_parquet(fresh / ITEMS)
-    return read_dataset(folder)
+        items.write_parquet(fresh / ITEMS)
 
 
 def known_items(new: pl.DataFrame, data: Dataset) -> pl.Series:

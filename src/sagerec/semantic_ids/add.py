@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from sagerec.artifacts import UNREADABLE, read_manifest, write_artifact
 from sagerec.catalogue.audit import EVENTS_USED
 from sagerec.catalogue.dataset import CATEGORIES, Dataset
-from sagerec.core.trie import build_trie, write_trie
+from sagerec.core.trie import Trie, build_trie, write_trie
 from sagerec.errors import ArtifactError
 from sagerec.semantic_ids.build import (
     NETWORK,
@@ -39,15 +39,21 @@ from sagerec.settings import from_json
 
 @dataclass(frozen=True, slots=True)
 class Addition:
-    """What became of new items."""
+    """What becomes of an artefact by its new items."""
 
     codes: np.ndarray
-    """(n, L) int32 their codes."""
+    """(N + n, L) int32 codes of all items, the new ones last."""
+    vectors: np.ndarray
+    """(N + n, D) float32 their vectors."""
+    trie: Trie
+    """Over all of them."""
+    items: int
+    """n."""
     collisions: int
-    """How many of them have the quantiser's codes of another item."""
+    """How many of the new items have the quantiser's codes of another item."""
     reconstruction_error: float
-    """Mean squared length of what the codes leave over, over that of the vectors, as far as quantised (RQ-VAE: of
-    the vectors that it learnt)."""
+    """Mean squared length of what the codes leave over of the new items' vectors, over that of the vectors (RQ-VAE: of
+    the vectors that it quantises)."""
 
 
 def new_item_vectors(folder: Path, new: Dataset, settings: SemanticIdSettings, blocks: dict[str, int]) -> np.ndarray:
@@ -73,20 +79,15 @@ def new_item_vectors(folder: Path, new: Dataset, settings: SemanticIdSettings, b
     return np.concatenate(found, axis=1).astype(np.float32)
 
 
-def grow_semantic_ids(folder: Path, data: Dataset, *, made_from: dict[str, str]) -> Addition:
-    """Give codes to the last items of `data`, which the artefact at `folder` does not hold yet, and write it anew.
-
-    Its manifest names the content that it had before, so that what was trained on that is told to fit.
-    """
+def code_new_items(folder: Path, data: Dataset) -> Addition:
+    """Codes for the last items of `data`, which the artefact at `folder` does not hold yet. Raises: ArtifactError."""
     manifest, ids = read_manifest(folder, "semantic_ids"), read_semantic_ids(folder)
-    settings, n_old = from_json(SemanticIdSettings, manifest.settings), len(ids.codes)
+    settings, n_old, levels = from_json(SemanticIdSettings, manifest.settings), len(ids.codes), len(ids.codebooks)
     vectors = new_item_vectors(folder, replace(data, items=data.items[n_old:]), settings, manifest.sizes["blocks"])
-    levels = len(ids.codebooks)
-    used = [np.unique(column) for column in ids.codes.T[:levels]]
     coded = vectors
-    if (folder / NETWORK).is_file():
+    if settings.quantiser == "rq-vae":
         coded = encode(load_rq_vae(read_tensors(folder / NETWORK)), torch.from_numpy(vectors)).numpy()
-    chosen, left = nearest_codes(coded, ids.codebooks, used)
+    chosen, left = nearest_codes(coded, ids.codebooks, [np.unique(column) for column in ids.codes.T[:levels]])
     prefixes = np.concatenate([ids.codes[:, :levels], chosen])
     # Ranked in the order of arrival, a new item comes after all that share its codes: the next free last code.
     ranks = separate(prefixes, np.zeros(len(prefixes)))
@@ -99,17 +100,24 @@ def grow_semantic_ids(folder: Path, data: Dataset, *, made_from: dict[str, str])
         listed = np.concatenate([np.sort(ids.trie.item[ids.trie.item >= 0].numpy()), first])
         trie = build_trie(codes[listed], listed)
     _, inverse, counts = np.unique(prefixes, axis=0, return_inverse=True, return_counts=True)
-    addition = Addition(
-        codes=codes[n_old:],
+    return Addition(
+        codes=codes,
+        vectors=np.concatenate([ids.vectors, vectors]),
+        trie=trie,
+        items=len(vectors),
         collisions=int((counts[inverse.reshape(-1)[n_old:]] > 1).sum()),
         reconstruction_error=mean_square(left) / mean_square(coded),
     )
-    record = {
-        "items": len(vectors),
-        "collisions": addition.collisions,
-        "reconstruction_error": addition.reconstruction_error,
-    }
-    sizes = manifest.sizes | sizes_of(codes, trie, levels=levels)
+
+
+def write_addition(folder: Path, addition: Addition, *, made_from: dict[str, str]) -> None:
+    """Write the artefact at `folder` anew, with the new items; `made_from` holds the hash of the grown dataset.
+
+    Its manifest names the content that it had before, so that what was trained on that is told to fit.
+    """
+    manifest, ids = read_manifest(folder, "semantic_ids"), read_semantic_ids(folder)
+    record = {name: getattr(addition, name) for name in ("items", "collisions", "reconstruction_error")}
+    sizes = manifest.sizes | sizes_of(addition.codes, addition.trie, levels=len(ids.codebooks))
     sizes["added"] = [*manifest.sizes.get("added", []), record]
     with write_artifact(
         folder,
@@ -120,13 +128,12 @@ def grow_semantic_ids(folder: Path, data: Dataset, *, made_from: dict[str, str])
         sizes=sizes,
         grown_from=[*manifest.grown_from, manifest.content_hash],
     ) as fresh:
-        tensors = {"codes": codes, "vectors": np.concatenate([ids.vectors, vectors]), "codebooks": ids.codebooks}
+        tensors = {"codes": addition.codes, "vectors": addition.vectors, "codebooks": ids.codebooks}
         save_file(tensors, fresh / TENSORS)
-        write_trie(fresh / "trie", trie)
+        write_trie(fresh / "trie", addition.trie)
         for name in (PROJECTIONS, VOCABULARY, NETWORK, EVENTS_USED):
             if (folder / name).is_file():
                 shutil.copy(folder / name, fresh / name)
-    return addition
 
 
 def _vocabulary(folder: Path) -> list[str]:
