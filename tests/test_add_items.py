@@ -22,6 +22,7 @@ from sagerec.core.trie import ROOT, build_trie
 from sagerec.errors import ArtifactError, DatasetError
 from sagerec.policies.lazy_decoder import CODE_ROWS, LazyDecoder, LazyDecoderSettings, grow_weights
 from sagerec.run import Run, add_items, audit, evaluate, evaluate_baseline, make_ids, open_run, prepare, run_all, train
+from sagerec.semantic_ids.add import fill_collaborative
 from sagerec.semantic_ids.build import SemanticIds
 from sagerec.semantic_ids.embedders import embed_text, project_text
 from sagerec.semantic_ids.quantisers import separate
@@ -99,7 +100,8 @@ def test_last_codes_of_later_items_equal_the_slow_twin(seed: int, n: int, more: 
 def test_new_items_take_the_nearest_codes_in_use(small_run: Run, grown: Run) -> None:
     """The slow twin, level by level; and none of them is a code that the old items lack."""
     old, new = small_run.ids(), grown.ids()
-    for vector, codes in zip(new.vectors[200:], new.codes[200:], strict=True):
+    filled = fill_collaborative(new.vectors[200:], old.vectors, small_run.manifest("semantic_ids").sizes["blocks"])
+    for vector, codes in zip(filled, new.codes[200:], strict=True):
         residual = vector.astype(np.float64)
         for level, centroids in enumerate(old.codebooks):
             used = np.unique(old.codes[:, level])
@@ -118,6 +120,21 @@ def test_items_that_look_alike_get_the_vectors_of_their_likes(small_run: Run, gr
     assert vectors[200:206, :words] == pytest.approx(vectors[:6, :words], abs=2e-3)
     assert (vectors[200:, words:] == 0).all()
     assert (vectors[206] == 0).all()
+
+
+def test_filled_by_hand() -> None:
+    """Words, then the log. Of the old items, the last has no events; 0, 1 and 2 are nearest to 1.1: blocks 3, 6 and 0.
+
+    The second item has no words, so nothing is filled in; and neither where there is only one kind of block.
+    """
+    old = np.array([[1, 3, 0], [1, 6, 0], [2, 0, 3], [9, 9, 9], [1.1, 0, 0]], dtype=np.float32)
+    new = np.array([[1.1, 0, 0], [0, 0, 0]], dtype=np.float32)
+    filled = fill_collaborative(new, old, {"text": 1, "collaborative": 2})
+    assert filled == pytest.approx(np.array([[1.1, 3, 1], [0, 0, 0]]))
+    assert new.tolist() == [[pytest.approx(1.1), 0, 0], [0, 0, 0]]
+    assert fill_collaborative(new, old[:1], {"text": 1, "collaborative": 2})[0].tolist() == pytest.approx([1.1, 3, 0])
+    for blocks in ({"text": 3}, {"collaborative": 3}):
+        assert (fill_collaborative(new, old, blocks) == new).all()
 
 
 def test_projected_text_is_that_of_the_fit() -> None:

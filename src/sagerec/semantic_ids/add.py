@@ -1,8 +1,10 @@
 """New items into an artefact of Semantic IDs: the codes of the older items stay, and the trie grows.
 
-A new item is embedded by the saved projections (its co-occurrence block is zero: it has no events), takes the nearest
-centroid at each level among the codes in use, and, where IDs are unique, the next free last code of the items that it
-collides with. So only the last level can grow, and a policy trained before serves on (`policies.lazy_decoder`).
+A new item is embedded by the saved projections (its co-occurrence block is zero: it has no events). To find its codes
+that block is taken from the items most alike in the others, or it would stand among the items that nobody takes. It
+gets the nearest centroid at each level among the codes in use and, where IDs are unique, the next free last code of the
+items that it collides with. So only the last level can grow, and a policy trained before serves on
+(`policies.lazy_decoder`).
 
 Shapes: N items, n of them new, D dimensions, L codes per item.
 """
@@ -11,6 +13,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import faiss
 import numpy as np
 import polars as pl
 import torch
@@ -36,6 +39,9 @@ from sagerec.semantic_ids.quantisers import mean_square, nearest_codes, separate
 from sagerec.semantic_ids.rq_vae import encode, load_rq_vae
 from sagerec.settings import from_json
 
+ALIKE = 3
+"""Items whose co-occurrence block stands in for that of a new item while its codes are found."""
+
 
 @dataclass(frozen=True, slots=True)
 class Addition:
@@ -52,8 +58,8 @@ class Addition:
     collisions: int
     """How many of the new items have the quantiser's codes of another item."""
     reconstruction_error: float
-    """Mean squared length of what the codes leave over of the new items' vectors, over that of the vectors (RQ-VAE: of
-    the vectors that it quantises)."""
+    """Mean squared length of what the codes leave over of the vectors that were coded, over that of the vectors (for an
+    RQ-VAE, these are what it makes of the items' vectors)."""
 
 
 def new_item_vectors(folder: Path, new: Dataset, settings: SemanticIdSettings, blocks: dict[str, int]) -> np.ndarray:
@@ -79,14 +85,34 @@ def new_item_vectors(folder: Path, new: Dataset, settings: SemanticIdSettings, b
     return np.concatenate(found, axis=1).astype(np.float32)
 
 
+def fill_collaborative(vectors: np.ndarray, old: np.ndarray, blocks: dict[str, int]) -> np.ndarray:
+    """Vectors (n, D) whose co-occurrence block is the mean of the ALIKE old ones (N, D) nearest in the other blocks.
+
+    Only old items with events count. A vector of which nothing is known (zeros) stays, and so do all where there is no
+    co-occurrence block or no other.
+    """
+    names = np.repeat(list(blocks), list(blocks.values()))
+    block = names == "collaborative"
+    alike = old[(old[:, block] != 0).any(axis=1)]
+    known = (vectors[:, ~block] != 0).any(axis=1)
+    if len(alike) == 0 or not known.any():
+        return vectors
+    index = faiss.IndexFlatL2(int((~block).sum()))
+    index.add(np.ascontiguousarray(alike[:, ~block]))
+    _, nearest = index.search(np.ascontiguousarray(vectors[known][:, ~block]), min(ALIKE, len(alike)))
+    filled = vectors.copy()
+    filled[np.ix_(known, block)] = alike[:, block][nearest].mean(axis=1)
+    return filled
+
+
 def code_new_items(folder: Path, data: Dataset) -> Addition:
     """Codes for the last items of `data`, which the artefact at `folder` does not hold yet. Raises: ArtifactError."""
     manifest, ids = read_manifest(folder, "semantic_ids"), read_semantic_ids(folder)
     settings, n_old, levels = from_json(SemanticIdSettings, manifest.settings), len(ids.codes), len(ids.codebooks)
     vectors = new_item_vectors(folder, replace(data, items=data.items[n_old:]), settings, manifest.sizes["blocks"])
-    coded = vectors
+    coded = fill_collaborative(vectors, ids.vectors, manifest.sizes["blocks"])
     if settings.quantiser == "rq-vae":
-        coded = encode(load_rq_vae(read_tensors(folder / NETWORK)), torch.from_numpy(vectors)).numpy()
+        coded = encode(load_rq_vae(read_tensors(folder / NETWORK)), torch.from_numpy(coded)).numpy()
     chosen, left = nearest_codes(coded, ids.codebooks, [np.unique(column) for column in ids.codes.T[:levels]])
     prefixes = np.concatenate([ids.codes[:, :levels], chosen])
     # Ranked in the order of arrival, a new item comes after all that share its codes: the next free last code.
