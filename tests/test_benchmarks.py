@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from sagerec.core.trie import build_trie
-from sagerec.errors import MissingExtraError
+from sagerec.errors import MissingExtraError, SettingsError
 from sagerec.semantic_ids.quantisers import separate
 from tests.test_formats import review_2023
 
@@ -95,6 +95,38 @@ def test_trie_limits_are_checked_on_the_catalogue_that_they_are_for(load: Any) -
     limits = module.check_limits([row(10_000, 0.1, 10), row(10_000_000, 60.1, 30)])
     assert [limit["ok"] for limit in limits] == [False] + [True] * 7
     assert {limit["measured"] for limit in limits[2:]} == {3.0}
+
+
+def test_semantic_ids_runs(tmp_path: Path) -> None:
+    """Three quantisers of one level of 8 codes on 200 items: balanced ones have 25 items each, so perplexity 8."""
+    record = run_quick("semantic_ids", tmp_path)
+    assert set(record) == RECORD
+    rows = record["results"]["rows"]
+    assert [row["quantiser"] for row in rows] == ["residual-kmeans", "balanced-kmeans", "rq-vae"]
+    assert rows[1]["perplexity"] == pytest.approx([8])
+    assert all(row["items"] == row["distinct_ids"] == 200 and row["proven_exact"] == 1 for row in rows)
+    assert {"recall@10", "ndcg@10", "cold_recall@10", "coverage@10"} <= set(rows[0]["metrics"])
+
+
+def test_semantic_ids_writes_between_the_marks_of_a_page(load: Any, tmp_path: Path) -> None:
+    module, page = load("semantic_ids"), tmp_path / "page.md"
+    record = {
+        "date": "today",
+        "command": "python it",
+        "seed": 0,
+        "hardware": {"cpu": "a", "cores": 2, "threads": 1, "load_average_at_start": 0.0},
+        "versions": {"torch": "2"},
+        "results": {"rows": []},
+    }
+    page.write_text(f"# Title\n\n{module.BEGIN}\nold\n{module.END}\n\nThe end.\n")
+    module.write_page(page, record)
+    text = page.read_text()
+    assert text.startswith(f"# Title\n\n{module.BEGIN}\ntoday, a, 2 cores")
+    assert text.endswith(f"{module.END}\n\nThe end.\n")
+    assert "old" not in text
+    page.write_text("no marks")
+    with pytest.raises(SettingsError, match="has no marks <!-- figures: begin -->"):
+        module.write_page(page, record)
 
 
 @needs_transformers

@@ -16,6 +16,8 @@ from sagerec.errors import DatasetError
 from sagerec.run import Run
 
 FROZEN = Path(__file__).parent / "cli.txt"
+POSITIONAL = {("simulate", "--out"), ("ids add", "--items"), ("import", "--format"), ("import", "--sources")}
+"""Fields without a flag, beside those that are positional in every command."""
 
 
 def flags(cls: type, prefix: str = "") -> list[str]:
@@ -61,8 +63,7 @@ def test_help_names_every_flag_and_gives_an_example(command: str, capsys: pytest
         name = line.split(" ")[0]
         if "Settings(" in line:
             continue  # the default of a whole group, which has no flag of its own
-        positional = name in ("--run", "--dataset", "--name") or (command == "simulate" and name == "--out")
-        positional = positional or (command == "import" and name in ("--format", "--sources"))
+        positional = name in ("--run", "--dataset", "--name") or (command, name) in POSITIONAL
         assert positional or name in printed, name
 
 

@@ -9,6 +9,7 @@ from sagerec.catalogue.describe import describe
 from sagerec.catalogue.splits import SplitSettings, make_split
 from sagerec.run import audit, make_ids, prepare
 from sagerec.semantic_ids.build import SemanticIdSettings
+from sagerec.semantic_ids.existing import read_existing
 
 
 def test_amazon_beauty_is_the_papers_benchmark(real_data: Path) -> None:
@@ -28,6 +29,14 @@ def test_amazon_industrial_keeps_its_own_split(real_data: Path) -> None:
     split = make_split(data, SplitSettings())
     assert split.scheme == "column"
     assert split.counts() == {"train": 13_678, "align": 0, "valid": 4_532, "test": 4_533}
+
+
+def test_amazon_industrial_brings_ids_of_its_own(real_data: Path) -> None:
+    """MiniOneRec's: 3 levels of 256, 3,670 distinct for 3,686 items."""
+    codes = read_existing(read_dataset(real_data / "amazon-industrial"), None)
+    assert codes.shape == (3_686, 3)
+    assert codes.max() == 255
+    assert len(np.unique(codes, axis=0)) == 3_670
 
 
 def test_semantic_ids_of_beauty_are_unique_and_audited(real_data: Path, tmp_path: Path) -> None:

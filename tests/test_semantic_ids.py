@@ -241,7 +241,7 @@ def test_texts() -> None:
     idf(df) = log(10 / (1 + df)) + 1 with df 4 for the shared and 1 for the others (sublinear counts are 1).
     """
     texts = ["red lipstick", "shampoo", "red lipstick", "", "red lipstick matte", "!", "a", "red lipstick", "shampoo"]
-    found = embed_text(texts, dimensions=3, seed=0)
+    found = embed_text(texts, dimensions=3, seed=0).vectors
     assert found.shape == (9, 3)
     assert found.dtype == np.float32
     assert (found[0] == found[2]).all()
@@ -253,7 +253,7 @@ def test_texts() -> None:
     likeness = cosines(found)
     assert likeness[0, 4] == pytest.approx(math.sqrt(3 * shared**2 / (3 * shared**2 + 2 * own**2)), abs=1e-4)
     assert likeness[0, 1] == pytest.approx(0, abs=1e-4)
-    assert (embed_text(texts, dimensions=3, seed=0) == found).all()
+    assert (embed_text(texts, dimensions=3, seed=0).vectors == found).all()
 
 
 def test_a_repeated_word_counts_by_its_logarithm() -> None:
@@ -261,7 +261,7 @@ def test_a_repeated_word_counts_by_its_logarithm() -> None:
 
     idf(df) = log(6 / (1 + df)) + 1. Rank 3 needs three of the four dimensions.
     """
-    found = embed_text(["soap", "soap soap", "brush", "", ""], dimensions=10, seed=0)
+    found = embed_text(["soap", "soap soap", "brush", "", ""], dimensions=10, seed=0).vectors
     twice, pair = (1 + math.log(2)) * (math.log(2) + 1), math.log(3) + 1
     assert cosines(found)[0, 1] == pytest.approx(twice / math.hypot(twice, pair), abs=1e-4)
 
@@ -269,7 +269,7 @@ def test_a_repeated_word_counts_by_its_logarithm() -> None:
 @pytest.mark.parametrize("texts", [["", "!", ""], ["lipstick"]])
 def test_texts_that_cannot_be_told_apart_get_zeros(texts: list[str]) -> None:
     """No word at all, or a single item, of which there is no axis to draw."""
-    assert embed_text(texts, dimensions=4, seed=0).tolist() == [[0.0]] * len(texts)
+    assert embed_text(texts, dimensions=4, seed=0).vectors.tolist() == [[0.0]] * len(texts)
 
 
 def test_categories_by_hand() -> None:
@@ -278,13 +278,13 @@ def test_categories_by_hand() -> None:
     idf(df) = log(6 / (1 + df)) + 1: x 3 -> log 1.5 + 1, y 2 -> log 2 + 1. cos({x}, {x, y}) = idf_x / |(idf_x, idf_y)|.
     """
     data = catalogue(5, categories=[["x"], ["x", "y"], ["x", "x", "y"], ["z", None], []])
-    found = embed_categories(data, dimensions=10, seed=0)
+    found = embed_categories(data, dimensions=10, seed=0).vectors
     x, y = math.log(1.5) + 1, math.log(2) + 1
     assert (found[1] == found[2]).all()
     assert np.linalg.norm(found, axis=1) == pytest.approx([1, 1, 1, 1, 0], abs=1e-6)
     wide = embed_categories(
         catalogue(5, categories=[["x"], ["x", "y"], ["x", "y"], ["z"], ["w", "v", "u"]]), dimensions=10, seed=0
-    )
+    ).vectors
     assert wide.shape[1] == 4
     assert cosines(wide)[0, 1] == pytest.approx(x / math.hypot(x, y), abs=1e-4)
     assert cosines(wide)[0, 3] == pytest.approx(0, abs=1e-4)
@@ -429,12 +429,12 @@ def test_item_vectors_are_the_weighted_blocks_side_by_side() -> None:
         seed=4,
     )
     expected = [
-        0.5 * embed_text(data.texts(), dimensions=3, seed=4),
-        2.0 * embed_categories(data, dimensions=2, seed=4),
+        0.5 * embed_text(data.texts(), dimensions=3, seed=4).vectors,
+        2.0 * embed_categories(data, dimensions=2, seed=4).vectors,
         0.25 * embed_collaborative(train, 4, dimensions=2, window=1, seed=4),
         3.0 * embed_sentences(data.texts(), "known"),
     ]
-    assert (item_vectors(data, train, chosen) == np.concatenate(expected, axis=1)).all()
+    assert (item_vectors(data, train, chosen).vectors == np.concatenate(expected, axis=1)).all()
 
 
 def test_no_embedder_is_left() -> None:
@@ -482,7 +482,7 @@ def built(store_data: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tupl
 def test_the_artefact_there_and_back(store_data: Dataset, built: tuple[Path, SemanticIds]) -> None:
     folder, ids = built
     train = make_split(store_data, SplitSettings()).sequences(store_data, "train")
-    vectors = item_vectors(store_data, train, FROM_THE_LOG)
+    vectors = item_vectors(store_data, train, FROM_THE_LOG).vectors
     quantised = residual_kmeans(vectors, levels=2, codebook_size=16, seed=0)
     codes = separate(quantised.codes, np.bincount(train.items, minlength=store_data.n_items))
     assert (ids.vectors == vectors).all()

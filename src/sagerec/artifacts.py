@@ -48,6 +48,9 @@ class Manifest:
     """Package versions and platform."""
     created: str = ""
     """UTC time of writing, ISO 8601."""
+    grown_from: list[str] = field(default_factory=list)
+    """Content hashes of the artefact before items were added to it, oldest first: what was made from one of these
+    serves with the grown one too."""
     format_version: int = FORMAT_VERSION
     """Version of this layout."""
 
@@ -133,6 +136,7 @@ def write_artifact(
     settings: dict[str, Any] | None = None,
     seed: int | None = None,
     sizes: dict[str, Any] | None = None,
+    grown_from: list[str] | None = None,
 ) -> Iterator[Path]:
     """Write an artefact: fill the folder given, and the manifest is added and the whole renamed to `target`.
 
@@ -155,6 +159,7 @@ def write_artifact(
             sizes=sizes or {},
             versions=package_versions(),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
+            grown_from=grown_from or [],
         )
         write_json(fresh / MANIFEST, asdict(manifest))
 
@@ -190,15 +195,26 @@ def check_content(folder: Path, manifest: Manifest) -> None:
 
 
 def misfit(
-    folder: Path, kind: str, *, made_from: dict[str, str], settings: dict[str, Any], seed: int | None = None
+    folder: Path,
+    kind: str,
+    *,
+    made_from: dict[str, str],
+    settings: dict[str, Any],
+    seed: int | None = None,
+    grown_from: dict[str, list[str]] | None = None,
 ) -> str | None:
-    """Why the artefact at `folder` cannot serve for these inputs and settings; None where it fits."""
+    """Why the artefact at `folder` cannot serve for these inputs and settings; None where it fits.
+
+    `grown_from` (input -> older content hashes) names inputs that have only had items added since.
+    """
     try:
         manifest = read_manifest(folder, kind)
     except ArtifactError as error:
         return str(error)
-    if manifest.made_from != made_from:
-        changed = sorted(k for k in made_from if manifest.made_from.get(k) != made_from[k])
+    older = grown_from or {}
+    used = {name: made_from.get(name, h) if h in older.get(name, []) else h for name, h in manifest.made_from.items()}
+    if used != made_from:
+        changed = sorted(k for k in made_from if used.get(k) != made_from[k])
         return f"it was made from another {' and '.join(changed) or 'input'}"
     for name, value in settings.items():
         if manifest.settings.get(name) != value:

@@ -214,7 +214,7 @@ class Prepare:
 class Ids:
     """Make the Semantic IDs of a run.
 
-    Example: sagerec ids RUN --levels 3 --codebook-size 256
+    Example: sagerec ids RUN --quantiser balanced-kmeans --codebook-size 256
     """
 
     run: Folder
@@ -226,6 +226,28 @@ class Ids:
         run = pipeline.open_run(self.run)
         pipeline.make_ids(run, self.ids)
         print_ids(run)
+
+
+@dataclass(frozen=True)
+class IdsAdd:
+    """Add items to the catalogue of a run: they get codes from its codebooks, and its policies go on working.
+
+    Example: sagerec ids add RUN ITEMS.parquet
+    """
+
+    run: Folder
+    """Run folder."""
+    items: Folder
+    """Parquet file with the columns of items.parquet."""
+
+    def __call__(self) -> None:
+        added = pipeline.add_items(self.run, self.items)
+        console.print(
+            f"{added.items:,} items added, {added.collisions:,} of them with the codes of another item; "
+            f"reconstruction error {added.reconstruction_error:.3f}",
+            highlight=False,
+        )
+        print_ids(pipeline.open_run(self.run))
 
 
 @dataclass(frozen=True)
@@ -403,6 +425,7 @@ COMMANDS: dict[str, Callable[..., Callable[[], None]]] = {
     "run": RunAll,
     "prepare": Prepare,
     "ids": Ids,
+    "ids add": IdsAdd,
     "train": Train,
     "align": Align,
     "compare": Compare,
@@ -548,11 +571,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         datefmt="%H:%M:%S",
         handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_level=False, markup=False)],
     )
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if " ".join(words[:2]) in COMMANDS:
+        words[:2] = [" ".join(words[:2])]
     command = tyro.extras.subcommand_cli_from_dict(
         COMMANDS,
         prog="sagerec",
         description="Preference alignment of generative recommenders. `sagerec COMMAND --help` for the flags of one.",
-        args=arguments,
+        args=words,
     )
     started = time.perf_counter()
     try:

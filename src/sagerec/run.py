@@ -19,18 +19,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import polars as pl
 
 from sagerec import artifacts
 from sagerec.catalogue.audit import EVENTS_USED, Finding, audit_order, audit_stage, read_events_used
-from sagerec.catalogue.dataset import INTERACTIONS, ITEMS, SOURCE, Dataset, has_manifest, read_dataset
+from sagerec.catalogue.dataset import INTERACTIONS, ITEM_ID, ITEMS, SOURCE, Dataset, has_manifest, read_dataset
+from sagerec.catalogue.grow import grow_dataset, known_items, read_new_items
 from sagerec.catalogue.splits import Part, Split, SplitSettings, make_split, read_split, write_split
 from sagerec.catalogue.store import TRUTH, Store, read_store
 from sagerec.core.metrics import first_rank, recall_at
-from sagerec.errors import ArtifactError
+from sagerec.errors import ArtifactError, DatasetError
 from sagerec.evaluation.baselines import item_knn_lists, popularity_lists
 from sagerec.evaluation.evaluate import EvaluateSettings, evaluate_lists, excludes_history, write_evaluation
 from sagerec.evaluation.sasrec import TUNED, SasRecSettings, read_sasrec, train_sasrec
 from sagerec.policies.lazy_decoder import LazyDecoder, LazyDecoderSettings
+from sagerec.semantic_ids.add import Addition, code_new_items, write_addition
 from sagerec.semantic_ids.build import SemanticIds, SemanticIdSettings, build_semantic_ids, read_semantic_ids
 from sagerec.settings import to_json
 from sagerec.slates.cases import list_cases
@@ -91,9 +94,19 @@ class Run:
         """Content hashes of artefacts, for `made_from`."""
         return {name: self.manifest(name).content_hash for name in names}
 
+    def grown_from(self, *names: str) -> dict[str, list[str]]:
+        """Content hashes that artefacts had before items were added to them, for `misfit`."""
+        return {name: self.manifest(name).grown_from for name in names}
+
     def ids(self) -> SemanticIds:
-        """The Semantic IDs."""
-        return read_semantic_ids(self.folder / "semantic_ids")
+        """The Semantic IDs. Raises: ArtifactError where they are of another number of items than the dataset."""
+        ids = read_semantic_ids(self.folder / "semantic_ids")
+        if len(ids.codes) != self.data.n_items:
+            raise ArtifactError(
+                f"{self.folder / 'semantic_ids'} holds {len(ids.codes):,} items and the dataset {self.data.n_items:,}; "
+                "make the Semantic IDs again, or, where `sagerec ids add` was cut short, give it the same items again"
+            )
+        return ids
 
     def aligned(self) -> list[str]:
         """Names of the aligned policies."""
@@ -130,7 +143,11 @@ def prepare(dataset: Path, out: Path, settings: SplitSettings) -> Run:
             if has_manifest(dataset):
                 shutil.copy(dataset / artifacts.MANIFEST, fresh / SOURCE)
     made_from = {"dataset": artifacts.read_manifest(target, "dataset").content_hash}
-    if _is_needed(out / "split", "split", made_from=made_from, settings=to_json(settings), seed=settings.seed):
+    older = {"dataset": artifacts.read_manifest(target, "dataset").grown_from}
+    if older["dataset"]:
+        data = read_dataset(target)
+    resolved = to_json(settings)
+    if _is_needed(out / "split", "split", made_from=made_from, settings=resolved, seed=settings.seed, grown_from=older):
         write_split(out / "split", make_split(data, settings), settings, made_from["dataset"])
     return Run(out, data, read_split(out / "split"))
 
@@ -138,17 +155,56 @@ def prepare(dataset: Path, out: Path, settings: SplitSettings) -> Run:
 def make_ids(run: Run, settings: SemanticIdSettings) -> SemanticIds:
     """The Semantic-ID stage of a run."""
     folder, made_from = run.folder / "semantic_ids", run.hashes("dataset", "split")
+    if settings.existing:
+        made_from["existing"] = artifacts.hash_file(_existing_file(settings.existing))
     if _is_needed(folder, "semantic_ids", made_from=made_from, settings=to_json(settings), seed=settings.seed):
         train = run.split.sequences(run.data, "train")
         build_semantic_ids(folder, run.data, train, settings, made_from=made_from)
     return run.ids()
 
 
+def _existing_file(name: str) -> Path:
+    """The file of existing IDs. Raises: ArtifactError where it is missing."""
+    if not Path(name).is_file():
+        raise ArtifactError(f"{name} is missing; give the index.json that holds the existing Semantic IDs")
+    return Path(name)
+
+
+def add_items(folder: Path, items: Path) -> Addition:
+    """Add the items of a Parquet file to the catalogue and the Semantic IDs of a run, whose policies serve on.
+
+    The codes are found first; then the dataset is written, then the IDs. Cut short between the two, the same call goes
+    on.
+
+    Raises: DatasetError for an item that the run has already, or what `read_new_items` refuses; ArtifactError.
+    """
+    run = open_run(folder)
+    data, new = run.data, read_new_items(items, run.data)
+    known = known_items(new, data)
+    waiting = data.items[ITEM_ID][run.manifest("semantic_ids").sizes["items"] :]
+    if len(waiting) and waiting.equals(new[ITEM_ID]):
+        logger.info("dataset: has these items already, and the Semantic IDs do not; going on there")
+    elif known.any():
+        raise DatasetError(
+            f"{items}: {int(known.sum())} of {len(new)} items are in the run already, the first "
+            f"{new[ITEM_ID].filter(known)[0]!r} in row {known.arg_max()} (from 0). Drop these rows"
+        )
+    else:
+        run.ids()  # refuses IDs that do not fit the dataset
+        data = replace(data, items=pl.concat([data.items, new]))
+    addition = code_new_items(folder / "semantic_ids", data)
+    if data is not run.data:
+        grow_dataset(folder / "dataset", data.items)
+    write_addition(folder / "semantic_ids", addition, made_from=run.hashes("dataset"))
+    return addition
+
+
 def train(run: Run, policy_settings: LazyDecoderSettings, settings: TrainSettings) -> None:
     """The supervised stage of a run."""
     folder, made_from = run.folder / "policy", run.hashes("dataset", "split", "semantic_ids")
     resolved = {"policy": to_json(policy_settings), "train": to_json(settings)}
-    if _is_needed(folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed):
+    older = run.grown_from("dataset", "semantic_ids")
+    if _is_needed(folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed, grown_from=older):
         train_policy(
             folder,
             run.ids(),
@@ -166,7 +222,8 @@ def refit(run: Run, policy_settings: LazyDecoderSettings, settings: TrainSetting
     settings = replace(settings, epochs=epochs, validate_every=0)
     folder, made_from = run.folder / "policy-refit", run.hashes("dataset", "split", "semantic_ids", "policy")
     resolved = {"policy": to_json(policy_settings), "train": to_json(settings)}
-    if _is_needed(folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed):
+    older = run.grown_from("dataset", "semantic_ids")
+    if _is_needed(folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed, grown_from=older):
         events = run.split.sequences(run.data, "train", "align", "valid")
         train_policy(folder, run.ids(), events, None, policy_settings, settings, made_from=made_from)
 
@@ -220,7 +277,7 @@ def evaluate(run: Run, settings: EvaluateSettings, *, name: str = "policy", devi
         return found, float(exact.mean())
 
     suffix = "" if name == "policy" else name.removeprefix("policy")
-    return _report(run, f"evaluation{suffix}", settings, lists, ids, run.hashes(name))
+    return _report(run, f"evaluation{suffix}", settings, lists, ids, run.hashes(name, "semantic_ids"), of_ids=True)
 
 
 def evaluate_baseline(
@@ -292,8 +349,10 @@ def _report(
     lists: Callable[[], tuple[np.ndarray, float]],
     ids: SemanticIds,
     made_from: dict[str, str],
+    *,
+    of_ids: bool = False,
 ) -> dict[str, Any]:
-    """The saved report where it fits, else a new one."""
+    """The saved report where it fits, else a new one; `of_ids`: the lists hold Semantic IDs, not single items."""
     stem = stem if settings.split == "test" else f"{stem}-{settings.split}"
     path = run.folder / f"{stem}.json"
     if path.is_file():
@@ -303,9 +362,8 @@ def _report(
             return saved
     cases = run.split.cases(run.data, settings.split)
     found, exact = lists()
-    report = evaluate_lists(
-        found, cases, run.data, run.split, ids, settings, shared_ids=not ids.is_unique, store=run.store()
-    )
+    shared = of_ids and not ids.is_unique
+    report = evaluate_lists(found, cases, run.data, run.split, ids, settings, shared_ids=shared, store=run.store())
     train_events = run.split.sequences(run.data, "train")
     report |= {
         "history_excluded": excludes_history(train_events, settings),
@@ -354,12 +412,18 @@ def run_all(dataset: Path, out: Path, settings: RunSettings, *, with_refit: bool
 
 
 def _is_needed(
-    folder: Path, kind: str, *, made_from: dict[str, str], settings: dict[str, Any], seed: int | None = None
+    folder: Path,
+    kind: str,
+    *,
+    made_from: dict[str, str],
+    settings: dict[str, Any],
+    seed: int | None = None,
+    grown_from: dict[str, list[str]] | None = None,
 ) -> bool:
-    """Whether a stage must run; says in the log why."""
+    """Whether a stage must run; says in the log why. `grown_from`: inputs that may have had items added since."""
     if not folder.exists():
         logger.info("%s: making it", folder.name)
         return True
-    reason = artifacts.misfit(folder, kind, made_from=made_from, settings=settings, seed=seed)
+    reason = artifacts.misfit(folder, kind, made_from=made_from, settings=settings, seed=seed, grown_from=grown_from)
     logger.info("%s: %s", folder.name, "there and fits" if reason is None else f"making it again, for {reason}")
     return reason is not None

@@ -24,6 +24,8 @@ from sagerec.settings import require
 
 KeyValue = tuple[Tensor, Tensor]
 ROTARY_BASE = 1000.0
+CODE_ROWS = ("item_codes.weight", "prefix_codes.weight", "head", "head_bias")
+"""Weights with a row a code, level after level."""
 DENSE_SHARE = 16
 """Above one child in this many codes of a level, a matrix product over all codes is faster than a gather."""
 
@@ -364,3 +366,20 @@ class LazyDecoder(nn.Module):
             steps = group_log_softmax(logits, children.parent, len(states))
             columns.append(steps[children.node == states[children.parent, level + 1]])
         return torch.stack(columns, dim=1)
+
+
+def grow_weights(weights: dict[str, Tensor], policy: LazyDecoder) -> dict[str, Tensor]:
+    """Weights trained before items were added, grown to the catalogue of `policy`: new rows at the end of their arrays.
+
+    Codes in use stay and only the last level gets more of them. A last code that no item had in training takes the
+    row of the last one that some item had: both stand for the least popular of items that collide. An item of its own
+    (`settings.item_embedding`) that was never trained gets zeros.
+    """
+    grown = dict(weights)
+    more_codes = sum(policy.level_sizes) - len(weights["head"])
+    for name in CODE_ROWS:
+        grown[name] = torch.cat([weights[name], weights[name][-1:].expand(more_codes, *weights[name].shape[1:])])
+    if (name := "item_embedding.weight") in weights:
+        more_items = policy.n_items - len(weights[name])
+        grown[name] = torch.cat([weights[name], weights[name].new_zeros(more_items, weights[name].shape[1])])
+    return grown

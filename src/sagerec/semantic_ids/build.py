@@ -1,39 +1,55 @@
 """The Semantic-ID stage: embed, quantise, separate, index; written as one artefact.
 
-The folder holds `ids.safetensors` (codes, codebooks, item vectors), the trie's arrays, and the rows of the log that
-were used.
+The folder holds `ids.safetensors` (codes, codebooks, item vectors), the trie's arrays, the rows of the log that were
+used, and what later items need (`semantic_ids.add`): `projections.safetensors`, `categories.parquet` and, for an
+RQ-VAE, `network.safetensors`.
 """
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import polars as pl
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from sagerec.artifacts import read_manifest, write_artifact
 from sagerec.catalogue.audit import write_events_used
-from sagerec.catalogue.dataset import Dataset
+from sagerec.catalogue.dataset import CATEGORIES, Dataset
 from sagerec.catalogue.splits import Sequences
 from sagerec.core.trie import ROOT, Trie, build_trie, read_trie, write_trie
 from sagerec.errors import ArtifactError
+from sagerec.semantic_ids.balanced import balanced_kmeans
 from sagerec.semantic_ids.embedders import (
+    Fitted,
+    Projection,
+    category_vocabulary,
     embed_categories,
     embed_collaborative,
     embed_sentences,
     embed_text,
 )
-from sagerec.semantic_ids.quantisers import collision_rate, residual_kmeans, separate
-from sagerec.settings import require, to_json
+from sagerec.semantic_ids.existing import read_existing
+from sagerec.semantic_ids.quantisers import Quantisation, codebooks_of, collision_rate, residual_kmeans, separate
+from sagerec.semantic_ids.rq_vae import rq_vae
+from sagerec.settings import require, require_choices, to_json
 
-TENSORS = "ids.safetensors"
+TENSORS, NETWORK = "ids.safetensors", "network.safetensors"
+PROJECTIONS, VOCABULARY = "projections.safetensors", "categories.parquet"
 
 
 @dataclass(frozen=True, slots=True)
 class SemanticIdSettings:
     """How items become codes."""
 
+    quantiser: Literal["residual-kmeans", "balanced-kmeans", "rq-vae", "existing"] = "residual-kmeans"
+    """residual-kmeans; balanced-kmeans: clusters of equal size; rq-vae: on vectors that an autoencoder learns;
+    existing: IDs that the items bring, whose levels and codebook sizes are then theirs."""
+    existing: str = ""
+    """For `existing`: an index.json with the IDs ({item_id: ["<a_236>", …]}); empty reads the items' column
+    `semantic_id`."""
     levels: int = 2
     """Residual levels; one more code separates items that collide."""
     codebook_size: int = 0
@@ -58,10 +74,23 @@ class SemanticIdSettings:
     """Items at most this far apart in a sequence count as co-occurring."""
     unique: bool = True
     """Separate items that collide by a last code; without it they share an ID, and the metrics say at what cost."""
+    vae_epochs: int = 60
+    """For `rq-vae`: passes over the items."""
+    vae_width: int = 512
+    """Width of the first hidden layer of its encoder; the second has half of it."""
+    vae_latent: int = 128
+    """Width of the vectors that it quantises."""
+    vae_commitment: float = 0.25
+    """Weight of the pull of its vectors towards their codes."""
     seed: int = 0
-    """Seed of the SVD and of k-means."""
+    """Seed of the SVD, of k-means and of the RQ-VAE."""
 
     def __post_init__(self) -> None:
+        require_choices(self)
+        require(
+            not self.existing or self.quantiser == "existing",
+            f"existing is {self.existing!r} and quantiser {self.quantiser!r}; expected quantiser 'existing' with it",
+        )
         require(1 <= self.levels <= 8, f"levels is {self.levels}; expected 1 to 8")
         require(
             self.codebook_size == 0 or 2 <= self.codebook_size <= 32767,
@@ -72,6 +101,9 @@ class SemanticIdSettings:
         require(self.window >= 1, f"window is {self.window}; expected at least 1")
         widths = (self.text_dimensions, self.category_dimensions, self.collaborative_dimensions)
         require(min(widths) >= 1, f"dimensions are {widths}; expected at least 1")
+        sizes = (self.vae_epochs, self.vae_width, self.vae_latent)
+        require(min(sizes) >= 1, f"epochs, width and latent of the RQ-VAE are {sizes}; expected at least 1")
+        require(self.vae_commitment >= 0, f"vae_commitment is {self.vae_commitment}; expected 0 or above")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +120,8 @@ class SemanticIds:
     """Index over the distinct code sequences; where items share one, it holds the one most often trained on."""
     content_hash: str = ""
     """Content hash of the artefact, once written."""
+    grown_from: tuple[str, ...] = ()
+    """Content hashes of the artefact before items were added to it: a policy trained on one of these serves still."""
 
     @property
     def length(self) -> int:
@@ -112,15 +146,30 @@ def chosen_codebook_size(n_items: int) -> int:
     return int(np.clip(2 ** round(math.log2(max(n_items / 3, 1))), 16, 4096))
 
 
-def item_vectors(data: Dataset, train: Sequences, settings: SemanticIdSettings) -> np.ndarray:
+@dataclass(frozen=True, slots=True)
+class ItemVectors:
+    """What is quantised, and what puts later items into the same space."""
+
+    vectors: np.ndarray
+    """(N, D) float32 weighted, concatenated blocks."""
+    blocks: dict[str, int]
+    """Width of each block, in the order in which they stand side by side."""
+    projections: dict[str, Projection]
+    """Of the blocks text and categories, where they are there."""
+    vocabulary: list[str]
+    """Categories in the order of their columns."""
+
+
+def item_vectors(data: Dataset, train: Sequences, settings: SemanticIdSettings) -> ItemVectors:
     """The weighted, concatenated vectors (N, D) of all embedders whose weight is above 0."""
-    blocks = []
+    blocks: dict[str, np.ndarray] = {}
+    fitted: dict[str, Fitted] = {}
     if settings.text_weight:
-        text = embed_text(data.texts(), dimensions=settings.text_dimensions, seed=settings.seed)
-        blocks.append(settings.text_weight * text)
+        fitted["text"] = embed_text(data.texts(), dimensions=settings.text_dimensions, seed=settings.seed)
+        blocks["text"] = settings.text_weight * fitted["text"].vectors
     if settings.category_weight and data.has_categories():
-        categories = embed_categories(data, dimensions=settings.category_dimensions, seed=settings.seed)
-        blocks.append(settings.category_weight * categories)
+        fitted["categories"] = embed_categories(data, dimensions=settings.category_dimensions, seed=settings.seed)
+        blocks["categories"] = settings.category_weight * fitted["categories"].vectors
     if settings.collaborative_weight:
         collaborative = embed_collaborative(
             train,
@@ -129,20 +178,47 @@ def item_vectors(data: Dataset, train: Sequences, settings: SemanticIdSettings) 
             window=settings.window,
             seed=settings.seed,
         )
-        blocks.append(settings.collaborative_weight * collaborative)
+        blocks["collaborative"] = settings.collaborative_weight * collaborative
     if settings.sentence_weight:
-        blocks.append(settings.sentence_weight * embed_sentences(data.texts(), settings.sentence_model))
+        blocks["sentences"] = settings.sentence_weight * embed_sentences(data.texts(), settings.sentence_model)
     require(bool(blocks), "no embedder is left: the items have no categories; give another weight above 0")
-    return np.concatenate(blocks, axis=1)
+    return ItemVectors(
+        vectors=np.concatenate(list(blocks.values()), axis=1),
+        blocks={name: block.shape[1] for name, block in blocks.items()},
+        projections={name: found.projection for name, found in fitted.items()},
+        vocabulary=category_vocabulary(data) if "categories" in fitted else [],
+    )
+
+
+def quantise_items(data: Dataset, vectors: np.ndarray, settings: SemanticIdSettings) -> Quantisation:
+    """Codes of all items from their vectors (N, D), by the quantiser that the settings name."""
+    if settings.quantiser == "existing":
+        index = Path(settings.existing) if settings.existing else None
+        return codebooks_of(vectors, read_existing(data, index))
+    size = settings.codebook_size or chosen_codebook_size(data.n_items)
+    levels, seed = settings.levels, settings.seed
+    if settings.quantiser == "rq-vae":
+        return rq_vae(
+            vectors,
+            levels=levels,
+            codebook_size=size,
+            width=settings.vae_width,
+            latent=settings.vae_latent,
+            epochs=settings.vae_epochs,
+            commitment=settings.vae_commitment,
+            seed=seed,
+        )
+    if settings.quantiser == "balanced-kmeans":
+        return residual_kmeans(vectors, levels=levels, codebook_size=size, seed=seed, cluster=balanced_kmeans)
+    return residual_kmeans(vectors, levels=levels, codebook_size=size, seed=seed)
 
 
 def build_semantic_ids(
     folder: Path, data: Dataset, train: Sequences, settings: SemanticIdSettings, *, made_from: dict[str, str]
 ) -> SemanticIds:
     """Run the stage and write its artefact to `folder`. `train` must hold training events only (audited)."""
-    vectors = item_vectors(data, train, settings)
-    codebook_size = settings.codebook_size or chosen_codebook_size(data.n_items)
-    quantised = residual_kmeans(vectors, levels=settings.levels, codebook_size=codebook_size, seed=settings.seed)
+    embedded = item_vectors(data, train, settings)
+    quantised = quantise_items(data, embedded.vectors, settings)
     codes = quantised.codes
     separated = separate(codes, np.bincount(train.items, minlength=data.n_items))
     if settings.unique:
@@ -152,15 +228,11 @@ def build_semantic_ids(
         listed = np.flatnonzero(separated[:, -1] == 0)
         trie = build_trie(codes[listed], listed)
     sizes = {
-        "items": data.n_items,
-        "distinct_ids": int(trie.size[ROOT]),
-        "dimensions": vectors.shape[1],
-        "level_sizes": [int(n) for n in codes.max(axis=0) + 1],
-        "collision_rate": collision_rate(quantised.codes),
+        **sizes_of(codes, trie, levels=quantised.codes.shape[1]),
+        "dimensions": embedded.vectors.shape[1],
+        "blocks": embedded.blocks,
         "perplexity": quantised.perplexities,
         "reconstruction_error": quantised.errors,
-        "trie_nodes": trie.n_nodes,
-        "trie_bytes": trie.n_bytes,
     }
     with write_artifact(
         folder,
@@ -170,18 +242,54 @@ def build_semantic_ids(
         seed=settings.seed,
         sizes=sizes,
     ) as fresh:
-        tensors = {"codes": codes, "vectors": vectors, "codebooks": quantised.codebooks}
+        tensors = {"codes": codes, "vectors": embedded.vectors, "codebooks": quantised.codebooks}
         save_file(tensors, fresh / TENSORS)
+        if quantised.network:
+            save_file(quantised.network, fresh / NETWORK)
+        _write_projections(fresh, embedded)
         write_trie(fresh / "trie", trie)
         write_events_used(fresh, train.rows)
     return read_semantic_ids(folder)
 
 
+def sizes_of(codes: np.ndarray, trie: Trie, *, levels: int) -> dict[str, object]:
+    """Counts for the manifest: of codes (N, L) whose first `levels` the quantiser gave, and of their trie."""
+    return {
+        "items": len(codes),
+        "distinct_ids": int(trie.size[ROOT]),
+        "level_sizes": [int(n) for n in codes.max(axis=0) + 1],
+        "codes_in_use": [len(np.unique(column)) for column in codes.T],
+        "collision_rate": collision_rate(codes[:, :levels]),
+        "trie_nodes": trie.n_nodes,
+        "trie_bytes": trie.n_bytes,
+    }
+
+
+def _write_projections(folder: Path, embedded: ItemVectors) -> None:
+    """Save what `semantic_ids.add` embeds later items by."""
+    arrays = {}
+    for name, projection in embedded.projections.items():
+        for part in ("features", "idf", "components"):
+            arrays[f"{name}.{part}"] = getattr(projection, part)
+    save_file(arrays, folder / PROJECTIONS)
+    pl.DataFrame({CATEGORIES: embedded.vocabulary}, schema={CATEGORIES: pl.String}).write_parquet(folder / VOCABULARY)
+
+
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Arrays of a file of the artefact. Raises: ArtifactError."""
+    try:
+        tensors: dict[str, np.ndarray] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{path} cannot be read ({error}); make the Semantic IDs again") from error
+    return tensors
+
+
 def read_semantic_ids(folder: Path) -> SemanticIds:
     """Read the artefact back, the trie memory-mapped. Raises: ArtifactError."""
     manifest = read_manifest(folder, "semantic_ids")
-    try:
-        tensors = load_file(folder / TENSORS)
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(f"{folder / TENSORS} cannot be read ({error}); make the Semantic IDs again") from error
-    return SemanticIds(**tensors, trie=read_trie(folder / "trie"), content_hash=manifest.content_hash)
+    return SemanticIds(
+        **read_tensors(folder / TENSORS),
+        trie=read_trie(folder / "trie"),
+        content_hash=manifest.content_hash,
+        grown_from=tuple(manifest.grown_from),
+    )

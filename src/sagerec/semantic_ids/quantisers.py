@@ -1,14 +1,20 @@
-"""Residual k-means: each level clusters what the levels before left over.
+"""Residual quantisation: each level clusters what the levels before left over; and the last code, which separates.
+
+How a level clusters is a function: `kmeans` here, `balanced_kmeans` in `balanced`. The RQ-VAE (`rq_vae`) quantises
+in the same way the vectors that it learns.
 
 Shapes: N items, D dimensions, L levels, C codes per level.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import faiss
 import numpy as np
 
 ITERATIONS = 25
+Clustering = Callable[[np.ndarray, int, int], tuple[np.ndarray, np.ndarray]]
+"""Points (N, D), number of clusters C and seed -> centroids (C, D) float32 and the cluster (N,) int32 of each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +29,8 @@ class Quantisation:
     """After each level, the mean squared length of the residual over that of the vectors."""
     perplexities: list[float]
     """exp of the entropy of each level's code use: C when all codes are used alike."""
+    network: dict[str, np.ndarray] = field(default_factory=dict)
+    """Weights of the network whose output was quantised, where there is one (RQ-VAE)."""
 
 
 def perplexity(codes: np.ndarray) -> float:
@@ -31,30 +39,38 @@ def perplexity(codes: np.ndarray) -> float:
     return float(np.exp(-(share * np.log(share)).sum()))
 
 
-def residual_kmeans(vectors: np.ndarray, *, levels: int, codebook_size: int, seed: int) -> Quantisation:
-    """Quantise `vectors` (N, D) level by level with k-means (faiss).
+def kmeans(points: np.ndarray, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """k-means (faiss): centroids (C, D) and the nearest of them for each point. A `Clustering`."""
+    model = faiss.Kmeans(
+        points.shape[1],
+        size,
+        niter=ITERATIONS,
+        seed=seed,
+        min_points_per_centroid=1,
+        max_points_per_centroid=1024,
+    )
+    model.train(points)
+    _, nearest = model.index.search(points, 1)
+    return np.array(model.centroids), nearest[:, 0].astype(np.int32)
+
+
+def residual_kmeans(
+    vectors: np.ndarray, *, levels: int, codebook_size: int, seed: int, cluster: Clustering = kmeans
+) -> Quantisation:
+    """Quantise `vectors` (N, D) level by level.
 
     x ~ sum_l codebook_l[code_l]; level l is fitted to x - sum_{m<l} codebook_m[code_m]. Where the items are fewer
     than `codebook_size`, a level has as many codes as items.
     """
     residual = np.ascontiguousarray(vectors, dtype=np.float32).copy()
     size = min(codebook_size, len(vectors))
-    scale = max(float((residual**2).sum(1).mean()), 1e-12)
+    scale = mean_square(residual)
     codes, codebooks, errors = [], [], []
     for level in range(levels):
-        kmeans = faiss.Kmeans(
-            residual.shape[1],
-            size,
-            niter=ITERATIONS,
-            seed=seed + level,
-            min_points_per_centroid=1,
-            max_points_per_centroid=1024,
-        )
-        kmeans.train(residual)
-        _, nearest = kmeans.index.search(residual, 1)
-        codes.append(nearest[:, 0].astype(np.int32))
-        codebooks.append(np.array(kmeans.centroids))
-        residual -= codebooks[-1][codes[-1]]
+        centroids, chosen = cluster(residual, size, seed + level)
+        codes.append(chosen)
+        codebooks.append(centroids)
+        residual -= centroids[chosen]
         errors.append(float((residual**2).sum(1).mean()) / scale)
     return Quantisation(
         codes=np.stack(codes, axis=1),
@@ -62,6 +78,44 @@ def residual_kmeans(vectors: np.ndarray, *, levels: int, codebook_size: int, see
         errors=errors,
         perplexities=[perplexity(c) for c in codes],
     )
+
+
+def mean_square(vectors: np.ndarray) -> float:
+    """Mean squared length of vectors (N, D), at least 1e-12: what reconstruction errors are divided by."""
+    return max(float((vectors**2).sum(1).mean()), 1e-12)
+
+
+def nearest_codes(vectors: np.ndarray, codebooks: np.ndarray, used: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Codes (n, L) int32 of vectors (n, D) from codebooks (L, C, D), and what is left over (n, D).
+
+    Each level takes the nearest centroid among the codes `used` there ((C',) ascending): a code that no item had is
+    one of which the policy learnt nothing.
+    """
+    residual = np.ascontiguousarray(vectors, dtype=np.float32).copy()
+    codes = np.empty((len(residual), len(codebooks)), dtype=np.int32)
+    for level, (centroids, known) in enumerate(zip(codebooks, used, strict=True)):
+        index = faiss.IndexFlatL2(residual.shape[1])
+        index.add(np.ascontiguousarray(centroids[known]))
+        codes[:, level] = known[index.search(residual, 1)[1][:, 0]]
+        residual -= centroids[codes[:, level]]
+    return codes, residual
+
+
+def codebooks_of(vectors: np.ndarray, codes: np.ndarray) -> Quantisation:
+    """The codebooks that fit given codes (N, L): codebook_l[c] is the mean residual of the items with code c at l.
+
+    A code that no item has gets a centroid of zeros.
+    """
+    residual = np.ascontiguousarray(vectors, dtype=np.float32).copy()
+    scale = mean_square(residual)
+    codebooks = np.zeros((codes.shape[1], int(codes.max()) + 1, residual.shape[1]), dtype=np.float32)
+    errors = []
+    for level, chosen in enumerate(codes.T):
+        np.add.at(codebooks[level], chosen, residual)
+        codebooks[level] /= np.maximum(np.bincount(chosen, minlength=codebooks.shape[1]), 1)[:, None]
+        residual -= codebooks[level][chosen]
+        errors.append(float((residual**2).sum(1).mean()) / scale)
+    return Quantisation(codes, codebooks, errors, [perplexity(c) for c in codes.T])
 
 
 def separate(codes: np.ndarray, priority: np.ndarray) -> np.ndarray:

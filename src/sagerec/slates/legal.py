@@ -10,18 +10,25 @@ Shapes: R prefixes, M legal continuations, X excluded items of each row, n items
 import torch
 from torch import Tensor
 
-from sagerec.core.trie import Children, Trie
+from sagerec.core.trie import ROOT, Children, Trie
 
 NO_ITEM = -1
 
 
 def excluded_paths(trie: Trie, codes: Tensor, excluded: Tensor) -> Tensor:
-    """States (R, X, L + 1) along the codes (N, L) of excluded items (R, X); -1 for no item and after an item's end."""
+    """States (R, X, L + 1) along the codes (N, L) of excluded items (R, X); -1 for no item and after an item's end.
+
+    Items that share their codes count once a row: what is barred is an ID.
+    """
     flat = excluded.flatten()
     known = flat >= 0
     paths = torch.full((len(flat), codes.shape[1] + 1), NO_ITEM, device=excluded.device)
+    paths[known] = trie.walk(codes[flat[known]])
+    if len(codes) > int(trie.size[ROOT]):
+        ids = paths[:, -1].view(excluded.shape)
+        known &= ~((ids[:, :, None] == ids[:, None, :]).tril(-1).any(dim=2)).flatten()
+        paths[~known] = NO_ITEM
     own = codes[flat[known]]
-    paths[known] = trie.walk(own)
     ended = torch.zeros_like(paths, dtype=torch.bool)
     ended[known, 1:] = own < 0
     return paths.masked_fill(ended, NO_ITEM).view(*excluded.shape, paths.shape[1])

@@ -16,7 +16,7 @@ from sagerec.catalogue.audit import write_events_used
 from sagerec.catalogue.splits import Cases, Sequences
 from sagerec.core.metrics import first_rank, ndcg_at, recall_at
 from sagerec.errors import ArtifactError
-from sagerec.policies.lazy_decoder import LazyDecoder, LazyDecoderSettings
+from sagerec.policies.lazy_decoder import LazyDecoder, LazyDecoderSettings, grow_weights
 from sagerec.semantic_ids.build import SemanticIds
 from sagerec.settings import from_json, to_json
 from sagerec.slates.cases import list_cases
@@ -103,17 +103,17 @@ def validate(policy: LazyDecoder, cases: Cases, *, exclude_history: bool) -> dic
 
 
 def read_policy(folder: Path, ids: SemanticIds, *, device: str = "auto") -> LazyDecoder:
-    """Read a trained policy, in evaluation mode.
+    """Read a trained policy, in evaluation mode; where items were added to the IDs since, its weights are grown.
 
     Raises: ArtifactError where the weights are missing or were trained on other Semantic IDs.
     """
     manifest = read_manifest(folder, "policy")
-    if manifest.made_from.get("semantic_ids") != ids.content_hash:
+    if manifest.made_from.get("semantic_ids") not in (ids.content_hash, *ids.grown_from):
         raise ArtifactError(f"{folder} was trained on other Semantic IDs than those given; train it again")
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced at once
         policy = make_policy(ids, from_json(LazyDecoderSettings, manifest.settings["policy"]))
     try:
-        policy.load_state_dict(load_file(folder / WEIGHTS))
+        policy.load_state_dict(grow_weights(load_file(folder / WEIGHTS), policy))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ArtifactError(f"{folder / WEIGHTS} cannot be read ({error}); train the policy again") from error
     return policy.move(choose_device(device)).eval()
