@@ -45,14 +45,14 @@ ABLATIONS = ("sage_no_boost", "sage_no_penalty", "sage_coupled", "sage_token", "
 COMMON_GRID: dict[str, tuple[Any, ...]] = {"learning_rate": (8e-4, 4e-4, 1.6e-3)}
 """What every objective may choose."""
 OWN_GRID: dict[str, dict[str, tuple[Any, ...]]] = {
-    "sage": {"boost": (4.0, 2.0), "entropy_penalty": (4.0, 2.0)},
-    "gbpo": {"sft_weight": (0.5, 1.0)},
-    "gdpo": {"clip_high": (0.2, 0.28), "sft_weight": (0.5, 1.0)},
-    "grpo": {"clip_high": (0.2, 0.28), "sft_weight": (0.5, 1.0)},
-    "dapo": {"clip_high": (0.28, 0.4), "sft_weight": (0.5, 1.0)},
-    "gspo": {"clip_high": (4e-4, 4e-2), "sft_weight": (0.5, 1.0)},
-    "cispo": {"cap": (5.0, 2.0), "sft_weight": (0.5, 1.0)},
-    "ecpo": {"clip_high": (0.2, 0.28), "sft_weight": (0.5, 1.0)},
+    "sage": {"boost": (4.0, 8.0), "entropy_penalty": (4.0, 2.0)},
+    "gbpo": {"sft_weight": (0.7, 1.4)},
+    "gdpo": {"clip_high": (0.2, 0.28), "sft_weight": (0.7, 1.4)},
+    "grpo": {"clip_high": (0.2, 0.28), "sft_weight": (0.7, 1.4)},
+    "dapo": {"clip_high": (0.28, 0.4), "sft_weight": (0.7, 1.4)},
+    "gspo": {"clip_high": (4e-4, 4e-2), "sft_weight": (0.7, 1.4)},
+    "cispo": {"cap": (5.0, 2.0), "sft_weight": (0.7, 1.4)},
+    "ecpo": {"clip_high": (0.2, 0.28), "sft_weight": (0.7, 1.4)},
 }
 """What an objective may choose of its own; the first values are the defaults."""
 

@@ -12,7 +12,7 @@ from sagerec.semantic_ids.clusters import ClusterKind
 from sagerec.settings import require, require_choices
 from sagerec.slates.rollouts import RolloutSettings
 
-DEFAULT_REWARDS = ("hit=1", "cold*hit=1", "novelty*similarity=0.1", "diversity=0.09")
+DEFAULT_REWARDS = ("hit=1", "cold*hit=2", "novelty*similarity=0.1", "diversity=0.1")
 """Rewards and weights that won on validation (docs/log.md)."""
 CRITERION = ("recall=2", "cold_recall=0.25", "entropy=0.5")
 """What a validated policy is worth: losing 1 % of Recall costs what 4 % of Entropy or 8 % of Cold-Recall gain."""
@@ -78,7 +78,7 @@ class AlignSettings:
     """Largest norm of the gradient."""
     policy_weight: float = 1.0
     """Weight of the policy loss."""
-    sft_weight: float = 0.5
+    sft_weight: float = 0.7
     """Weight of the next-item loss on the reserved events, the anchor."""
     kl_weight: float = 0.0
     """Weight of the KL divergence to the policy that alignment started from (k3 estimator)."""
