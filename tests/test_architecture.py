@@ -16,6 +16,7 @@ LAYERS = [
     {"evaluation"},
     {"run"},
     {"study"},
+    {"report"},
     {"recommend"},
     {"__init__"},
     {"cli"},
