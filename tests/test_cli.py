@@ -16,7 +16,13 @@ from sagerec.errors import DatasetError
 from sagerec.run import Run
 
 FROZEN = Path(__file__).parent / "cli.txt"
-POSITIONAL = {("simulate", "--out"), ("ids add", "--items"), ("import", "--format"), ("import", "--sources")}
+POSITIONAL = {
+    ("simulate", "--out"),
+    ("ids add", "--items"),
+    ("import", "--format"),
+    ("import", "--sources"),
+    ("results", "--studies"),
+}
 """Fields without a flag, beside those that are positional in every command."""
 
 

@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from sagerec.artifacts import read_json
+from sagerec.artifacts import read_json, write_json
 from sagerec.catalogue.splits import Cases
+from sagerec.cli import main
 from sagerec.errors import SettingsError
 from sagerec.evaluation.compare import differences, holm, judge, measure, summarise
 from sagerec.evaluation.evaluate import EvaluateSettings
@@ -125,6 +127,46 @@ def test_a_study_that_is_killed_goes_on_to_the_same_table(store_folder: Path, tm
     assert rows["popularity"]["metrics"]["clicks@10"]["value"] > rows["popularity"]["metrics"]["likes@10"]["value"] > 0
     again = compare(store_folder, out, SMALL_STUDY)
     assert {k: v for k, v in again.items() if k != "date"} == {k: v for k, v in record.items() if k != "date"}
+
+
+def test_results_are_tables_of_the_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Recall .1 against the control's .08 is +25 %; an effect that Holm's correction does not leave says so."""
+
+    def row(name: str, value: float, against: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "name": name,
+            "seeds": [0, 1],
+            "metrics": {"recall@10": {"value": value, "low": value - 0.01, "high": value + 0.01, "seed_std": 0.001}},
+            "against": {o: {"recall@10": test} for o, test in against.items()},
+            "seconds": [60.0, 120.0],
+        }
+
+    higher = {"difference": 0.02, "p_holm": 0.004, "verdict": "higher"}
+    record = {
+        "rows": [row("sft", 0.08, {}), row("sage", 0.1, {"sft": higher}), row("gbpo", 0.081, {"sft": NO_DIFFERENCE})],
+        "trials": [{"objective": "sage", "chosen": True, "criterion": 2.5, "settings": {"boost": 4.0}}],
+        "dataset": {"users": 10, "items": 20, "interactions": 30},
+        "cases": 10,
+        "cold_cases": 3,
+        "seeds": [0, 1],
+        "hardware": "2 cores",
+        "date": "2026-11-24",
+        "versions": {"torch": "2.13.0"},
+    }
+    write_json(tmp_path / "study" / "study.json", record)
+    page = tmp_path / "results.md"
+    assert main(["results", f"A store={tmp_path / 'study'}", "--out", str(page)]) == 0
+    text = page.read_text(encoding="utf-8")
+    assert "## A store" in text
+    assert "| sage | 2 | 0.1000 [0.0900 – 0.1100] | 1.5 |" in text
+    assert "| sage | sft | +25.0% (p 0.004) |" in text
+    assert "| gbpo | sft | no difference |" in text
+    assert "| sage | 1 | boost 4 | 2.500 | 2.500 |" in text
+    assert main(["results", "nothing", "--out", str(page)]) == 1
+    assert "expected TITLE=FOLDER" in capsys.readouterr().err
+
+
+NO_DIFFERENCE = {"difference": 0.001, "p_holm": 0.7, "verdict": "no difference"}
 
 
 def test_wrong_studies_are_refused() -> None:

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sagerec import run as pipeline
+from sagerec.artifacts import write_text
 from sagerec.catalogue.dataset import Dataset, read_dataset
 from sagerec.catalogue.describe import describe
 from sagerec.catalogue.export import ExportSettings, export_dataset
@@ -34,8 +35,10 @@ from sagerec.evaluation.evaluate import EvaluateSettings
 from sagerec.evaluation.sasrec import TUNED, SasRecSettings
 from sagerec.policies.lazy_decoder import LazyDecoderSettings
 from sagerec.recommend import Recommender, load
+from sagerec.report.markdown import results_page
 from sagerec.run import BaselineName, RunSettings
 from sagerec.semantic_ids.build import SemanticIdSettings
+from sagerec.settings import require
 from sagerec.study import CompareSettings, StudySettings, compare
 from sagerec.training import parallel
 from sagerec.training.align_settings import AlignSettings
@@ -318,6 +321,28 @@ class Compare:
 
 
 @dataclass(frozen=True)
+class Results:
+    """Write the tables of study folders as a page of Markdown, each under its title.
+
+    Example: sagerec results "Amazon Beauty=STUDY" --out docs/results.md
+    """
+
+    studies: tyro.conf.Positional[tuple[str, ...]]
+    """TITLE=FOLDER of each study."""
+    out: Path
+    """Page to write."""
+
+    def __call__(self) -> None:
+        folders = {}
+        for text in self.studies:
+            title, equals, folder = text.partition("=")
+            require(bool(title and equals and folder), f"study {text!r}; expected TITLE=FOLDER")
+            folders[title] = Path(folder)
+        write_text(self.out, results_page(folders))
+        console.print(f"wrote {self.out}")
+
+
+@dataclass(frozen=True)
 class Evaluate:
     """Evaluate the policy of a run over every case of a split; writes RUN/evaluation.json.
 
@@ -429,6 +454,7 @@ COMMANDS: dict[str, Callable[..., Callable[[], None]]] = {
     "train": Train,
     "align": Align,
     "compare": Compare,
+    "results": Results,
     "evaluate": Evaluate,
     "baseline": Baseline,
     "audit": Audit,
