@@ -15,6 +15,7 @@ LAYERS = [
     {"training"},
     {"evaluation"},
     {"run"},
+    {"report"},
     {"recommend"},
     {"__init__"},
     {"cli"},

@@ -29,6 +29,8 @@ from sagerec.evaluation.evaluate import EvaluateSettings
 from sagerec.evaluation.sasrec import TUNED, SasRecSettings
 from sagerec.policies.lazy_decoder import LazyDecoderSettings
 from sagerec.recommend import Recommender, load
+from sagerec.report.page import write_report
+from sagerec.report.training_plots import write_plots
 from sagerec.run import BaselineName, RunSettings
 from sagerec.semantic_ids.build import SemanticIdSettings
 from sagerec.training.align_settings import AlignSettings
@@ -184,6 +186,7 @@ class Align:
     def __call__(self) -> None:
         run = pipeline.open_run(self.run)
         name = pipeline.align(run, self.align, name=self.name)
+        write_plots(run.folder / name)
         print_alignment(run, name)
 
 
@@ -286,6 +289,23 @@ class Recommend:
         console.print(table)
 
 
+@dataclass(frozen=True)
+class Report:
+    """Write one self-contained HTML page of a run or a study: settings, table, trade-offs, curves, example users.
+
+    Example: sagerec report RUN --out report.html
+    """
+
+    run: Folder
+    """Run folder, or study folder."""
+    out: Path | None = None
+    """Where the page goes; report.html in the folder if not given."""
+
+    def __call__(self) -> None:
+        path = write_report(self.run, self.out)
+        console.print(f"{path} ({path.stat().st_size / 1e6:.2f} MB): open it in a browser", highlight=False)
+
+
 COMMANDS: dict[str, Callable[..., Callable[[], None]]] = {
     "simulate": Simulate,
     "inspect": Inspect,
@@ -298,6 +318,7 @@ COMMANDS: dict[str, Callable[..., Callable[[], None]]] = {
     "baseline": Baseline,
     "audit": Audit,
     "recommend": Recommend,
+    "report": Report,
 }
 
 
