@@ -58,11 +58,12 @@ def aligned_objective(settings: dict[str, Any]) -> Objective | None:
     return None if row.trains_on_targets else row
 
 
-def choose_objectives(of_run: Sequence[Objective], most: int = 6) -> list[Objective]:
-    """The run's own rows, and those of SHOWN that it lacks, without a second of one curve."""
-    names = {row.name for row in of_run}
+def choose_objectives(of_run: Sequence[tuple[str, Objective]], most: int = 6) -> list[Objective]:
+    """The run's own rows under the names that are given, and those of SHOWN that it lacks; one row a curve."""
+    names = {row.name for _, row in of_run}
+    own = [replace(row, name=name) for name, row in of_run]
     found: dict[bytes, Objective] = {}
-    for row in (*of_run, *(OBJECTIVES[name] for name in SHOWN if name not in names)):
+    for row in (*own, *(OBJECTIVES[name] for name in SHOWN if name not in names)):
         curves = [coefficients(row, advantage=a, diversity=0.5, coldness=1.0) for a in (1.0, -1.0)]
         key = np.round(np.concatenate(curves), 6).tobytes()
         if key in found:

@@ -9,7 +9,7 @@ from sagerec.artifacts import Manifest
 from sagerec.core.objectives import Objective
 from sagerec.errors import ArtifactError
 from sagerec.report.coefficients import OLD_PROBABILITY, RATIOS, aligned_objective, choose_objectives, coefficients
-from sagerec.report.drawing import Line, Style, canvas, draw_lines, to_svg
+from sagerec.report.drawing import MOST_SERIES, Line, Style, canvas, draw_lines, to_svg
 from sagerec.report.markup import Html, details, figure, join, table, tag
 from sagerec.report.material import Material
 from sagerec.report.results import legend_of
@@ -145,18 +145,12 @@ def training_section(material: Material) -> Html | None:
     panels = panels_of(logs)
     if not panels:
         return None
-    parts: list[object] = [
-        legend_of(material, list(dict.fromkeys(p.group for p in material.aligned)), kind="line", name="training")
-    ]
+    groups = list(dict.fromkeys(policy.group for policy in material.aligned))
+    parts: list[object] = [legend_of(material, groups, kind="line", name="training")]
     width = smoothing(logs)
     if width > 1:
-        parts.append(
-            tag(
-                "p",
-                f"Lines are moving means over {width} rounds, validations as measured; tables as logged.",
-                class_="quiet",
-            )
-        )
+        said = f"Lines are moving means over {width} rounds, validations as measured; tables as logged."
+        parts.append(tag("p", said, class_="quiet"))
     for heading in dict.fromkeys(panel.group for panel in panels):
         plots = []
         for panel in (panel for panel in panels if panel.group == heading):
@@ -173,9 +167,10 @@ def training_section(material: Material) -> Html | None:
 
 def coefficient_section(material: Material) -> Html | None:
     """Curves c(r), of the run's objectives first."""
-    own = [row for policy in material.aligned if (row := aligned_objective(policy.settings)) is not None]
+    rows_of = [(policy.group, aligned_objective(policy.settings)) for policy in material.aligned]
+    own = [(group, row) for group, row in rows_of if row is not None]
     rows = choose_objectives(own)
-    styles = {row.name: Style(i + 1) for i, row in enumerate(rows)}
+    styles = curve_styles(material, rows)
     adaptive = next((row for row in rows if row.needs_coldness or row.needs_diversity), None)
     halves = [
         ("positive", "Advantage > 0, warm slate", [(row.name, row, 1.0, 0.5, 0.0, styles[row.name]) for row in rows]),
@@ -189,11 +184,19 @@ def coefficient_section(material: Material) -> Html | None:
         halves.append(("penalty", f"{adaptive.name}: advantage < 0", varied))
     plots = [coefficient_plot(*half) for half in halves]
     said = (
-        "The gradient of a slate is c(r) · A · grad log p: its ratio r = p / q decides how far it may pull. Computed by "
-        f"sagerec.core.objectives.policy_loss for slates with old probability q = {OLD_PROBABILITY:g}, not from a formula "
-        "of this page. Objectives with one curve share a line; they may differ in advantage, ratio or mean."
+        "The gradient of a slate is c(r) · A · grad log p: its ratio r = p / q decides how far it may pull. Computed "
+        f"by sagerec.core.objectives.policy_loss for slates with old probability q = {OLD_PROBABILITY:g}, not from a "
+        "formula of this page. Objectives with one curve share a line; they may differ in advantage, ratio or mean."
     )
-    return join((tag("p", said), tag("div", *plots, class_="plots wide")))
+    return join((tag("p", said), tag("div", *plots, class_="plots two")))
+
+
+def curve_styles(material: Material, rows: list[Objective]) -> dict[str, Style]:
+    """The style that an objective has in the other plots where it has one, else one that no other row has."""
+    groups = {policy.group for policy in material.aligned}
+    found = {row.name: material.style(name) for row in rows if (name := row.name.split(", ")[0]) in groups}
+    free = [Style(i) for i in range(1, MOST_SERIES) if Style(i) not in found.values()]
+    return found | {row.name: free.pop(0) for row in rows if row.name not in found}
 
 
 Curve = tuple[str, Objective, float, float, float, Style]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sagerec.report.drawing import MOST_SERIES, Line, canvas, draw_lines, to_svg
+from sagerec.report.drawing import MOST_SERIES, Line, canvas, draw_lines, swatch, to_svg
 from sagerec.report.markup import Html, details, figure, join, table, tag
 from sagerec.report.material import START, Material, Row
 from sagerec.report.tradeoffs import Point, draw_tradeoff, within_frame
@@ -12,7 +12,7 @@ LABELS = {
     "recall": "Recall",
     "ndcg": "NDCG",
     "cold_recall": "Cold-Recall",
-    "coarse_entropy": "Entropy, coarse (bits)",
+    "coarse_entropy": "Coarse entropy (bits)",
     "entropy": "Entropy (bits)",
     "coverage": "Coverage",
     "gini": "Gini",
@@ -134,8 +134,8 @@ def table_section(material: Material) -> Html | None:
                 + (
                     "Verdicts take p-values with Holm's correction over the table."
                     if corrected
-                    else "A verdict here says whether the 95 % interval of that one difference leaves 0 out, uncorrected for "
-                    "the number of comparisons and for one seed; `sagerec compare` does both."
+                    else "A verdict here says whether the 95 % interval of that one difference leaves 0 out: it is not "
+                    "corrected for the number of comparisons, nor does it know other seeds, as `sagerec compare` does."
                 ),
                 class_="quiet",
             )
@@ -307,8 +307,6 @@ def settings_text(settings: object) -> str:
 
 def legend_of(material: Material, names: Sequence[str], *, kind: str, name: str) -> Html:
     """A box for each series, by which it can be hidden in the plots beside it."""
-    from sagerec.report.drawing import swatch
-
     boxes = []
     for series in names:
         style = material.style(series)

@@ -83,7 +83,7 @@ def place_labels(axes: Axes, points: Sequence[Point]) -> None:
     """Names beside their points, each at the first of twelve places that covers no other name or point."""
     figure = axes.get_figure(root=True)
     assert figure is not None
-    figure.draw_without_rendering()
+    axes.get_xlim(), axes.get_ylim()  # settles the limits, which places hang on
     scale = 72 / figure.dpi
     at = axes.transData.transform([(point.x, point.y) for point in points]) * scale
     frame = axes.get_window_extent()

@@ -11,6 +11,7 @@ from sagerec.core.rewards import parse_rewards
 from sagerec.semantic_ids.clusters import ClusterKind
 from sagerec.settings import require, require_choices
 from sagerec.slates.rollouts import RolloutSettings
+from sagerec.training.tracking import TrackerName, check_trackers
 
 DEFAULT_REWARDS = ("hit=1", "cold*hit=0.5", "novelty*similarity=0.1")
 CRITERION = ("recall=1", "cold_recall=0.25", "entropy=0.25")
@@ -89,8 +90,8 @@ class AlignSettings:
     weight x (metric / metric at the start) over recall, ndcg, cold_recall, entropy (coarse), coverage, at 10."""
     checkpoint_every: int = 5
     """Rounds between checkpoints."""
-    tensorboard: bool = False
-    """Write TensorBoard records beside metrics.jsonl (extra `tensorboard`)."""
+    track: tuple[TrackerName, ...] = ()
+    """Where metrics go beside metrics.jsonl: tensorboard, mlflow, wandb (extras of these names)."""
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
     seed: int = 0
@@ -98,6 +99,7 @@ class AlignSettings:
 
     def __post_init__(self) -> None:
         require_choices(self)
+        check_trackers(self.track)
         if self.reward:
             parse_rewards(self.reward)
         if self.criterion:

@@ -51,7 +51,7 @@ from sagerec.training.feedback import gather_facts, gather_feedback, to_device
 from sagerec.training.loop import choose_device, make_optimizer
 from sagerec.training.rounds import Stage, roll_round, update
 from sagerec.training.supervised import WEIGHTS
-from sagerec.training.tracking import METRICS, Trackers, open_trackers, progress_bar
+from sagerec.training.tracking import Trackers, keep_records, open_trackers, progress_bar
 
 logger = logging.getLogger(__name__)
 VALIDATION_K, VALIDATION_BEAMS = 10, 20
@@ -147,9 +147,7 @@ def align_policy(
         ) as fresh:
             save_file({k: v.contiguous().cpu() for k, v in stage.policy.state_dict().items()}, fresh / WEIGHTS)
             write_events_used(fresh, np.concatenate(seen))
-            shutil.copy(work / METRICS, fresh / METRICS)
-            if (work / "tensorboard").exists():
-                shutil.copytree(work / "tensorboard", fresh / "tensorboard")
+            keep_records(work, fresh)
         shutil.rmtree(work)
     return stage.policy
 
@@ -176,9 +174,7 @@ def run_rounds(stage: Stage, measure: Any, made_from: dict[str, str]) -> dict[st
             shutil.rmtree(work)
     trackers = Trackers([])
     if parallel.rank() == 0:
-        trackers = open_trackers(
-            work, tensorboard=settings.tensorboard, resume_step=progress["step"] if progress["round"] else -1
-        )
+        trackers = open_trackers(work, track=settings.track, resume_step=progress["step"] if progress["round"] else -1)
     weights = parse_criterion(settings.criterion)
     if measure and "start" not in progress:
         progress["start"] = measure()
