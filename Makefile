@@ -19,8 +19,11 @@ $(READY): pyproject.toml
 
 demo: $(READY)
 	$(BIN)/sagerec simulate $(DEMO)/store
-	$(BIN)/sagerec run $(DEMO)/store --out $(DEMO)/run --train.epochs 10 --train.batch-size 32 \
+	$(BIN)/sagerec run $(DEMO)/store --out $(DEMO)/run --split.reserve event --train.epochs 10 --train.batch-size 32 \
 		--baselines popularity item-knn
+	$(BIN)/sagerec align $(DEMO)/run --objective sage --reward click=1 --reward like=1 --reward dislike=-1 \
+		--criterion clicks=1 --criterion likes=0.5 --batch-users 64 --round-users 256
+	$(BIN)/sagerec evaluate $(DEMO)/run --policy policy-sage
 
 test: $(READY)
 	$(BIN)/ruff check .

@@ -8,6 +8,8 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,7 +31,7 @@ from sagerec.semantic_ids.build import SemanticIdSettings
 from sagerec.training.batches import make_windows, shuffled_batches
 from sagerec.training.loop import TrainSettings, fit, learning_rate_at
 from sagerec.training.supervised import next_item_loss, read_policy
-from sagerec.training.tracking import JsonLines, open_trackers
+from sagerec.training.tracking import JsonLines, TrackerName, open_trackers
 from tests.conftest import SMALL_IDS, SMALL_POLICY, SMALL_TRAIN
 from tests.test_policy import all_logprobs, small_policy
 
@@ -249,10 +251,114 @@ def test_metrics_after_the_checkpoint_are_dropped_on_resuming(tmp_path: Path) ->
     assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": 1, "a": 1}, {"step": 2, "a": 5}]
 
 
-def test_tensorboard_missing_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'sagerec\[tensorboard\]'"):
-        open_trackers(tmp_path, tensorboard=True, resume_step=0)
+@pytest.mark.parametrize(
+    ("name", "module", "message"),
+    [
+        (
+            "tensorboard",
+            "torch.utils.tensorboard",
+            r"TensorBoard is not .*pip install 'sagerec\[tensorboard\]'",
+        ),
+        ("mlflow", "mlflow.tracking", r"MLflow is not installed.*pip install 'sagerec\[mlflow\]'"),
+        ("wandb", "wandb", r"Weights & Biases is not installed.*pip install 'sagerec\[wandb\]'"),
+    ],
+)
+def test_a_missing_tracker_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: TrackerName, module: str, message: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingExtraError, match=message):
+        open_trackers(tmp_path, track=(name,), resume_step=-1)
+
+
+def test_trackers_get_the_numbers_of_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fakes of the three packages: what is logged reaches each, under a name that it takes; a resumed run goes on."""
+    calls: list[tuple[Any, ...]] = []
+
+    class Client:
+        def get_experiment_by_name(self, name: str) -> None:
+            return None
+
+        def create_experiment(self, name: str) -> str:
+            return f"experiment of {name}"
+
+        def create_run(self, experiment: str, run_name: str) -> Any:
+            calls.append(("mlflow run", experiment, run_name))
+            return SimpleNamespace(info=SimpleNamespace(run_id="m1"))
+
+        def log_batch(self, run: str, metrics: list[tuple[Any, ...]]) -> None:
+            calls.append(("mlflow", run, *((name, value, step) for name, value, _, step in metrics)))
+
+        def set_terminated(self, run: str) -> None:
+            calls.append(("mlflow end", run))
+
+    class Run:
+        id = "w1"
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            calls.append(("wandb", values, step))
+
+        def finish(self) -> None:
+            calls.append(("wandb end",))
+
+    def init(**given: Any) -> Run:
+        calls.append(("wandb run", given["name"], given["id"]))
+        return Run()
+
+    fakes = {
+        "mlflow": SimpleNamespace(),
+        "mlflow.tracking": SimpleNamespace(MlflowClient=Client),
+        "mlflow.entities": SimpleNamespace(Metric=lambda *values: values),
+        "wandb": SimpleNamespace(init=init),
+    }
+    for module, fake in fakes.items():
+        monkeypatch.setitem(sys.modules, module, fake)
+    work = tmp_path / "run" / "policy.training"
+    for resume_step in (-1, 3):
+        trackers = open_trackers(work, track=("mlflow", "wandb"), resume_step=resume_step)
+        trackers.log(resume_step + 4, {"valid_recall@10": 0.5, "note": "text"})
+        trackers.close()
+    assert calls == [
+        ("mlflow run", "experiment of sagerec", "run/policy"),
+        ("wandb run", "run/policy", None),
+        ("mlflow", "m1", ("valid_recall_at_10", 0.5, 3)),
+        ("wandb", {"valid_recall@10": 0.5}, 3),
+        ("mlflow end", "m1"),
+        ("wandb end",),
+        ("wandb run", "run/policy", "w1"),
+        ("mlflow", "m1", ("valid_recall_at_10", 0.5, 7)),
+        ("wandb", {"valid_recall@10": 0.5}, 7),
+        ("mlflow end", "m1"),
+        ("wandb end",),
+    ]
+    assert len((work / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_mlflow_itself_keeps_the_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracking = pytest.importorskip("mlflow.tracking", reason="the extra mlflow is not installed")
+    store = f"file://{tmp_path / 'mlruns'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    trackers = open_trackers(tmp_path / "policy.training", track=("mlflow",), resume_step=-1)
+    for step, value in ((1, 0.1), (2, 0.2)):
+        trackers.log(step, {"reward/cold*hit": value})
+    trackers.close()
+    client = tracking.MlflowClient(store)
+    (run,) = client.search_runs([client.get_experiment_by_name("sagerec").experiment_id])
+    history = client.get_metric_history(run.info.run_id, "reward/cold_x_hit")
+    assert [(point.step, point.value) for point in history] == [(1, 0.1), (2, 0.2)]
+    assert run.info.status == "FINISHED"
+
+
+def test_wandb_itself_keeps_the_metrics_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="the extra wandb is not installed")
+    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    trackers = open_trackers(tmp_path / "policy.training", track=("wandb",), resume_step=-1)
+    trackers.log(1, {"loss": 0.5})
+    trackers.close()
+    assert list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert not (tmp_path / "policy.training" / "wandb").exists()
 
 
 def test_bad_settings_are_refused() -> None:
@@ -260,6 +366,8 @@ def test_bad_settings_are_refused() -> None:
         TrainSettings(learning_rate=0)
     with pytest.raises(SettingsError, match="precision is 'half'; expected one of auto, float32, bfloat16"):
         TrainSettings(precision="half")  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match="track holds 'comet'; expected some of tensorboard, mlflow, wandb"):
+        TrainSettings(track=("comet",))  # type: ignore[arg-type]
     with pytest.raises(SettingsError, match="epochs is 0"):
         RunSettings(train=TrainSettings(epochs=0))
 

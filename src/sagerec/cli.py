@@ -36,6 +36,8 @@ from sagerec.evaluation.sasrec import TUNED, SasRecSettings
 from sagerec.policies.lazy_decoder import LazyDecoderSettings
 from sagerec.recommend import Recommender, load
 from sagerec.report.markdown import results_page
+from sagerec.report.page import write_report
+from sagerec.report.training_plots import write_plots
 from sagerec.run import BaselineName, RunSettings
 from sagerec.semantic_ids.build import SemanticIdSettings
 from sagerec.settings import require
@@ -294,6 +296,7 @@ class Align:
         run = pipeline.open_run(self.run)
         name = pipeline.align(run, self.align, name=self.name)
         if parallel.rank() == 0:
+            write_plots(run.folder / name)
             print_alignment(run, name)
 
 
@@ -441,6 +444,23 @@ class Recommend:
         console.print(table)
 
 
+@dataclass(frozen=True)
+class Report:
+    """Write one self-contained HTML page of a run or a study: settings, table, trade-offs, curves, example users.
+
+    Example: sagerec report RUN --out report.html
+    """
+
+    run: Folder
+    """Run folder, or study folder."""
+    out: Path | None = None
+    """Where the page goes; report.html in the folder if not given."""
+
+    def __call__(self) -> None:
+        path = write_report(self.run, self.out)
+        console.print(f"{path} ({path.stat().st_size / 1e6:.2f} MB): open it in a browser", highlight=False)
+
+
 COMMANDS: dict[str, Callable[..., Callable[[], None]]] = {
     "simulate": Simulate,
     "import": Import,
@@ -459,6 +479,7 @@ COMMANDS: dict[str, Callable[..., Callable[[], None]]] = {
     "baseline": Baseline,
     "audit": Audit,
     "recommend": Recommend,
+    "report": Report,
 }
 
 

@@ -33,6 +33,7 @@ from sagerec.evaluation.baselines import item_knn_lists, popularity_lists
 from sagerec.evaluation.evaluate import EvaluateSettings, evaluate_lists, excludes_history, write_evaluation
 from sagerec.evaluation.sasrec import TUNED, SasRecSettings, read_sasrec, train_sasrec
 from sagerec.policies.lazy_decoder import LazyDecoder, LazyDecoderSettings
+from sagerec.progress import progress_bar
 from sagerec.semantic_ids.add import Addition, code_new_items, write_addition
 from sagerec.semantic_ids.build import SemanticIds, SemanticIdSettings, build_semantic_ids, read_semantic_ids
 from sagerec.settings import to_json
@@ -41,7 +42,6 @@ from sagerec.training.align_settings import AlignSettings
 from sagerec.training.alignment import align_policy
 from sagerec.training.loop import TrainSettings
 from sagerec.training.supervised import read_policy, train_policy
-from sagerec.training.tracking import progress_bar
 
 logger = logging.getLogger(__name__)
 BaselineName = Literal["popularity", "item-knn", "sasrec"]

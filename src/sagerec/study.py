@@ -33,11 +33,12 @@ from sagerec.catalogue.splits import train_counts
 from sagerec.core.objectives import find_objective
 from sagerec.errors import SettingsError
 from sagerec.evaluation.compare import Measured, differences, judge, measure, summarise
+from sagerec.progress import progress_bar
 from sagerec.run import BaselineName, Run, RunSettings
 from sagerec.semantic_ids.clusters import item_clusters
 from sagerec.settings import require, to_json
 from sagerec.training.align_settings import AlignSettings
-from sagerec.training.tracking import METRICS, progress_bar
+from sagerec.training.tracking import METRICS
 
 logger = logging.getLogger(__name__)
 STUDY, CONTROL, REFERENCE = "study.json", "sft", "gbpo"

@@ -1,1 +1,1 @@
-"""What people look at: reports of runs and studies."""
+"""The report: one self-contained page of a run or a study, and the plots of an alignment."""

@@ -11,6 +11,7 @@ from sagerec.core.rewards import parse_rewards
 from sagerec.semantic_ids.clusters import ClusterKind
 from sagerec.settings import require, require_choices
 from sagerec.slates.rollouts import RolloutSettings
+from sagerec.training.tracking import TrackerName, check_trackers
 
 DEFAULT_REWARDS = ("hit=1", "cold*hit=2", "novelty*similarity=0.1", "diversity=0.1")
 """Rewards and weights that won on validation (docs/log.md)."""
@@ -94,8 +95,8 @@ class AlignSettings:
     simulated store also over clicks, likes, dislikes, watch_seconds."""
     checkpoint_every: int = 5
     """Rounds between checkpoints."""
-    tensorboard: bool = False
-    """Write TensorBoard records beside metrics.jsonl (extra `tensorboard`)."""
+    track: tuple[TrackerName, ...] = ()
+    """Where metrics go beside metrics.jsonl: tensorboard, mlflow, wandb (extras of these names)."""
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
     seed: int = 0
@@ -103,6 +104,7 @@ class AlignSettings:
 
     def __post_init__(self) -> None:
         require_choices(self)
+        check_trackers(self.track)
         if self.reward:
             parse_rewards(self.reward)
         if self.criterion:

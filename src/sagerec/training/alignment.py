@@ -39,6 +39,7 @@ from sagerec.core import metrics
 from sagerec.core.rewards import parse_rewards
 from sagerec.errors import SettingsError
 from sagerec.policies.lazy_decoder import LazyDecoder
+from sagerec.progress import progress_bar
 from sagerec.semantic_ids.build import SemanticIds
 from sagerec.semantic_ids.clusters import item_clusters
 from sagerec.settings import require, to_json
@@ -51,7 +52,7 @@ from sagerec.training.feedback import gather_facts, gather_feedback, to_device
 from sagerec.training.loop import choose_device, make_optimizer
 from sagerec.training.rounds import Stage, roll_round, update
 from sagerec.training.supervised import WEIGHTS
-from sagerec.training.tracking import METRICS, Trackers, open_trackers, progress_bar
+from sagerec.training.tracking import Trackers, keep_records, open_trackers
 
 logger = logging.getLogger(__name__)
 VALIDATION_K, VALIDATION_BEAMS = 10, 20
@@ -172,9 +173,7 @@ def align_policy(
         ) as fresh:
             save_file({k: v.contiguous().cpu() for k, v in stage.policy.state_dict().items()}, fresh / WEIGHTS)
             write_events_used(fresh, seen)
-            shutil.copy(work / METRICS, fresh / METRICS)
-            if (work / "tensorboard").exists():
-                shutil.copytree(work / "tensorboard", fresh / "tensorboard")
+            keep_records(work, fresh)
         shutil.rmtree(work)
     parallel.share_from_first(None)  # no rank goes on before the artefact is there
     return stage.policy
@@ -208,9 +207,7 @@ def run_rounds(stage: Stage, measure: Any, made_from: dict[str, str]) -> dict[st
         logger.info("resuming after round %d of %d", progress["round"], n_rounds)
     trackers = Trackers([])
     if parallel.rank() == 0:
-        trackers = open_trackers(
-            work, tensorboard=settings.tensorboard, resume_step=progress["step"] if progress["round"] else -1
-        )
+        trackers = open_trackers(work, track=settings.track, resume_step=progress["step"] if progress["round"] else -1)
     weights = parse_criterion(settings.criterion)
     if measure and "start" not in progress:
         progress["start"] = measure()

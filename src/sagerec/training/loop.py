@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from sagerec.catalogue.splits import Cases
 from sagerec.errors import TrainingError
+from sagerec.progress import Bar, progress_bar
 from sagerec.settings import require, require_choices
 from sagerec.training.batches import Windows, shuffled_batches
 from sagerec.training.checkpoints import load_checkpoint, newest_checkpoint, read_progress, save_checkpoint
-from sagerec.training.tracking import Bar, open_trackers, progress_bar
+from sagerec.training.tracking import TrackerName, check_trackers, open_trackers
 
 logger = logging.getLogger(__name__)
 CRITERION = "valid_recall@10"
@@ -60,8 +61,8 @@ class TrainSettings:
     """Precision of the matrix products; auto is bfloat16 where the hardware computes it natively."""
     compile: bool = False
     """Compile the layers with torch.compile."""
-    tensorboard: bool = False
-    """Write TensorBoard records beside metrics.jsonl (extra `tensorboard`)."""
+    track: tuple[TrackerName, ...] = ()
+    """Where metrics go beside metrics.jsonl: tensorboard, mlflow, wandb (extras of these names)."""
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
     seed: int = 0
@@ -69,6 +70,7 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         require_choices(self)
+        check_trackers(self.track)
         require(self.epochs >= 1, f"epochs is {self.epochs}; expected at least 1")
         require(self.batch_size >= 1, f"batch_size is {self.batch_size}; expected at least 1")
         require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}; expected above 0")
@@ -169,9 +171,7 @@ def fit(
     if settings.compile:
         for layer in layers:
             layer.compile(dynamic=True)
-    trackers = open_trackers(
-        work, tensorboard=settings.tensorboard, resume_step=progress["epoch"] * steps_per_epoch or -1
-    )
+    trackers = open_trackers(work, track=settings.track, resume_step=progress["epoch"] * steps_per_epoch or -1)
     if progress["epoch"] == 0:
         trackers.log(0, {"targets": windows.n_targets, "windows": len(windows)})
     with progress_bar("training", total, completed=progress["epoch"] * steps_per_epoch) as bar:

@@ -22,7 +22,7 @@ from sagerec.settings import from_json, to_json
 from sagerec.slates.cases import list_cases
 from sagerec.training.batches import make_windows
 from sagerec.training.loop import CRITERION, TrainSettings, choose_device, fit, validation_sample
-from sagerec.training.tracking import METRICS
+from sagerec.training.tracking import keep_records
 
 WEIGHTS = "model.safetensors"
 VALIDATION_K, VALIDATION_BEAMS = 10, 20
@@ -83,9 +83,7 @@ def train_policy(
     ) as fresh:
         save_file({k: v.contiguous().cpu() for k, v in policy.state_dict().items()}, fresh / WEIGHTS)
         write_events_used(fresh, train.rows)
-        shutil.copy(work / METRICS, fresh / METRICS)
-        if (work / "tensorboard").exists():
-            shutil.copytree(work / "tensorboard", fresh / "tensorboard")
+        keep_records(work, fresh)
     shutil.rmtree(work)
     return policy
 

@@ -1,0 +1,177 @@
+"""Plots as SVG: matplotlib draws, and what it draws follows the page's colours, light or dark.
+
+Matplotlib is given literal colours; inside a page they become CSS variables (`--ink`, `--s0` …), in a file of its
+own they stay. Text stays text, so that a reader can select and search it.
+"""
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sagerec.report.markup import Html
+
+INK, MUTED, GRID, SURFACE = "#16191d", "#5b6169", "#dfe2e6", "#fffffe"
+PALETTE = ("#4f5862", "#0067a5", "#c44e00", "#00805f", "#9c3587", "#8a6d00", "#a0303b", "#3d6fd1")
+"""Of series; the first is for the policy that others start from. Each has a contrast of at least 3 to white."""
+DASHES = ("-", "-", (0, (5, 1.6)), (0, (1.4, 1.2)), (0, (6, 1.5, 1.4, 1.5)), (0, (3, 1)), (0, (8, 2)), (0, (2, 2)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
+MOST_SERIES = len(PALETTE)
+VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", SURFACE: "--surface"} | {
+    color: f"--s{i}" for i, color in enumerate(PALETTE)
+}
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9,
+    "text.parse_math": False,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.xmargin": 0.02,
+    "axes.formatter.useoffset": False,
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "lines.linewidth": 1.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How a series looks everywhere on the page."""
+
+    number: int
+    """Place in the palette."""
+
+    @property
+    def color(self) -> str:
+        return PALETTE[self.number % MOST_SERIES]
+
+    @property
+    def dash(self) -> Any:
+        return DASHES[self.number % MOST_SERIES]
+
+    @property
+    def marker(self) -> str:
+        return MARKERS[self.number % MOST_SERIES]
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line of a plot."""
+
+    name: str
+    """What it shows; one name, one style."""
+    x: Sequence[float]
+    """Places."""
+    y: Sequence[float]
+    """Values."""
+    style: Style
+    """Colour, dash and marker."""
+    thin: bool = False
+    """Drawn finer, as the edge of a range."""
+    marked: bool = False
+    """Each value with a marker."""
+    low: Sequence[float] = field(default=())
+    """Lower ends of the intervals, if there are any."""
+    high: Sequence[float] = field(default=())
+    """Upper ends."""
+
+
+@contextmanager
+def canvas(title: str, x_label: str, y_label: str, *, width: float = 4.3, height: float = 2.7) -> Iterator[Axes]:
+    """Axes of a new plot, in inches of 72 points; hand them to `to_svg` inside the block."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(width, height))
+        # Fixed margins in inches: plots line up beside each other, and nothing is drawn twice to find them.
+        axes = figure.add_subplot()
+        figure.subplots_adjust(0.68 / width, 0.5 / height, 1 - 0.1 / width, 1 - 0.3 / height)
+        axes.set(title=title, xlabel=x_label, ylabel=y_label)
+        yield axes
+
+
+def draw_lines(axes: Axes, lines: Sequence[Line]) -> None:
+    """Lines, their intervals, and the class by which the page can hide a series."""
+    for number, line in enumerate(lines):
+        style = line.style
+        width, alpha = (0.8, 0.75) if line.thin else (1.6, 1.0)
+        gid = f"series-{style.number}-{number}"
+        drawn = axes.plot(line.x, line.y, color=style.color, linestyle=style.dash, linewidth=width, alpha=alpha)
+        drawn[0].set_gid(gid)
+        if line.marked:
+            drawn[0].set(marker=style.marker, markersize=5, markeredgecolor=SURFACE, markeredgewidth=0.8)
+        if len(line.low):
+            bars = axes.vlines(line.x, line.low, line.high, color=style.color, linewidth=1.0)
+            bars.set_gid(f"{gid}-range")
+
+
+def to_svg(axes: Axes, name: str, *, themed: bool = True) -> Html:
+    """The plot as SVG; `name` (letters, digits, hyphens) keeps its ids apart from those of other plots of a page.
+
+    Themed, it has no size of its own and takes its colours from CSS variables.
+    """
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    buffer = io.StringIO()
+    with mpl.rc_context(STYLE | {"svg.hashsalt": name}):
+        metadata: dict[str, Any] = {"Date": None, "Creator": None, "Format": None, "Type": None}
+        figure.savefig(buffer, format="svg", metadata=metadata, transparent=themed)
+    written = buffer.getvalue()
+    if not themed:
+        return Html(written)
+    svg = written[written.index("<svg ") :]
+    svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.S)
+    for size in ("width", "height"):
+        svg = re.sub(rf'(<svg[^>]*?) {size}="[^"]*"', r"\1", svg, count=1)
+    svg = re.sub(r' (?:version|xmlns(?::xlink)?)="[^"]*"', "", svg)
+    svg = svg.replace("xlink:href", "href")
+    for color, variable in VARIABLES.items():
+        svg = svg.replace(color, f"var({variable})")
+    svg = re.sub(r"font-family: [^;\"]*; ", "", svg)
+    svg = re.sub(r'id="series-(\d+)-[^"]*"', r'class="series s\1"', svg)
+    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', svg))
+    svg = re.sub(r' id="([^"]*)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", svg)
+    svg = re.sub(r'(url\(#|href="#)', rf"\1{name}-", svg)
+    svg = re.sub(r' (?:d|x|y|transform)="[^"]*"', _shorten, svg)
+    return Html(re.sub(r">\s+<", "><", svg).strip())
+
+
+def _shorten(attribute: re.Match[str]) -> str:
+    """Coordinates to a hundredth of a point."""
+    text = re.sub(r"(\.\d\d)\d+", r"\1", attribute[0]).replace("\n", "").replace(" L ", "L").replace("  ", " ")
+    return "" if "rotate(-0 " in text else text
+
+
+def swatch(style: Style, *, kind: str = "line") -> Html:
+    """The line or the marker of a series, for a legend in the page."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(0.42, 0.16))
+        axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+        axes.set_axis_off()
+        if kind == "line":
+            axes.plot((0, 1), (0, 0), color=style.color, linestyle=style.dash, linewidth=2.0)
+        else:
+            axes.plot((0.5,), (0,), color=style.color, marker=style.marker, markersize=7)
+        axes.set(xlim=(0, 1), ylim=(-1, 1))
+        svg = to_svg(axes, f"swatch-{kind}-{style.number}")
+    return Html(svg.replace("<svg ", '<svg class="swatch" aria-hidden="true" ', 1))

@@ -1,0 +1,247 @@
+"""What a report is made of: a run or a study folder, read into records. What is not there is left out.
+
+A study folder holds `study.json` (rows, verdicts, trials) and `run/`, a run folder.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import polars as pl
+
+from sagerec import artifacts
+from sagerec.core.metrics import bootstrap_mean, entropy_at, first_rank, ndcg_at, recall_at
+from sagerec.errors import ArtifactError
+from sagerec.evaluation.evaluate import EvaluateSettings
+from sagerec.report.drawing import MOST_SERIES, Style
+from sagerec.run import BaselineName, Run, open_run
+from sagerec.semantic_ids.clusters import item_clusters
+from sagerec.training.tracking import METRICS
+
+STUDY, RUN = "study.json", "run"
+START = "supervised"
+"""What the policy is called that alignment starts from."""
+SEED = re.compile(r"-s\d+$")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A row of the table."""
+
+    name: str
+    """What was measured."""
+    kind: str
+    """start, aligned, baseline, other; in a study control, objective, ablation, baseline."""
+    metrics: dict[str, dict[str, float]]
+    """Metric -> value, low, high, and seed_std where there are several seeds."""
+    seeds: tuple[int, ...] = ()
+    """Seeds that it joins."""
+    against: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    """Rival -> metric -> difference, low, high, p_value, p_holm, verdict."""
+
+
+@dataclass(frozen=True, slots=True)
+class Aligned:
+    """An aligned policy and what it logged."""
+
+    name: str
+    """Its folder, such as policy-sage."""
+    group: str
+    """What it is called in plots; seeds of one objective share it."""
+    settings: dict[str, Any]
+    """Of the alignment."""
+    manifest: artifacts.Manifest
+    """Of the artefact."""
+    lines: list[dict[str, Any]]
+    """Lines of metrics.jsonl."""
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """All that the page may show."""
+
+    folder: Path
+    """Run or study."""
+    study: dict[str, Any]
+    """study.json; empty for a run."""
+    run: Run | None
+    """The run folder, None for a study without one."""
+    rows: list[Row]
+    """Of the table, on test."""
+    reports: dict[str, dict[str, Any]]
+    """Name -> evaluation report of the run."""
+    aligned: list[Aligned]
+    """Aligned policies of the run, in the order of the plots."""
+    styles: dict[str, Style]
+    """Name or group -> how it is drawn."""
+    notes: list[str]
+    """What was left out, and why."""
+    k: int
+    """The cut of the table's metrics."""
+
+    def style(self, name: str) -> Style:
+        """How a series is drawn; one without a style of its own is drawn as the last."""
+        return self.styles.get(name, Style(MOST_SERIES - 1))
+
+
+def gather(folder: Path) -> Material:
+    """Read a run or a study folder. Raises: ArtifactError where it is neither, or a file of it is damaged."""
+    study: dict[str, Any] = {}
+    if (folder / STUDY).is_file():
+        study = artifacts.read_json(folder / STUDY)
+        if not isinstance(study, dict) or not isinstance(study.get("rows", []), list):
+            raise ArtifactError(f"{folder / STUDY} holds no study; make it again with: sagerec compare")
+        run = open_run(folder / RUN) if (folder / RUN / "dataset").is_dir() else None
+    else:
+        run = open_run(folder)
+    notes: list[str] = []
+    reports = {} if run is None else read_reports(run, notes)
+    k = shown_k(study, reports)
+    aligned = [] if run is None else read_aligned(run, study, notes)
+    rows = [study_row(values) for values in study.get("rows", [])]
+    if not rows and run is not None:
+        rows = run_rows(run, reports, aligned, k)
+    names = [START, *(policy.group for policy in aligned), *(row.name for row in rows if row.name not in (START,))]
+    names += [str(trial.get("objective")) for trial in study.get("trials", [])]
+    styles = {name: Style(number) for number, name in enumerate(dict.fromkeys(names)) if number < MOST_SERIES}
+    return Material(folder, study, run, rows, reports, aligned, styles, notes, k)
+
+
+def shown_k(study: Mapping[str, Any], reports: Mapping[str, dict[str, Any]]) -> int:
+    """10 where it was measured, else the largest cut."""
+    metrics: set[str] = set()
+    for row in study.get("rows", []):
+        metrics |= set(row.get("metrics", {}))
+    for report in reports.values():
+        metrics |= set(report["metrics"])
+    cuts = {int(found[1]) for name in metrics if (found := re.fullmatch(r"recall@(\d+)", name))}
+    return 10 if 10 in cuts or not cuts else max(cuts)
+
+
+def shown_name(stem: str) -> str:
+    """`evaluation-sage` or `policy-sage` as `sage`, the plain ones as `supervised`."""
+    return stem.partition("-")[2] or START
+
+
+def read_reports(run: Run, notes: list[str]) -> dict[str, dict[str, Any]]:
+    """The test reports that fit the artefacts of today, by the name that is shown."""
+    found = {}
+    for path in sorted(run.folder.glob("evaluation*.json")):
+        report = artifacts.read_json(path)
+        if not isinstance(report, dict) or "metrics" not in report or report.get("split") != "test":
+            continue
+        stale = [name for name, content in report.get("made_from", {}).items() if _hash(run, name) != content]
+        if stale:
+            notes.append(f"{path.name} measures an earlier {' and '.join(stale)}; evaluate again to have it here.")
+        else:
+            found[shown_name(path.stem)] = report
+    return {name: found[name] for name in sorted(found, key=lambda name: (name != START, name))}
+
+
+def _hash(run: Run, name: str) -> str | None:
+    """Content hash of an artefact, None where it is not there."""
+    try:
+        return run.manifest(name).content_hash
+    except ArtifactError:
+        return None
+
+
+def read_aligned(run: Run, study: Mapping[str, Any], notes: list[str]) -> list[Aligned]:
+    """Aligned policies with what they logged: a study's by objective, a run's by age."""
+    objectives = [str(name) for name in study.get("objectives", [])]
+    found = []
+    for name in run.aligned():
+        manifest = run.manifest(name)
+        if "align" not in manifest.settings or not (run.folder / name / METRICS).is_file():
+            continue
+        short = shown_name(name)
+        group = SEED.sub("", short) if SEED.sub("", short) in objectives else short
+        lines = read_lines(run.folder / name / METRICS)
+        found.append(Aligned(name, group, manifest.settings["align"], manifest, lines))
+
+    def place(policy: Aligned) -> tuple[int, str, str]:
+        known = objectives.index(policy.group) if policy.group in objectives else len(objectives)
+        return known, "" if objectives else policy.manifest.created, policy.name
+
+    found.sort(key=place)
+    groups = list(dict.fromkeys(policy.group for policy in found))
+    if left := groups[MOST_SERIES - 1 :]:
+        notes.append(f"The plots of training leave out {', '.join(left)}: they hold {MOST_SERIES - 1} policies.")
+    return [policy for policy in found if policy.group not in left]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl. Raises: ArtifactError for one that is not JSON."""
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except json.JSONDecodeError as error:
+        raise ArtifactError(f"{path} holds a line that is not JSON ({error}); make the policy again") from error
+
+
+def study_row(values: Mapping[str, Any]) -> Row:
+    """A row of study.json."""
+    metrics = {name: value for name, value in values.get("metrics", {}).items() if value is not None}
+    seeds = tuple(int(seed) for seed in values.get("seeds", ()))
+    return Row(str(values["name"]), str(values.get("kind", "")), metrics, seeds, values.get("against", {}))
+
+
+def run_rows(run: Run, reports: Mapping[str, dict[str, Any]], aligned: list[Aligned], k: int) -> list[Row]:
+    """A row a report, the policies compared with the supervised one user by user."""
+    seeds = {policy.group: policy.manifest.seed for policy in aligned}
+    rows = []
+    for name, report in reports.items():
+        kind = "aligned" if f"policy-{name}" in run.aligned() else "other"
+        kind = {START: "start", **dict.fromkeys(get_args(BaselineName), "baseline")}.get(name, kind)
+        seed = seeds.get(name)
+        against = {} if name == START or START not in reports else compare(run, reports[START], name, k)
+        rows.append(Row(name, kind, report["metrics"], () if seed is None else (seed,), against))
+    order = {"start": 0, "aligned": 1, "baseline": 2, "other": 3}
+    return sorted(rows, key=lambda row: order[row.kind])
+
+
+def lists_path(run: Run, name: str) -> Path:
+    """Where the lists of a report are."""
+    return run.folder / f"evaluation{'' if name == START else f'-{name}'}.lists.parquet"
+
+
+def compare(run: Run, report: Mapping[str, Any], name: str, k: int) -> dict[str, dict[str, dict[str, Any]]]:
+    """Differences to the supervised policy with their paired 95 % intervals; empty where the cases differ.
+
+    Left out where items share Semantic IDs: their accuracy is no function of the list alone.
+    """
+    paths = [lists_path(run, name), lists_path(run, START)]
+    if not all(path.is_file() for path in paths) or f"recall@{k}_optimistic" in report["metrics"]:
+        return {}
+    tables = [pl.read_parquet(path) for path in paths]
+    if tables[0]["event_row"].to_list() != tables[1]["event_row"].to_list():
+        return {}
+    targets = tables[0]["target"].to_numpy()
+    lists = [table["items"].to_numpy() for table in tables]
+    if min(part.shape[1] for part in lists) < k:
+        return {}
+    cold = run.split.mask("train")
+    counts = np.bincount(run.data.event_items[cold], minlength=run.data.n_items)
+    most = report["settings"].get("cold_max_count", EvaluateSettings().cold_max_count)
+    is_cold = counts[targets] <= most
+    clusters = item_clusters(run.data, run.ids(), "coarse")
+    ranks = [first_rank(part, targets) for part in lists]
+    recall = recall_at(ranks[0], k).astype(float) - recall_at(ranks[1], k)
+    entropy = entropy_at(lists[0], clusters, k) - entropy_at(lists[1], clusters, k)
+    per_case = {
+        f"recall@{k}": recall,
+        f"ndcg@{k}": ndcg_at(ranks[0], k) - ndcg_at(ranks[1], k),
+        f"cold_recall@{k}": recall[is_cold],
+        f"coarse_entropy@{k}": entropy,
+    }
+    found = {}
+    for metric, difference in per_case.items():
+        if len(difference):
+            interval = bootstrap_mean(difference, rng=np.random.default_rng(0))
+            verdict = "higher" if interval.low > 0 else "lower" if interval.high < 0 else "no difference"
+            ends = {"difference": interval.value, "low": interval.low, "high": interval.high}
+            found[metric] = ends | {"verdict": verdict}
+    return {START: found}
