@@ -18,6 +18,7 @@ LAYERS = [
     {"study"},
     {"report"},
     {"recommend"},
+    {"tables"},
     {"__init__"},
     {"cli"},
 ]

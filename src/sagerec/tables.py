@@ -1,0 +1,135 @@
+"""What the command line prints: tables on a terminal."""
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sagerec.recommend import Recommender
+from sagerec.run import Run
+from sagerec.training.tracking import METRICS
+
+console = Console()
+
+
+def print_description(name: str, figures: dict[str, Any]) -> None:
+    """A table of figures, one a row."""
+    table = Table("figure", "value", title=name)
+    for key, value in figures.items():
+        if isinstance(value, dict):
+            text = "  ".join(f"{k} {v:,.0f}" for k, v in value.items())
+        elif isinstance(value, list):
+            text = ", ".join(value) or "none"
+        elif isinstance(value, float):
+            text = f"{value:.2%}" if key.endswith("share") else f"{value:.3g}"
+        else:
+            text = f"{value:,}" if isinstance(value, int) else str(value)
+        table.add_row(key.replace("_", " "), text)
+    console.print(table)
+
+
+def print_ids(run: Run) -> None:
+    """How good the Semantic IDs are."""
+    sizes = run.manifest("semantic_ids").sizes
+    console.print(
+        f"Semantic IDs: {sizes['distinct_ids']:,} for {sizes['items']:,} items, level sizes {sizes['level_sizes']}; "
+        f"before the last code {sizes['collision_rate']:.1%} of items collide, perplexity "
+        f"{', '.join(f'{p:.0f}' for p in sizes['perplexity'])}, reconstruction error "
+        f"{', '.join(f'{e:.3f}' for e in sizes['reconstruction_error'])}; trie {sizes['trie_bytes'] / 1e6:.1f} MB",
+        highlight=False,
+    )
+
+
+def print_alignment(run: Run, name: str) -> None:
+    """What alignment did to the validation metrics, and how to measure it on test."""
+    lines = (run.folder / name / METRICS).read_text(encoding="utf-8").splitlines()
+    sizes = run.manifest(name).sizes
+    validated = [values for values in map(json.loads, lines) if "criterion" in values]
+    if validated:
+        kept = next(values for values in validated if values["round"] == sizes["kept_round"])
+        table = Table("validation", "before", f"after (round {kept['round']} of {sizes['rounds']})", title=name)
+        for key in (*validated[0].keys() - {"step", "round", "seconds"},):
+            table.add_row(key.removeprefix("valid_"), f"{validated[0][key]:.4f}", f"{kept[key]:.4f}")
+        console.print(table)
+    console.print(f"next: sagerec evaluate {run.folder} --policy {name}", highlight=False)
+
+
+def print_study(record: dict[str, Any]) -> None:
+    """The table of a study: values with intervals, and what differs from the control."""
+    table = Table(
+        "row", title=f"{record['cases']:,} cases, {record['cold_cases']:,} of them cold; + and - : differs from"
+    )
+    metrics = list(record["rows"][0]["metrics"])
+    for metric in metrics:
+        table.add_column(metric, justify="right")
+    for row in record["rows"]:
+        cells = []
+        for metric in metrics:
+            signs = []
+            for other, tests in row["against"].items():
+                if tests[metric]["verdict"] != "no difference":
+                    signs.append(f"{'+' if tests[metric]['verdict'] == 'higher' else '-'}{other}")
+            cells.append(_cell(row["metrics"][metric]) + (f"\n{' '.join(signs)}" if signs else ""))
+        table.add_row(f"{row['name']}\n[dim]{len(row['seeds'])} seeds[/]", *cells)
+    console.print(table)
+
+
+def print_reports(reports: dict[str, dict[str, Any]]) -> None:
+    """Metrics with 95 % intervals: of one report at every K, of several at one K; and Recall by popularity."""
+    first = next(iter(reports.values()))
+    ks = first["settings"]["k"]
+    if len(reports) > 1:
+        ks = [10 if 10 in ks else ks[-1]]
+    columns = [(name, k) for name in reports for k in ks]
+    title = (
+        f"{first['split']}: {first['users']:,} users, {first['cases']:,} cases, {first['cold_cases']:,} of them cold"
+    )
+    table = Table("metric", title=title)
+    for name, k in columns:
+        table.add_column(f"{name} @{k}" if len(reports) > 1 else f"@{k}", justify="right")
+    for metric in dict.fromkeys(key.partition("@")[0] for key in first["metrics"]):
+        suffixes = dict.fromkeys(
+            key.partition("@")[2].partition("_")[2] for key in first["metrics"] if key.startswith(metric + "@")
+        )
+        for suffix in suffixes:
+            tail = f"_{suffix}" if suffix else ""
+            cells = [_cell(reports[name]["metrics"].get(f"{metric}@{k}{tail}")) for name, k in columns]
+            table.add_row(f"{metric} {suffix}".strip(), *cells)
+    console.print(table)
+    key = next(key for row in first["buckets"] for key in row if key.startswith("recall@"))
+    by = Table("target's training interactions", "cases", title=f"{key} by popularity")
+    for name in reports:
+        by.add_column(name, justify="right")
+    for number, row in enumerate(first["buckets"]):
+        if row["cases"]:
+            high = "" if row["train_count_to"] is None else row["train_count_to"]
+            cells = [_cell(report["buckets"][number].get(key)) for report in reports.values()]
+            by.add_row(f"{row['train_count_from']}–{high}", f"{row['cases']:,}", *cells)
+    console.print(by)
+
+
+def _cell(value: dict[str, float] | None) -> str:
+    """A value over its interval."""
+    return "" if value is None else f"{value['value']:.4f}\n[dim]{value['low']:.4f}–{value['high']:.4f}[/]"
+
+
+def print_examples(run: Run, recommender: Recommender, users: int = 3, k: int = 5) -> None:
+    """Readable slates: what some test users had, what is recommended, and what they took next."""
+    cases = run.split.cases(run.data, "test")
+    step = max(1, len(cases) // users)
+    for case in range(0, step * users, step)[: len(cases)]:
+        first, row = int(cases.starts[case]), int(cases.rows[case])
+        history = run.data.event_items[max(first, row - 5) : row]
+        target = int(cases.targets[case])
+        found = recommender.recommend(run.data.item_ids.external(run.data.event_items[first:row]), k=k)
+        table = Table("", "item_id", "title", title=f"user {run.data.user_ids.external([cases.users[case]])[0]}")
+        for item in history:
+            table.add_row("had", run.data.item_ids.external([item])[0], recommender.titles[item])
+        table.add_section()
+        for rank, item_id, title, _ in found.iter_rows():
+            mark = " <- taken" if item_id == run.data.item_ids.external([target])[0] else ""
+            table.add_row(f"{rank}", item_id, title + mark)
+        table.add_section()
+        table.add_row("took", run.data.item_ids.external([target])[0], recommender.titles[target])
+        console.print(table)
