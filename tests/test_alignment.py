@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,6 +23,7 @@ from sagerec.catalogue.simulate import simulate
 from sagerec.catalogue.splits import SplitSettings
 from sagerec.catalogue.store import StoreSettings, write_store
 from sagerec.core.metrics import first_rank, recall_at
+from sagerec.core.rewards import parse_rewards
 from sagerec.errors import ArtifactError, RewardError, SettingsError, TrainingError
 from sagerec.policies.lazy_decoder import LazyDecoderSettings
 from sagerec.run import Run, align, audit, make_ids, open_run, prepare, train
@@ -29,7 +31,8 @@ from sagerec.semantic_ids.build import SemanticIdSettings
 from sagerec.slates.cases import list_cases
 from sagerec.training import rounds
 from sagerec.training.align_settings import AlignSettings, parse_criterion
-from sagerec.training.loop import TrainSettings
+from sagerec.training.feedback import gather_facts, gather_feedback
+from sagerec.training.loop import TrainSettings, make_optimizer
 from tests.conftest import SMALL_IDS, SMALL_POLICY, SMALL_TRAIN
 
 QUICK = AlignSettings(
@@ -82,7 +85,7 @@ def metrics_of(run: Run, name: str) -> list[dict[str, Any]]:
 )
 def test_alignment_raises_the_reward_that_it_is_given(run: Run, reward: str, more: dict[str, Any]) -> None:
     """Sampled slates earn clearly more in the last rounds than in the first."""
-    common: dict[str, Any] = {"beam_slates": 0, "sft_weight": 0.0, "validations": 0, "epochs": 6}
+    common: dict[str, Any] = {"beam_slates": 0, "sft_weight": 0.0, "validations": 0, "epochs": 10}
     settings = replace(QUICK, reward=(f"{reward}=1",), **(common | more))
     name = align(run, settings)
     earned = [line[f"reward/{reward}"] for line in metrics_of(run, name)]
@@ -295,10 +298,6 @@ def test_item_credit_reaches_the_items_own_codes_alone(run: Run) -> None:
 
 def stage_of(run: Run, settings: AlignSettings) -> rounds.Stage:
     """A stage as `align_policy` makes it."""
-    from sagerec.core.rewards import parse_rewards
-    from sagerec.training.feedback import gather_facts, gather_feedback
-    from sagerec.training.loop import make_optimizer
-
     policy, cases = run.policy(device="cpu"), run.split.cases(run.data, "align")
     facts = gather_facts(run.data, run.split, run.ids(), clusters="coarse", cold_max_count=5)
     weights = parse_rewards(settings.reward)
@@ -343,6 +342,15 @@ def test_what_cannot_be_aligned_is_refused(run: Run, small_run: Run, tmp_path: P
         AlignSettings(objective="ppo")
     with pytest.raises(SettingsError, match="criterion 'speed=1'; expected METRIC=WEIGHT"):
         AlignSettings(criterion=("speed=1",))
+    unread: list[tuple[dict[str, Any], str]] = [
+        ({"objective": "grpo", "boost": 4.0}, "boost is set, which the objective 'grpo' does not read"),
+        ({"objective": "sage", "cap": 2.0}, "cap is set, which the objective 'sage' does not read"),
+        ({"top_p": 0.9}, "all slates come from beam search"),
+        ({"slates": 1}, "slates is 1, and sage compares the slates of a context"),
+    ]
+    for settings, message in unread:
+        with pytest.raises(SettingsError, match=message):
+            AlignSettings(**settings)
     with pytest.raises(SettingsError, match="credit 'item' with one item a slate"):
         AlignSettings(credit="item")
     with pytest.raises(ArtifactError, match="policy-nope"):
@@ -364,12 +372,29 @@ def test_logged_feedback_is_keyed_by_event_and_missing_columns_are_named(tmp_pat
     contexts = rounds.read_contexts(stage, index)
     slates = contexts.targets[:, None, None].expand(-1, 2, 1).clone()
     slates[:, 1] = (slates[:, 1] + 1) % run.data.n_items
-    answers = stage.feedback.answers(index, contexts.items.numpy(), contexts.lengths.numpy(), slates)["like"]
+    answers = stage.feedback.answers(
+        index, contexts.items.numpy(), contexts.lengths.numpy(), slates=slates, targets=contexts.targets
+    )["like"]
     logged = read_dataset(tmp_path / "data").events["like"].cast(float).to_numpy()[stage.cases.rows[index]]
     assert answers[:, 0, 0].tolist() == logged.tolist()
     assert not bool(answers[:, 1].any())
     assert 0 < logged.sum() < 40
     with pytest.raises(RewardError, match="the reward 'dislike' needs the column 'dislike'"):
         align(run, replace(QUICK, reward=("dislike=-1",)))
+    # What a user watches later tells nothing of the reserved event: held-out rows changed, the reward stays.
+    watched = []
+    for factor in (0.01, 100.0):
+        part = pl.Series(run.split.mask("valid", "test"))
+        later = events.with_columns(
+            watch_seconds=pl.when(part).then(pl.col("watch_seconds") * factor).otherwise(pl.col("watch_seconds"))
+        )
+        write_dataset(tmp_path / f"data{factor}", items, later)
+        other = prepare(tmp_path / f"data{factor}", tmp_path / f"run{factor}", SplitSettings(reserve="event"))
+        cases = other.split.cases(other.data, "align")
+        facts = gather_facts(other.data, other.split, run.ids(), clusters="coarse", cold_max_count=5)
+        found = gather_feedback(other.data, other.split, cases, None, ["watch"], facts).logged["watch"]
+        watched.append(found.tolist())
+    assert watched[0] == watched[1]
+    assert 0 < sum(value == 1 for value in watched[0]) < len(watched[0])
     with pytest.raises(RewardError, match="the reward 'category' needs categories, and no item has one"):
         align(run, replace(QUICK, reward=("category=1",)))

@@ -61,6 +61,7 @@ def test_ranking_penalises_confident_misses_by_hand() -> None:
     x = inputs([[[0], [2], [1]]], [2])
     total = 1 + 1 / math.log2(3) + 0.5
     assert value("ranking", x) == pytest.approx([-1 / total, 0, -0.5 / total])
+    assert value("ranking", inputs([[[0], [3], [1]]], [2])) == [0, 0, 0]  # no hit to rank below
     in_slate = inputs([[[0, 2, 1]]], [2])
     assert value("ranking", in_slate) == pytest.approx([-(1 + 0.5) / total])
 

@@ -18,8 +18,9 @@ from scipy import sparse
 from sagerec.artifacts import read_json, write_json
 from sagerec.catalogue.splits import Cases
 from sagerec.cli import main
+from sagerec.core.objectives import OBJECTIVES
 from sagerec.errors import SettingsError
-from sagerec.evaluation.compare import differences, holm, judge, measure, summarise
+from sagerec.evaluation.compare import Measured, differences, holm, judge, measure, seed_variances, summarise
 from sagerec.evaluation.evaluate import EvaluateSettings
 from sagerec.study import CompareSettings, StudySettings, compare, grid, read_trials
 from tests.conftest import SMALL_RUN
@@ -63,16 +64,17 @@ def test_a_planted_difference_is_found_and_equals_are_not_told_apart() -> None:
     clusters = sparse.csr_matrix((np.ones(100), (np.arange(100), np.arange(100) % 4)), shape=(100, 4))
     cold = np.arange(100) == 0
     found = {}
-    for name, share in (("better", 0.30), ("worse", 0.10), ("same", 0.10)):
-        lists, cases = planted(share, 0)
-        other, _ = planted(share, 1)
-        found[name] = measure([lists, other], cases, cold, clusters, 100)
-    better = differences(found["better"], found["worse"], 100, samples=500, seed=0)
-    same = differences(found["same"], found["worse"], 100, samples=500, seed=0)
-    judge([*better.values(), *same.values()])
+    for name, share, seeds in (("better", 0.30, (0, 1)), ("worse", 0.10, (2, 3)), ("same", 0.10, (4, 5))):
+        lists, cases = zip(*(planted(share, seed) for seed in seeds), strict=True)
+        found[name] = measure(lists, cases[0], cold, clusters, 100)
+    seeds_of = seed_variances(list(found.values()))
+    better = differences(found["better"], found["worse"], 100, seeds_of, seed=0)
+    same: dict[str, dict[str, Any]] = {**differences(found["same"], found["worse"], 100, seeds_of, seed=0)}
+    verdicts: dict[str, dict[str, Any]] = {**better}
+    judge([*verdicts.values(), *same.values()])
     assert better["recall@10"]["difference"] == pytest.approx(0.2)
     assert better["recall@10"]["low"] > 0.15
-    assert better["recall@10"]["verdict"] == better["cold_recall@10"]["verdict"] == "higher"
+    assert verdicts["recall@10"]["verdict"] == verdicts["cold_recall@10"]["verdict"] == "higher"
     assert {test["verdict"] for test in same.values()} == {"no difference"}
     summary = summarise(found["better"], 100, samples=500, seed=0)
     assert summary["recall@10"]["value"] == pytest.approx(0.3)
@@ -81,13 +83,46 @@ def test_a_planted_difference_is_found_and_equals_are_not_told_apart() -> None:
     assert summary["coverage@10"]["value"] == 1.0
 
 
-def test_trials_begin_with_the_defaults_and_are_as_many_for_each() -> None:
+def test_holm_leaves_a_clear_effect_among_many_tests() -> None:
+    """The planted effect of .2 in Recall survives 300 tests: p values have no floor."""
+    clusters = sparse.csr_matrix((np.ones(100), (np.arange(100), np.arange(100) % 4)), shape=(100, 4))
+    lists, cases = planted(0.30, 0)
+    worse, _ = planted(0.10, 1)
+    a, b = (measure([x], cases, np.arange(100) == 0, clusters, 100) for x in (lists, worse))
+    tests: list[dict[str, Any]] = [{**differences(a, b, 100, seed_variances([a, b]), seed=0)["recall@10"]}]
+    tests += [{"difference": 0.0, "p_value": 1.0} for _ in range(299)]
+    judge(tests)
+    assert tests[0]["verdict"] == "higher"
+
+
+def test_seeds_that_scatter_widen_the_interval_by_hand() -> None:
+    """Two systems of seeds .1, .3 and .2, .4: pooled variance .02 over 2 degrees; SE^2 adds .02 (1/2 + 1/2) = .02.
+
+    Users add nothing (every case of a seed is alike), so t has 2 degrees, and 4.3027 x .14142 = .6085 either side.
+    """
+
+    def system(values: tuple[float, float]) -> Measured:
+        return Measured((), {"recall@10": np.full(50, np.mean(values))}, {"recall@10": np.array(values)})
+
+    a, b = system((0.1, 0.3)), system((0.2, 0.4))
+    pooled = seed_variances([a, b])
+    assert pooled["recall@10"].variance == pytest.approx(0.02)
+    assert pooled["recall@10"].degrees == 2
+    found = differences(a, b, 100, pooled, seed=0)["recall@10"]
+    assert found["difference"] == pytest.approx(-0.1)
+    assert found["high"] - found["difference"] == pytest.approx(0.6085, abs=1e-3)
+    assert found["p_value"] > 0.5
+
+
+def test_trials_begin_with_what_is_given_and_are_as_many_for_each() -> None:
     for objective in ("sage", "gbpo", "gdpo", "sft"):
-        points = grid(objective, 3)
-        assert len(points) == 3
-        assert points[0]["learning_rate"] == grid("sage", 1)[0]["learning_rate"]
+        points = grid(objective, 3, replace(QUICK, learning_rate=3e-3))
         assert len({tuple(point.items()) for point in points}) == 3
-    assert grid("sage", 0) == []
+        assert points[0]["learning_rate"] == 3e-3
+    assert grid("sage", 1, QUICK)[0]["boost"] == OBJECTIVES["sage"].boost
+    assert grid("sage", 0, QUICK) == []
+    with pytest.raises(SettingsError, match="trials is 9, and sft has 4 settings to try"):
+        grid("sft", 9, QUICK)
 
 
 def test_a_study_that_is_killed_goes_on_to_the_same_table(store_folder: Path, tmp_path: Path) -> None:
@@ -174,4 +209,10 @@ def test_wrong_studies_are_refused() -> None:
         StudySettings(objectives=("ppo",))
     with pytest.raises(SettingsError, match="seeds is 0"):
         StudySettings(seeds=0)
+    with pytest.raises(SettingsError, match="boost is set for all objectives"):
+        CompareSettings(align=replace(QUICK, boost=8.0))
+    with pytest.raises(SettingsError, match="validations is 0, so that no trial could win"):
+        CompareSettings(align=replace(QUICK, validations=0))
+    with pytest.raises(SettingsError, match="a k of at least 10"):
+        CompareSettings(run=replace(SMALL_RUN, evaluate=EvaluateSettings(k=(5,))))
     assert StudySettings(ablations=("all",)).rows()["sage_bound"] == 1

@@ -237,7 +237,7 @@ def align(run: Run, settings: AlignSettings, *, name: str | None = None) -> str:
     folder = run.folder / f"policy-{name or settings.objective}"
     made_from = run.hashes("dataset", "split", "semantic_ids", "policy")
     policy_settings = run.manifest("policy").settings["policy"]
-    resolved = {"policy": policy_settings, "align": to_json(settings)}
+    resolved = {"policy": policy_settings, "align": settings.what()}
     if _is_needed(folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed):
         ids = run.ids()
         start, reference = (read_policy(run.folder / "policy", ids, device="cpu") for _ in range(2))

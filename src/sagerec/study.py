@@ -4,10 +4,11 @@
     STUDY/trials/         one JSON a trial of the tuning: settings, validation metrics, criterion
     STUDY/study.json      the table: rows with intervals, tests between them, what was run
 
-One supervised policy; then for each objective the same number of trials over its own settings, all with one seed and
-the same events, rewards, rollouts and budget; the settings that win by the criterion on validation run with every seed
-and are evaluated on test. The control `sft` is always there. Every trial and row is a job that is skipped where its
-result is there, so a study that was stopped goes on; jobs run in parallel processes.
+One supervised policy; then for each objective the same number of trials over its own settings, the first those that all
+share (which were found on sage: docs/log.md), all with one seed and the same events, rewards, rollouts and budget; the
+settings that win by the criterion on validation run with every seed and are evaluated on test. The control `sft` is
+always there. Every trial and row is a job that is skipped where its result is there, so a study that was stopped goes
+on; jobs run in parallel processes. Baselines learn from the training events alone: the reserved ones are alignment's.
 """
 
 import logging
@@ -31,8 +32,8 @@ from sagerec import artifacts
 from sagerec import run as pipeline
 from sagerec.catalogue.splits import train_counts
 from sagerec.core.objectives import find_objective
-from sagerec.errors import SettingsError
-from sagerec.evaluation.compare import Measured, differences, judge, measure, summarise
+from sagerec.errors import SettingsError, TrainingError
+from sagerec.evaluation.compare import Measured, differences, judge, measure, seed_variances, summarise
 from sagerec.progress import progress_bar
 from sagerec.run import BaselineName, Run, RunSettings
 from sagerec.semantic_ids.clusters import item_clusters
@@ -115,12 +116,22 @@ class Job:
     """Trial or aligned policy."""
 
 
-def grid(objective: str, trials: int, seed: int = 0) -> list[dict[str, Any]]:
-    """The settings to try, the defaults first, then a random order of the grid's other points."""
-    axes = COMMON_GRID | OWN_GRID.get(objective, {})
+def grid(objective: str, trials: int, align: AlignSettings, seed: int = 0) -> list[dict[str, Any]]:
+    """The settings to try: what `align` and the objective's row say, then a random order of the grid's other points.
+
+    Raises: SettingsError where the grid has fewer points than trials.
+    """
+    row, axes = find_objective(objective), COMMON_GRID | OWN_GRID.get(objective, {})
+    given = {name: getattr(align, name) if getattr(align, name) is not None else getattr(row, name) for name in axes}
     points = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
-    order = np.random.default_rng(seed).permutation(len(points) - 1) + 1
-    return [points[i] for i in (0, *order)][:trials]
+    others = [point for point in points if point != given]
+    if trials > 1 + len(others):
+        raise SettingsError(
+            f"trials is {trials}, and {objective} has {1 + len(others)} settings to try; expected at most as many, so "
+            "that every objective is tried as often"
+        )
+    order = np.random.default_rng(seed).permutation(len(others))
+    return [given, *(others[i] for i in order)][:trials]
 
 
 def tuning_jobs(settings: StudySettings, align: AlignSettings) -> list[Job]:
@@ -129,7 +140,7 @@ def tuning_jobs(settings: StudySettings, align: AlignSettings) -> list[Job]:
     for objective in settings.rows():
         if objective in settings.ablation_rows:
             continue
-        for number, point in enumerate(grid(objective, settings.trials)):
+        for number, point in enumerate(grid(objective, settings.trials, align)):
             chosen = replace(align, objective=objective, seed=0, **point)
             found.append(Job("trial", objective, chosen, f"{objective}-{number}"))
     return found
@@ -172,25 +183,33 @@ def do_job(folder: Path, job: Job, run_settings: RunSettings, threads: int, devi
         pipeline.align(run, settings, name=job.name)
         pipeline.evaluate(run, run_settings.evaluate, name=f"policy-{job.name}", device=device)
         return job.name
-    name = pipeline.align(run, settings, name=f"trial-{job.name}")
+    axes = COMMON_GRID | OWN_GRID.get(job.objective, {})
+    record: dict[str, Any] = {
+        "objective": job.objective,
+        "settings": {axis: getattr(job.settings, axis) for axis in axes},
+        "align": job.settings.what(),
+        "made_from": run.hashes("dataset", "split", "semantic_ids", "policy"),
+        "metrics": {},
+    }
+    path = folder / "trials" / f"{job.name}.json"
+    try:
+        name = pipeline.align(run, settings, name=f"trial-{job.name}")
+    except TrainingError as error:
+        # Settings that do not hold are a result: the trial loses.
+        logger.warning("%s failed: %s", job.name, error)
+        artifacts.write_json(
+            path, record | {"criterion": 0.0, "kept_round": None, "seconds": 0.0, "failed": str(error)}
+        )
+        return job.name
     manifest, where = run.manifest(name), run.folder / name
     lines = [pl.read_ndjson(where / METRICS, infer_schema_length=None)]
     validated = lines[0].filter(pl.col("criterion").is_not_null()) if "criterion" in lines[0].columns else None
     kept: dict[str, Any] = {}
     if validated is not None and len(validated):
         kept = validated.filter(pl.col("round") == manifest.sizes["kept_round"]).row(0, named=True)
-    axes = COMMON_GRID | OWN_GRID.get(job.objective, {})
-    record = {
-        "objective": job.objective,
-        "settings": {axis: getattr(job.settings, axis) for axis in axes},
-        "align": to_json(job.settings.resolved()),
-        "made_from": manifest.made_from,
-        "criterion": manifest.sizes["criterion"],
-        "kept_round": manifest.sizes["kept_round"],
-        "seconds": manifest.sizes["seconds"],
-        "metrics": {k.removeprefix("valid_"): v for k, v in kept.items() if k.startswith("valid_")},
-    }
-    artifacts.write_json(folder / "trials" / f"{job.name}.json", record)
+    sizes = {key: manifest.sizes[key] for key in ("criterion", "kept_round", "seconds")}
+    measured = {k.removeprefix("valid_"): v for k, v in kept.items() if k.startswith("valid_")}
+    artifacts.write_json(path, record | sizes | {"metrics": measured})
     shutil.rmtree(where)
     return job.name
 
@@ -203,13 +222,13 @@ def is_done(folder: Path, job: Job, run: Run, run_settings: RunSettings) -> bool
         if not path.is_file():
             return False
         saved = artifacts.read_json(path)
-        return bool(saved["align"] == to_json(job.settings.resolved()) and saved["made_from"] == made_from)
+        return bool(saved["align"] == job.settings.what() and saved["made_from"] == made_from)
     path = run.folder / f"evaluation-{job.name}.json"
     policy = run.folder / f"policy-{job.name}"
     if not (path.is_file() and (policy / artifacts.MANIFEST).is_file()):
         return False
     manifest, saved = run.manifest(policy.name), artifacts.read_json(path)
-    same = {**manifest.settings["align"], "device": ""} == {**to_json(job.settings.resolved()), "device": ""}
+    same = manifest.settings["align"] == job.settings.what()
     fits = saved["made_from"] == {policy.name: manifest.content_hash}
     return bool(
         same and fits and manifest.made_from == made_from and saved["settings"] == to_json(run_settings.evaluate)
@@ -220,12 +239,18 @@ def do_jobs(folder: Path, jobs: Sequence[Job], settings: StudySettings, run_sett
     """Run the jobs that are not done, `processes` at a time."""
     run = pipeline.open_run(folder / "run")
     left = [job for job in jobs if not is_done(folder, job, run, run_settings)]
+    for job in jobs:
+        if job.kind == "trial" and job not in left:
+            shutil.rmtree(run.folder / f"policy-trial-{job.name}", ignore_errors=True)  # a kill may have left it
     if not left:
         return
     logger.info("%d of %d jobs are done; %d to do", len(jobs) - len(left), len(jobs), len(left))
     threads = max(1, torch.get_num_threads() // settings.processes)
     gpus = torch.cuda.device_count()
-    devices = [f"cuda:{i % gpus}" if gpus else "cpu" for i in range(len(left))]
+    devices = [
+        job.settings.device if job.settings.device != "auto" else f"cuda:{i % gpus}" if gpus else "cpu"
+        for i, job in enumerate(left)
+    ]
     with (
         progress_bar("study", len(left)) as bar,
         ProcessPoolExecutor(settings.processes, mp_context=get_context("spawn")) as pool,
@@ -235,7 +260,11 @@ def do_jobs(folder: Path, jobs: Sequence[Job], settings: StudySettings, run_sett
             for job, device in zip(left, devices, strict=True)
         }
         for done, future in enumerate(as_completed(waiting), start=1):
-            name = future.result()
+            try:
+                name = future.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
             bar.update(done, name)
             logger.info("%s is done; %d of %d left", name, len(left) - done, len(left))
 
@@ -251,6 +280,22 @@ class CompareSettings:
     align: AlignSettings = field(default_factory=AlignSettings)
     """What all alignments share."""
 
+    def __post_init__(self) -> None:
+        for name in ("boost", "boost_form", "boost_scope", "entropy_penalty", "clip_low", "clip_high", "cap"):
+            require(
+                getattr(self.align, name) is None,
+                f"{name} is set for all objectives, which would make one of another; leave it to the trials",
+            )
+        require(
+            self.align.validations > 0 or self.study.trials < 2,
+            "validations is 0, so that no trial could win; expected at least 1",
+        )
+        require(
+            self.run.evaluate.split == "test" and max(self.run.evaluate.k) >= 10,
+            f"the study tests lists of 10 on test; expected --run.evaluate.split test and a k of at least 10, got "
+            f"{self.run.evaluate.split} and {self.run.evaluate.k}",
+        )
+
 
 def compare(dataset: Path, folder: Path, settings: CompareSettings) -> dict[str, Any]:
     """Do the whole study, or what is left of it; writes and returns STUDY/study.json.
@@ -264,6 +309,9 @@ def compare(dataset: Path, folder: Path, settings: CompareSettings) -> dict[str,
     if run.split.counts()["align"] == 0:
         raise SettingsError("the log marks no event for alignment; add 'align' to its split column, or drop the column")
     pipeline.make_ids(run, run_settings.ids)
+    require(
+        run.ids().is_unique, "items share Semantic IDs, which the study's tests cannot tell apart; use --run.ids.unique"
+    )
     pipeline.train(run, run_settings.policy, run_settings.train)
     pipeline.evaluate(run, run_settings.evaluate, device=run_settings.train.device)
     (folder / "trials").mkdir(exist_ok=True)
@@ -303,6 +351,7 @@ def describe_study(folder: Path, run: Run, settings: CompareSettings, run_settin
     kinds = {CONTROL: "control", "supervised": "start"} | dict.fromkeys(study.baselines, "baseline")
     kinds |= dict.fromkeys(study.ablation_rows, "ablation")
     rows, tests = [], []
+    seeds = seed_variances(list(found.values()))
     for name, measured in found.items():
         row: dict[str, Any] = {
             "name": name,
@@ -316,7 +365,7 @@ def describe_study(folder: Path, run: Run, settings: CompareSettings, run_settin
             row["settings"] = to_json(chosen_settings(folder, name, study, settings.align).resolved())
             row["seconds"] = [run.manifest(f"policy{s}").sizes["seconds"] for s in sources[name]]
         for other in references(name, found):
-            row["against"][other] = differences(measured, found[other], n_items, samples=samples, seed=0)
+            row["against"][other] = differences(measured, found[other], n_items, seeds, seed=0)
             tests += row["against"][other].values()
         rows.append(row)
     judge(tests)

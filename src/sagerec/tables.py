@@ -49,7 +49,7 @@ def print_alignment(run: Run, name: str) -> None:
     if validated:
         kept = next(values for values in validated if values["round"] == sizes["kept_round"])
         table = Table("validation", "before", f"after (round {kept['round']} of {sizes['rounds']})", title=name)
-        for key in (*validated[0].keys() - {"step", "round", "seconds"},):
+        for key in [k for k in validated[0] if k not in ("step", "round", "seconds")]:
             table.add_row(key.removeprefix("valid_"), f"{validated[0][key]:.4f}", f"{kept[key]:.4f}")
         console.print(table)
     console.print(f"next: sagerec evaluate {run.folder} --policy {name}", highlight=False)

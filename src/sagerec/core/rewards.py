@@ -129,16 +129,16 @@ def rank(x: RewardInputs) -> Tensor:
 def ranking(x: RewardInputs) -> Tensor:
     """0 for the target, -1 / log2(rank + 1) over the sum of these for a miss: confident misses cost most. In [-1, 0].
 
-    The rank is the place in the slate; with K = 1, that of the slate in its group by log-probability. MiniOneRec (arXiv
-    2510.24431), which divides by the group's sum. (B, G, K).
+    The rank is the place in the slate; with K = 1, that of the slate in its group by log-probability. A list without
+    the target costs nothing, as in MiniOneRec (arXiv 2510.24431): it would push down its best guesses. (B, G, K).
     """
     if x.slates.shape[2] == 1:
         place = x.logprobs.argsort(dim=1, descending=True).argsort(dim=1).unsqueeze(2) + 1
     else:
         place = torch.arange(1, x.slates.shape[2] + 1, device=x.slates.device).expand(x.slates.shape)
-    cost = 1 / (place + 1.0).log2()
+    cost, found = 1 / (place + 1.0).log2(), hit(x)
     dimension = 1 if x.slates.shape[2] == 1 else 2
-    return -(1 - hit(x)) * cost / cost.sum(dim=dimension, keepdim=True)
+    return -(1 - found) * found.amax(dim=dimension, keepdim=True) * cost / cost.sum(dim=dimension, keepdim=True)
 
 
 def similarity(x: RewardInputs) -> Tensor:

@@ -12,6 +12,7 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from sagerec.catalogue.splits import Cases
 from sagerec.catalogue.store import Store, expected_answers
@@ -70,7 +71,12 @@ def summarise(found: Measured, n_items: int, *, samples: int, seed: int, k: int 
     values = {}
     for name, by_seed in found.by_seed.items():
         if name == "coverage@10":
-            interval = metrics.jackknife(_mean_coverage(len(found.lists), n_items, k), _beside(found.lists, k), rng=rng)
+            interval = metrics.jackknife(
+                _mean_coverage(len(found.lists), n_items, k),
+                _beside(found.lists, k),
+                groups=min(GROUPS, len(found.lists[0])),
+                rng=rng,
+            )
         else:
             interval = metrics.bootstrap_mean(found.per_case[name], samples=samples, rng=rng)
         deviation = float(by_seed.std(ddof=1)) if len(by_seed) > 1 else None
@@ -91,28 +97,74 @@ def _mean_coverage(n_seeds: int, n_items: int, k: int) -> Callable[[np.ndarray],
     return statistic
 
 
-def differences(a: Measured, b: Measured, n_items: int, *, samples: int, seed: int, k: int = 10) -> dict[str, Any]:
-    """Each metric of `a` less that of `b`, seeds averaged: paired bootstrap over users; for coverage, the jackknife."""
+@dataclass(frozen=True, slots=True)
+class SeedVariance:
+    """How much a metric moves from seed to seed, pooled over the systems that have several."""
+
+    variance: float
+    """sum_i (S_i - 1) s_i^2 / sum_i (S_i - 1); 0 where no system has several seeds."""
+    degrees: int
+    """sum_i (S_i - 1)."""
+
+
+def seed_variances(found: Sequence[Measured]) -> dict[str, SeedVariance]:
+    """The pooled variance over seeds of each metric."""
+    pooled = {}
+    for name in found[0].by_seed:
+        values = [m.by_seed[name] for m in found if len(m.by_seed[name]) > 1]
+        degrees = sum(len(v) - 1 for v in values)
+        total = sum(float(((v - v.mean()) ** 2).sum()) for v in values)
+        pooled[name] = SeedVariance(total / degrees if degrees else 0.0, degrees)
+    return pooled
+
+
+def differences(
+    a: Measured,
+    b: Measured,
+    n_items: int,
+    seeds: dict[str, SeedVariance],
+    *,
+    seed: int,
+    k: int = 10,
+    confidence: float = 0.95,
+) -> dict[str, dict[str, float]]:
+    """Each metric of `a` less that of `b`, with an interval and a two-sided p that cover users and seeds.
+
+    SE^2 = SE_users^2 + (1 / S_a + 1 / S_b) v: SE_users of the paired differences of the seeds' means over users (the
+    jackknife's for coverage), v the pooled variance over seeds, which a system of one seed has too. Student's t with
+    Satterthwaite's degrees of freedom; where no system has several seeds, v is unknown and taken as 0.
+    """
     rng = np.random.default_rng(seed)
-    found: dict[str, Any] = {}
+    found: dict[str, dict[str, float]] = {}
     for name in a.by_seed:
         if name != "coverage@10":
-            paired = metrics.paired_bootstrap(a.per_case[name], b.per_case[name], samples=samples, rng=rng)
-            interval, p_value = paired.difference, paired.p_value
+            paired = a.per_case[name] - b.per_case[name]
+            value, users = float(paired.mean()), float(paired.var(ddof=1) / len(paired))
         else:
-            first, second = _mean_coverage(len(a.lists), n_items, k), _mean_coverage(len(b.lists), n_items, k)
-            width = len(a.lists) * k
-
-            def statistic(lists: np.ndarray, first: Any = first, second: Any = second, width: int = width) -> float:
-                return float(first(lists[:, :width]) - second(lists[:, width:]))
-
-            both = np.concatenate([_beside(a.lists, k), _beside(b.lists, k)], axis=1)
-            interval = metrics.jackknife(statistic, both, groups=GROUPS, rng=rng)
-            error = (interval.high - interval.low) / (2 * NormalDist().inv_cdf(0.975))
-            score = abs(interval.value) / error if error else np.inf * abs(interval.value)
-            p_value = 1.0 if interval.value == 0 else 2 * (1 - NormalDist().cdf(min(score, 40.0)))
-        found[name] = {"difference": interval.value, "low": interval.low, "high": interval.high, "p_value": p_value}
+            value, users = _coverage_difference(a, b, n_items, k, rng)
+        drawn = seeds[name]
+        between = drawn.variance * (1 / len(a.by_seed[name]) + 1 / len(b.by_seed[name]))
+        error = (users + between) ** 0.5
+        freedom = (users + between) ** 2 / (between**2 / drawn.degrees) if between else np.inf
+        reach = float(stats.t.ppf((1 + confidence) / 2, freedom)) * error
+        p_value = float(2 * stats.t.sf(abs(value) / error, freedom)) if error else float(value == 0)
+        found[name] = {"difference": value, "low": value - reach, "high": value + reach, "p_value": p_value}
     return found
+
+
+def _coverage_difference(
+    a: Measured, b: Measured, n_items: int, k: int, rng: np.random.Generator
+) -> tuple[float, float]:
+    """Difference of the mean coverages and its variance over users, by the jackknife on both systems' lists at once."""
+    first, second = _mean_coverage(len(a.lists), n_items, k), _mean_coverage(len(b.lists), n_items, k)
+    width = len(a.lists) * k
+
+    def statistic(lists: np.ndarray) -> float:
+        return first(lists[:, :width]) - second(lists[:, width:])
+
+    both = np.concatenate([_beside(a.lists, k), _beside(b.lists, k)], axis=1)
+    interval = metrics.jackknife(statistic, both, groups=min(GROUPS, len(both)), rng=rng)
+    return interval.value, ((interval.high - interval.low) / (2 * NormalDist().inv_cdf(0.975))) ** 2
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -2,14 +2,14 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from tyro.conf import UseAppendAction
 
 from sagerec.core.objectives import Objective, find_objective
 from sagerec.core.rewards import parse_rewards
 from sagerec.semantic_ids.clusters import ClusterKind
-from sagerec.settings import require, require_choices
+from sagerec.settings import require, require_choices, to_json
 from sagerec.slates.rollouts import RolloutSettings
 from sagerec.training.tracking import TrackerName, check_trackers
 
@@ -110,6 +110,7 @@ class AlignSettings:
         if self.criterion:
             parse_criterion(self.criterion)
         assert self.row.name, self.rollout.slates  # raise SettingsError for what they cannot take
+        self._refuse_unread()
         for name in ("epochs", "round_users", "batch_users", "passes", "checkpoint_every"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; expected at least 1")
         for name in ("learning_rate", "clip_norm"):
@@ -131,9 +132,35 @@ class AlignSettings:
             "credit 'item' with one item a slate; expected k above 1, or credit 'slate'",
         )
 
+    def _refuse_unread(self) -> None:
+        """Raise SettingsError for a setting that the objective or the rollouts would not read."""
+        row = find_objective(self.objective)
+        adaptive, clipped = ("gradient", "adaptive-clip"), ("clip", "early-clip", "adaptive-clip")
+        read: dict[str, tuple[str, ...]] = {"cap": ("cap",), "boost_form": ("gradient",)}
+        read |= {"boost": adaptive, "boost_scope": adaptive, "entropy_penalty": adaptive}
+        read |= {"clip_low": clipped, "clip_high": clipped}
+        for name, bounds in read.items():
+            require(
+                getattr(self, name) is None or (row.bound in bounds and not row.trains_on_targets),
+                f"{name} is set, which the objective {self.objective!r} does not read; leave it out",
+            )
+        require(
+            self.top_p == 1 or self.rollout.n_beams < self.slates,
+            "top_p is set, and all slates come from beam search; set beam_slates below slates to sample some",
+        )
+        require(
+            self.slates >= 2 or row.advantage == "raw" or row.trains_on_targets,
+            f"slates is {self.slates}, and {self.objective} compares the slates of a context; expected at least 2",
+        )
+
     def resolved(self) -> "AlignSettings":
         """The settings with default rewards and criterion filled in."""
         return replace(self, reward=self.reward or DEFAULT_REWARDS, criterion=self.criterion or CRITERION)
+
+    def what(self) -> dict[str, Any]:
+        """The resolved settings that decide the result, as JSON: all but where it runs and what is recorded."""
+        values = to_json(self.resolved())
+        return {name: value for name, value in values.items() if name not in ("device", "track", "checkpoint_every")}
 
     @property
     def row(self) -> Objective:

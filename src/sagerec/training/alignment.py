@@ -42,7 +42,7 @@ from sagerec.policies.lazy_decoder import LazyDecoder
 from sagerec.progress import progress_bar
 from sagerec.semantic_ids.build import SemanticIds
 from sagerec.semantic_ids.clusters import item_clusters
-from sagerec.settings import require, to_json
+from sagerec.settings import require
 from sagerec.slates.cases import list_cases
 from sagerec.training import parallel
 from sagerec.training.align_settings import STORE_METRICS, AlignSettings, parse_criterion
@@ -167,7 +167,7 @@ def align_policy(
     if parallel.rank() == 0:
         opened, closed = (np.bincount(rows, minlength=data.n_events + 1) for rows in (cases.starts, cases.rows + 1))
         seen = np.flatnonzero((opened - closed).cumsum() > 0)  # from the start of each history to its target
-        resolved = {"policy": policy_settings, "align": to_json(settings)}
+        resolved = {"policy": policy_settings, "align": settings.what()}
         with write_artifact(
             folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed, sizes=summary
         ) as fresh:
@@ -194,7 +194,7 @@ def run_rounds(stage: Stage, measure: Any, made_from: dict[str, str]) -> dict[st
     n_rounds = rounds_per_epoch * settings.epochs
     total_steps = n_batches * settings.passes * settings.epochs
     due = {round(n_rounds * (i + 1) / settings.validations) for i in range(settings.validations)} if measure else set()
-    fingerprint = [to_json(settings), made_from, parallel.n_ranks()]
+    fingerprint = [settings.what(), made_from, parallel.n_ranks()]
     progress: dict[str, Any] = {"fingerprint": fingerprint, "round": 0, "step": 0, "best": None, "seconds": 0.0}
     best: dict[str, Tensor] = {}
     checkpoint = newest_checkpoint(work) if parallel.rank() == 0 else None

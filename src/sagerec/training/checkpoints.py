@@ -71,8 +71,7 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.O
     for name, value in groups["optimizer"].items():
         key, _, owner = name.partition(".")
         parameter = parameters[owner]
-        # AdamW keeps its step counter on the CPU.
-        optimizer.state[parameter][key] = value if key == "step" else value.to(parameter.device)
+        optimizer.state[parameter][key] = value.to(parameter.device)  # fused AdamW's step counter too
     torch.set_rng_state(groups["random"]["cpu"])
     if "cuda" in groups["random"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(groups["random"]["cuda"])

@@ -6,11 +6,12 @@ Shapes: B users, G slates of each, K places, N items.
 from dataclasses import dataclass, field
 
 import numpy as np
+import polars as pl
 import torch
 from scipy import sparse
 from torch import Tensor
 
-from sagerec.catalogue.dataset import Dataset
+from sagerec.catalogue.dataset import CATEGORIES, Dataset
 from sagerec.catalogue.similarity import history_scores, item_similarities
 from sagerec.catalogue.splits import Cases, Split, train_counts
 from sagerec.catalogue.store import Store
@@ -46,8 +47,16 @@ def gather_facts(data: Dataset, split: Split, ids: SemanticIds, *, clusters: Clu
         novelty=torch.from_numpy((bits / bits.max()).astype(np.float32)),
         clusters=membership(item_clusters(data, ids, clusters)),
         vectors=torch.from_numpy(unit_rows(ids.vectors)),
-        categories=membership(item_clusters(data, ids, "category")) if data.has_categories() else None,
+        categories=_categories(data, ids) if data.has_categories() else None,
     )
+
+
+def _categories(data: Dataset, ids: SemanticIds) -> Membership:
+    """Categories of items; one without any is in none, for two such items have nothing in common."""
+    found = membership(item_clusters(data, ids, "category"))
+    without = data.items.select(pl.col(CATEGORIES).list.drop_nulls().list.len().fill_null(0) == 0)[CATEGORIES]
+    found.cluster[torch.from_numpy(without.to_numpy().copy())] = -1
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +72,13 @@ class Feedback:
     similar: sparse.csr_matrix | None = None
     """(N, N) item-kNN similarities, where the collaborative reward is asked for."""
 
-    def answers(self, index: np.ndarray, history: np.ndarray, lengths: np.ndarray, slates: Tensor) -> dict[str, Tensor]:
-        """Answers (B, G, K) to slates of the cases `index` with histories (B, T): from the store, expected values."""
+    def answers(
+        self, index: np.ndarray, history: np.ndarray, lengths: np.ndarray, *, slates: Tensor, targets: Tensor
+    ) -> dict[str, Tensor]:
+        """Answers (B, G, K) to slates of the cases `index` with histories (B, T) and targets (B,).
+
+        From the store, expected values; from the log, what it says of the target, and 0 for every other item.
+        """
         found: dict[str, Tensor] = {}
         shape, device = slates.shape, slates.device
         if self.store is not None:
@@ -76,7 +90,6 @@ class Feedback:
             values = (expected.click, expected.like, expected.dislike, expected.watch_seconds / duration)
             for name, value in zip(STORE_ANSWERS, values, strict=True):
                 found[name] = torch.from_numpy(value.astype(np.float32)).view(shape).to(device)
-        targets = torch.from_numpy(self.cases.targets[index].astype(np.int64)).to(device)
         for name, value in self.logged.items():
             known = torch.from_numpy(value[index]).to(device)
             found[name] = (slates == targets[:, None, None]) * known[:, None, None]
@@ -107,14 +120,19 @@ def gather_feedback(
         similar = item_similarities(train, data.n_items, neighbours=NEIGHBOURS, shrinkage=SHRINKAGE)
     if store is None:
         for name in sorted(needs & {*LOGGED, "watch"}):
-            logged[name] = _logged(data, cases, name)
+            logged[name] = _logged(data, split, cases, name)
     elif "follow" in needs:
         raise RewardError(f"the simulated store answers {', '.join(STORE_ANSWERS)}, not 'follow'; choose among these")
     return Feedback(cases, store, logged, similar)
 
 
-def _logged(data: Dataset, cases: Cases, name: str) -> np.ndarray:
-    """(n,) float32 what the log says of the targets. Raises: RewardError where it has no such column."""
+def _logged(data: Dataset, split: Split, cases: Cases, name: str) -> np.ndarray:
+    """(n,) float32 what the log says of the targets, 0 where it says nothing.
+
+    Watch time is ranked among the user's training and reserved events alone: what a user watches later tells nothing.
+
+    Raises: RewardError where the log has no such column.
+    """
     columns = ("watch_seconds", "duration_seconds") if name == "watch" else (name,)
     for column in columns:
         if column not in data.events.columns:
@@ -125,13 +143,19 @@ def _logged(data: Dataset, cases: Cases, name: str) -> np.ndarray:
     if name != "watch":
         values: np.ndarray = data.events[name].fill_null(0).cast(float).to_numpy()[cases.rows].astype(np.float32)
         return values
-    seconds, duration = (torch.from_numpy(data.events[c].fill_null(0).cast(float).to_numpy().copy()) for c in columns)
-    users = torch.from_numpy(data.event_users.astype(np.int64))
+    known = split.mask("train", "align")
+    for column in columns:
+        known &= data.events[column].is_not_null().to_numpy()
+    seen = data.events.filter(known)
+    seconds, duration = (torch.from_numpy(seen[c].cast(float).to_numpy().copy()) for c in columns)
     disliked = None
-    if "dislike" in data.events.columns:
-        disliked = torch.from_numpy(data.events["dislike"].fill_null(0).cast(float).to_numpy().copy()) > 0
-    shaped: np.ndarray = rewards.shaped_watch_time(seconds, duration, users, disliked).numpy()[cases.rows]
-    return shaped
+    if "dislike" in seen.columns:
+        disliked = torch.from_numpy(seen["dislike"].fill_null(0).cast(float).to_numpy().copy()) > 0
+    shaped = np.zeros(data.n_events, dtype=np.float32)
+    users = torch.from_numpy(data.event_users[known].astype(np.int64))
+    shaped[known] = rewards.shaped_watch_time(seconds, duration, users, disliked).numpy()
+    found: np.ndarray = shaped[cases.rows]
+    return found
 
 
 def to_device(facts: Facts, device: torch.device) -> Facts:

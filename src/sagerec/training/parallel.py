@@ -16,12 +16,14 @@ T = TypeVar("T")
 def join_ranks(device: torch.device) -> None:
     """Join the process group that `torchrun` announces, once: gloo on the CPU, nccl on GPUs."""
     if "RANK" in os.environ and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # object broadcasts go through the current device
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
 def rank_device(name: str) -> str:
-    """The device setting of this rank: `auto` on a machine of several GPUs is the one of the local rank."""
-    if name == "auto" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+    """The device setting of this rank: `auto` or `cuda` on a machine with GPUs is the one of the local rank."""
+    if name in ("auto", "cuda") and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
         return f"cuda:{os.environ['LOCAL_RANK']}"
     return name
 

@@ -135,12 +135,18 @@ def roll_minibatch(stage: Stage, contexts: Contexts, generator: torch.Generator,
                 stage.reference, *history, slates, temperature=settings.temperature, excluded=contexts.excluded
             ).logprobs
     inputs = RewardInputs(
-        sample_ids=torch.from_numpy(stage.cases.rows[contexts.index]),
+        sample_ids=torch.from_numpy(stage.cases.rows[contexts.index]).to(policy.device),
         slates=slates,
         targets=contexts.targets,
         logprobs=old.sum(dim=(2, 3)),
         facts=stage.facts,
-        feedback=stage.feedback.answers(contexts.index, history[0].cpu().numpy(), history[1].cpu().numpy(), slates),
+        feedback=stage.feedback.answers(
+            contexts.index,
+            contexts.items.cpu().numpy(),
+            contexts.lengths.cpu().numpy(),
+            slates=slates,
+            targets=contexts.targets,
+        ),
     )
     earned = compute_rewards(list(stage.rewards), inputs, per_item=per_item)
     diversity, coldness = slate_diversity(slates, stage.facts.clusters), slate_coldness(slates, stage.facts.cold)
@@ -219,13 +225,15 @@ def rollout_figures(
     }
 
 
-def k3(new: Tensor, reference: Tensor, counted: Tensor) -> Tensor:
-    """Mean over counted tokens of exp(ref - new) - (ref - new) - 1 >= 0, an estimate of KL(new || ref) in nats a token.
+def k3(new: Tensor, reference: Tensor, counted: Tensor, total: Tensor | None = None) -> Tensor:
+    """Mean over counted tokens of exp(ref - new) - (ref - new) - 1 >= 0, in nats a token.
 
-    Schulman, "Approximating KL divergence" (2020).
+    Over samples of the new policy an estimate of KL(new || ref); over beam slates, of its most probable part. `total`
+    is the number of tokens to divide by, over all ranks. Schulman, "Approximating KL divergence" (2020).
     """
     difference = (reference - new).clamp(max=20.0)
-    return ((difference.exp() - difference - 1) * counted).sum() / counted.sum().clamp(min=1)
+    divisor = counted.sum() if total is None else total
+    return ((difference.exp() - difference - 1) * counted).sum() / divisor.clamp(min=1)
 
 
 def losses(stage: Stage, batch: Minibatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -266,12 +274,13 @@ def losses(stage: Stage, batch: Minibatch, step: int) -> tuple[Tensor, dict[str,
         logged |= {"policy_loss": found.loss.detach(), "entropy_nats": entropy.detach()}
         if settings.kl_weight:
             assert batch.rollouts.reference is not None
-            total = total + settings.kl_weight * share * k3(new, batch.rollouts.reference, counted)
+            n_codes = parallel.add_up(counted.sum().float())
+            total = total + settings.kl_weight * k3(new, batch.rollouts.reference, counted, n_codes)
         if settings.entropy_weight:
             total = total - settings.entropy_weight * share * entropy
     if weight := 1.0 if row.trains_on_targets else settings.sft_weight:
-        # Dropout hangs on seed and update alone, so that a resumed run draws the same masks.
-        torch.manual_seed(settings.seed * 7_368_787 + step)
+        # Dropout hangs on seed, update and rank alone, so that a resumed run draws the same masks.
+        torch.manual_seed(settings.seed * 7_368_787 + step + parallel.rank() * 1_000_000_007)
         policy.train()
         hidden = policy.encode(contexts.items, contexts.lengths).hidden[:, 0]
         sft = -policy.target_logprobs(hidden, contexts.targets).sum() / contexts.total
