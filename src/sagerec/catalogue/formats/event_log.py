@@ -1,6 +1,7 @@
 """The log while it is imported: ids as numbers, in the canonical order, without duplicates, in its k-core.
 
-A row is some forty bytes, whatever the files' texts, so ten million events take some hundred megabytes.
+A row is some forty bytes, whatever the texts of the files, so ten million events take some hundred megabytes. Steps
+that make a new table of an old one take the old one apart on the way, column by column, so that memory holds one.
 
 Shapes: E events, U users, N items.
 """
@@ -75,28 +76,43 @@ def read_log(chunks: Iterator[Chunk], files: tuple[Path, ...], users: Codes, ite
 
 
 def in_order(events: pl.DataFrame, users: Codes) -> pl.DataFrame:
-    """The canonical order: by user id as text, by time, then as the files have it."""
-    ids = users.ids()
+    """The canonical order: by user id as text, by time, then as the files have it. Takes `events` apart."""
+    rank = _ranks(users.ids())
+    keys = pl.DataFrame([pl.Series("rank", rank[events[USER].to_numpy()]), events[TIMESTAMP].alias("time")])
+    order = keys.select(pl.arg_sort_by("rank", "time", maintain_order=True)).to_series()
+    del keys
+    return pl.DataFrame([events.drop_in_place(name).gather(order) for name in events.columns])
+
+
+def _ranks(ids: pl.Series) -> np.ndarray:
+    """The place of each id among all in the order of text."""
     rank = np.empty(len(ids), dtype=np.uint32)
     rank[ids.arg_sort().to_numpy()] = np.arange(len(ids), dtype=np.uint32)
-    key = pl.Series("_rank", rank[events[USER].to_numpy()])
-    return events.with_columns(key).sort("_rank", TIMESTAMP, maintain_order=True).drop("_rank")
+    return rank
+
+
+def _kept(events: pl.DataFrame, keep: np.ndarray) -> pl.DataFrame:
+    """The rows that are kept. Takes `events` apart column by column, so that no more than one is held twice."""
+    if keep.all():
+        return events
+    mask = pl.Series(keep)
+    return pl.DataFrame([events.drop_in_place(name).filter(mask) for name in events.columns])
 
 
 def distinct(events: pl.DataFrame, duplicates: str) -> pl.DataFrame:
-    """The events, which are in order, without duplicates; the first row of each is kept."""
+    """The events, which are in order, without duplicates; the first row of each is kept. May take `events` apart."""
     if duplicates == "keep":
         return events
     if duplicates == "item":
         pair = pl.col(USER).cast(pl.UInt64) * (int(events[ITEM].max() or 0) + 1) + pl.col(ITEM)  # type: ignore[arg-type]
-        return events.filter(pair.is_first_distinct())
+        return _kept(events, events.select(pair.is_first_distinct()).to_series().to_numpy())
     tied = np.append(ties(events), False)
     tied[:-1] |= tied[1:]  # only rows that share user and time with a neighbour can be duplicates
     rows = np.flatnonzero(tied)
     first = events[rows].select(pl.struct(USER, TIMESTAMP, ITEM).is_first_distinct()).to_series().to_numpy()
     keep = np.ones(len(events), dtype=bool)
     keep[rows[~first]] = False
-    return events.filter(pl.Series(keep))
+    return _kept(events, keep)
 
 
 def ties(events: pl.DataFrame) -> np.ndarray:
@@ -106,7 +122,10 @@ def ties(events: pl.DataFrame) -> np.ndarray:
 
 
 def core(events: pl.DataFrame, users: Codes, items: Codes, *, of_user: int, of_item: int) -> pl.DataFrame:
-    """The events of users and items that have at least so many of them, repeated until it holds."""
+    """The events of users and items that have at least so many of them, repeated until it holds.
+
+    May take `events` apart.
+    """
     if max(of_user, of_item) == 1:
         return events
     user, item = events[USER].to_numpy(), events[ITEM].to_numpy()
@@ -117,4 +136,4 @@ def core(events: pl.DataFrame, users: Codes, items: Codes, *, of_user: int, of_i
         enough_items = np.bincount(item[keep], minlength=len(items)) >= of_item
         keep &= enough_users[user] & enough_items[item]
         left, before = int(keep.sum()), left
-    return events.filter(pl.Series(keep))
+    return _kept(events, keep)

@@ -157,4 +157,6 @@ def _time(field: Field, value: str) -> int | float | datetime:
 
 def as_lines(numbers: Sequence[int] | range) -> np.ndarray:
     """Line numbers as they are kept: (R,) uint32."""
+    if isinstance(numbers, range):
+        return np.arange(numbers.start, numbers.stop, dtype=np.uint32)
     return np.asarray(numbers, dtype=np.uint32)

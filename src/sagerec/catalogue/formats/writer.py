@@ -99,8 +99,7 @@ def write_imported(
     table, figures["duplicate_items"] = read_items(
         _reporting(source.items, progress, logged_bytes) if source.items else None, source, events, items, settings, bad
     )
-    below_core = before - len(events)
-    before = len(events)
+    below_core, before = before - len(events), len(events)
     events, table, figures["unknown_items"] = known(events, table, items, source, settings)
     events, table = worded(events, table, items, settings)
     figures["events_of_dropped_items"] = before - len(events)
