@@ -58,6 +58,8 @@ COMPARED = {"amazon-beauty": OURS, "amazon-industrial": OURS | THEIRS}
 """Dataset -> row -> settings of its Semantic IDs."""
 QUICK = {"quick": {name: values | {"levels": 1, "codebook_size": 8} for name, values in OURS.items()}}
 K = 10
+PAGE_FLAGS = ("beauty_epochs", "industrial_epochs", "threads", "seed")
+"""Settings that the page names in its command."""
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 
 
@@ -216,7 +218,9 @@ def show(record: dict[str, Any]) -> None:
 
 def markdown(record: dict[str, Any]) -> str:
     """The tables as Markdown."""
-    lines = [f"{machine_line(record)}.", "", f"`{record['command']}`", ""]
+    settings = record["settings"]
+    flags = " ".join(f"--{name.replace('_', '-')} {settings[name]}" for name in PAGE_FLAGS)
+    lines = [f"{machine_line(record)}.", "", f"`python benchmarks/semantic_ids.py --runs FOLDER {flags}`", ""]
     for dataset, rows in by_dataset(record).items():
         first = rows[0]
         lines += [

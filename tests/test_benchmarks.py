@@ -112,8 +112,8 @@ def test_semantic_ids_writes_between_the_marks_of_a_page(load: Any, tmp_path: Pa
     module, page = load("semantic_ids"), tmp_path / "page.md"
     record = {
         "date": "today",
-        "command": "python it",
         "seed": 0,
+        "settings": dict.fromkeys(module.PAGE_FLAGS, 1),
         "hardware": {"cpu": "a", "cores": 2, "threads": 1, "load_average_at_start": 0.0},
         "versions": {"torch": "2"},
         "results": {"rows": []},
