@@ -7,6 +7,8 @@ Shapes: B contexts, G slates of each, M rewards. `group` (B, G) holds integer id
 lie row by row; without it a row is a group. Standard deviations divide by n - 1, as TRL and verl do.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ def centre_groups(values: Tensor, group: Tensor | None = None) -> tuple[Tensor, 
     if group is None:
         rows = values.transpose(1, 2).contiguous()  # reduced over neighbours in memory, several times as fast
         rows = rows - rows.mean(dim=2, keepdim=True)
-        deviation = (rows.square().sum(dim=2, keepdim=True) / max(values.shape[1] - 1, 1)).sqrt_()
+        deviation = torch.linalg.vector_norm(rows, dim=2, keepdim=True) / math.sqrt(max(values.shape[1] - 1, 1))
         return rows.transpose(1, 2), deviation.transpose(1, 2)
     _, ids = torch.unique(group.flatten(), return_inverse=True)
     rows = values.flatten(0, 1)
@@ -67,7 +69,8 @@ def decoupled(
     total = (centred * (weights / (deviation + eps))).sum(dim=2)
     if tokens is None:
         total -= total.mean()
-        return total / ((total.square().sum() / max(total.numel() - 1, 1)).sqrt_() + eps)
+        spread = float(torch.linalg.vector_norm(total)) / math.sqrt(max(total.numel() - 1, 1))
+        return total / (spread + eps)
     share = tokens.to(total.dtype)
     total -= (share * total).sum() / share.sum().clamp(min=1)
     return total / (((share * total.square()).sum() / (share.sum() - 1).clamp(min=1)).sqrt_() + eps)

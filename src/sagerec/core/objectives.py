@@ -142,17 +142,19 @@ class PolicyLoss(NamedTuple):
 
 
 class _WithGradient(torch.autograd.Function):
-    """A value whose gradient with respect to `logprobs` is known."""
+    """`value`, whose gradient with respect to `logprobs` (B, G, T) is `slope` (B, G, 1) x `share` (B, G, T)."""
 
     @staticmethod
-    def forward(ctx: Any, logprobs: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
+    def forward(ctx: Any, logprobs: Tensor, value: Tensor, slope: Tensor, share: Tensor) -> Tensor:
+        ctx.save_for_backward(slope, share)
+        ctx.dtype = logprobs.dtype
         return value.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        return upstream * ctx.saved_tensors[0], None, None
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        slope, share = ctx.saved_tensors
+        return (upstream * slope * share).to(ctx.dtype), None, None, None
 
 
 def find_objective(objective: str | Objective) -> Objective:
@@ -182,7 +184,16 @@ def compute_advantages(
 
     Raises: NumericalError for a reward that is not finite.
     """
-    row = find_objective(objective)
+    found = _advantages(find_objective(objective), rewards, weights, group, tokens)
+    if not math.isfinite(found.sum().item()):
+        raise NumericalError(f"advantages are not finite: {_first_bad('rewards', rewards)}")
+    return found
+
+
+def _advantages(
+    row: Objective, rewards: Tensor, weights: Tensor | None, group: Tensor | None, tokens: Tensor | None
+) -> Tensor:
+    """`compute_advantages` before it looks whether they are finite."""
     if rewards.ndim != 3:
         raise SettingsError(f"rewards have shape {tuple(rewards.shape)}; expected (B, G, M): add the last dimension")
     for name, given in (("group", group), ("tokens", tokens)):
@@ -193,19 +204,15 @@ def compute_advantages(
     if weights.shape != rewards.shape[2:]:
         raise SettingsError(f"weights have shape {tuple(weights.shape)}; expected ({rewards.shape[2]},), one a reward")
     if row.advantage == "raw":
-        found = advantages.summed(rewards, weights)
-    elif row.advantage == "mean":
-        found = advantages.mean_centred(rewards, weights, group)
-    elif row.advantage == "normalised":
-        found = advantages.group_normalised(rewards, weights, group, eps=row.eps)
-    elif row.advantage == "decoupled":
-        found = advantages.decoupled(rewards, weights, group, eps=row.eps)
-    else:
-        require(tokens is not None, "decoupled-token needs tokens (B, G): the number of counted tokens of each slate")
-        found = advantages.decoupled(rewards, weights, group, eps=row.eps, tokens=tokens)
-    if not math.isfinite(found.sum().item()):
-        raise NumericalError(f"advantages are not finite: {_first_bad('rewards', rewards)}")
-    return found
+        return advantages.summed(rewards, weights)
+    if row.advantage == "mean":
+        return advantages.mean_centred(rewards, weights, group)
+    if row.advantage == "normalised":
+        return advantages.group_normalised(rewards, weights, group, eps=row.eps)
+    if row.advantage == "decoupled":
+        return advantages.decoupled(rewards, weights, group, eps=row.eps)
+    require(tokens is not None, "decoupled-token needs tokens (B, G): the number of counted tokens of each slate")
+    return advantages.decoupled(rewards, weights, group, eps=row.eps, tokens=tokens)
 
 
 def policy_loss(
@@ -252,25 +259,26 @@ def policy_loss(
     if advantages is None:
         assert rewards is not None
         tokens = counts if row.advantage == "decoupled-token" else None
-        advantages = compute_advantages(row, rewards, weights=weights, group=group, tokens=tokens)
+        advantages = _advantages(row, rewards, weights, group, tokens)
     new, old, gain = logprobs.detach().to(counted), old_logprobs.detach().to(counted), advantages.detach().to(counted)
     divisor = counts.clamp(min=1)
     per_token = _token_weight(row, counts, divisor, mask.shape[2], denominator)  # (B, G), or () where all weigh alike
     if row.ratio == "sequence":
         logp = (new * counted).sum(dim=2) / divisor
-        log_ratio = (logp - (old * counted).sum(dim=2) / divisor).clamp_(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-        found = _bound(row, log_ratio, logp, gain, diversity, coldness)
-        loss = -(found.surrogate * (per_token * counts)).sum()
-        gradient = (found.coefficient * gain * -per_token).unsqueeze(2) * counted
+        ratio = _ratio(logp, (old * counted).sum(dim=2) / divisor)
+        found = _bound(row, ratio, logp, gain, diversity, coldness)
+        value = _dot(found.surrogate, counts * per_token)
+        slope, share = (found.coefficient * gain * per_token).unsqueeze(2), counted
     else:
-        log_ratio = (new - old).clamp_(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-        parts = [None if x is None else x.unsqueeze(2) for x in (diversity, coldness)]
-        found = _bound(row, log_ratio, new, gain.unsqueeze(2), *parts)
-        weight = counted * per_token.unsqueeze(-1)
-        loss = -(found.surrogate * weight).sum()
-        gradient = found.coefficient * (gain.unsqueeze(2) * -weight)
-        found = found._replace(coefficient=found.coefficient * counted, at_bound=found.at_bound & mask)
-    if not math.isfinite(loss.item()):
+        ratio = _ratio(new, old)
+        facts = (None if x is None else x.unsqueeze(2) for x in (diversity, coldness))
+        found = _bound(row, ratio, new, gain.unsqueeze(2), *facts)
+        found = found._replace(coefficient=found.coefficient.mul_(counted), at_bound=found.at_bound & mask)
+        value = _dot(found.surrogate.mul_(counted).sum(dim=2), per_token.expand_as(counts))
+        slope, share = (gain * per_token).unsqueeze(2), found.coefficient
+    if not math.isfinite(value.item()):
+        if rewards is not None:
+            compute_advantages(row, rewards, weights=weights, group=group, tokens=counts)
         # What stands at uncounted places is never read: it may be anything, and 0 times infinity is not 0.
         unread = [x.detach().masked_fill(mask, 0.0).isfinite().all() for x in (logprobs, old_logprobs)]
         if not bool(torch.stack(unread).all()):
@@ -285,50 +293,60 @@ def policy_loss(
                 denominator=denominator,
             )
         bad = [_first_bad(n, x) for n, x in (("logprobs", logprobs), ("old_logprobs", old_logprobs))]
-        raise NumericalError(f"the loss of {row.name} is {loss.item()}: {'; '.join(filter(None, bad)) or 'overflow'}")
+        raise NumericalError(f"the loss of {row.name} is {value.item()}: {'; '.join(filter(None, bad)) or 'overflow'}")
     return PolicyLoss(
-        loss=_WithGradient.apply(logprobs, loss, gradient.to(logprobs.dtype)),  # type: ignore[no-untyped-call]
+        loss=_WithGradient.apply(logprobs, value, slope, share),  # type: ignore[no-untyped-call]
         advantages=gain,
         coefficient=found.coefficient,
-        diagnostics={"ratio": log_ratio.exp(), "at_bound": found.at_bound},
+        diagnostics={"ratio": ratio, "at_bound": found.at_bound},
     )
 
 
+def _ratio(logp: Tensor, old_logp: Tensor) -> Tensor:
+    """exp(log p - log q), held within `LOG_RATIO_LIMIT`."""
+    return (logp - old_logp).clamp_(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp_()
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """Sum of products."""
+    return torch.dot(x.flatten(), y.flatten())
+
+
 def _bound(
-    row: Objective, log_ratio: Tensor, logp: Tensor, gain: Tensor, diversity: Tensor | None, coldness: Tensor | None
+    row: Objective, ratio: Tensor, logp: Tensor, gain: Tensor, diversity: Tensor | None, coldness: Tensor | None
 ) -> bounds.Bounded:
     """The row's bound on units (...), with diversity and coldness in a shape that broadcasts against them."""
     if row.bound == "none":
         return bounds.unbounded(logp, gain)
     if row.bound == "clip":
-        return bounds.clip(log_ratio, gain, low=row.clip_low, high=row.clip_high, dual=row.dual_clip)
+        return bounds.clip(ratio, gain, low=row.clip_low, high=row.clip_high, dual=row.dual_clip)
     if row.bound == "cap":
-        return bounds.cap(log_ratio, logp, gain, most=row.cap)
+        return bounds.cap(ratio, logp, gain, most=row.cap)
     if row.bound == "early-clip":
-        return bounds.early_clip(log_ratio, gain, low=row.clip_low, high=row.clip_high, margin=row.early_margin)
+        return bounds.early_clip(ratio, gain, low=row.clip_low, high=row.clip_high, margin=row.early_margin)
     boost: float | Tensor = row.boost
     if row.needs_coldness:
         assert coldness is not None
-        boost = row.boost * coldness.to(logp)
+        boost = coldness.to(logp) * row.boost
     penalty: float | Tensor = 0.0
     if row.needs_diversity:
         assert diversity is not None
-        penalty = row.entropy_penalty * (1 - diversity.to(logp))
+        # lambda - lambda H, in one step.
+        penalty = torch.rsub(diversity.to(logp), row.entropy_penalty, alpha=row.entropy_penalty)
     if row.bound == "gradient":
-        form = row.boost_form
-        return bounds.gradient_bound(log_ratio, logp, gain, boost=boost, severity=1 + penalty, boost_form=form)
-    return bounds.clip(log_ratio, gain, low=row.clip_low + penalty, high=row.clip_high + boost)
+        return bounds.gradient_bound(ratio, logp, gain, boost=boost, penalty=penalty, boost_form=row.boost_form)
+    return bounds.clip(ratio, gain, low=row.clip_low + penalty, high=row.clip_high + boost)
 
 
 def _token_weight(
     row: Objective, counts: Tensor, divisor: Tensor, longest: int, denominator: float | Tensor | None
 ) -> Tensor:
-    """What one counted token weighs in the loss: (B, G), or () where all weigh alike."""
+    """What one counted token weighs in the loss: (B, G), or () where all weigh alike; negative, for a loss falls."""
     if row.aggregation == "slate":
-        return (divisor * (counts.numel() if denominator is None else denominator)).reciprocal_()
+        return (divisor * -(counts.numel() if denominator is None else denominator)).reciprocal_()
     if denominator is None:
         denominator = counts.sum().clamp(min=1) if row.aggregation == "token" else counts.numel() * max(longest, 1)
-    return torch.as_tensor(denominator, dtype=counts.dtype, device=counts.device).reciprocal()
+    return -torch.as_tensor(denominator, dtype=counts.dtype, device=counts.device).reciprocal()
 
 
 def _check(
@@ -348,10 +366,13 @@ def _check(
     if logprobs.ndim != 3:
         raise SettingsError(f"logprobs have shape {tuple(logprobs.shape)}; expected (B, G, T)")
     tokens, slates = logprobs.shape, logprobs.shape[:2]
-    expected = {"old_logprobs": (old_logprobs, tokens), "mask": (mask, tokens), "advantages": (given, slates)}
-    for name, (tensor, shape) in (
-        expected | {"diversity": (diversity, slates), "coldness": (coldness, slates)}
-    ).items():
+    for name, tensor, shape in (
+        ("old_logprobs", old_logprobs, tokens),
+        ("mask", mask, tokens),
+        ("advantages", given, slates),
+        ("diversity", diversity, slates),
+        ("coldness", coldness, slates),
+    ):
         if tensor is not None and tensor.shape != shape:
             raise SettingsError(f"{name} has shape {tuple(tensor.shape)}; expected {tuple(shape)}")
     if rewards is not None and rewards.shape[:2] != slates:
