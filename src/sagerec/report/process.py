@@ -214,7 +214,7 @@ def coefficient_plot(name: str, title: str, curves: list[Curve]) -> Html:
         axes.legend(axes.get_lines(), [line.name for line in lines], loc="upper left")
         top = max(max(line.y) for line in lines)
         axes.set_ylim(-0.03 * top, 1.08 * top)
-        svg = to_svg(axes, f"coefficient-{name}")
+        svg = to_svg(axes, f"curve-{name}")
     places = [int(np.abs(RATIOS - r).argmin()) for r in (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)]
     body = [[f"{RATIOS[i]:.2f}", *(f"{line.y[i]:.3f}" for line in lines)] for i in places]
     data = table(f"c(r), {title}: data", ["r", *(line.name for line in lines)], body)
