@@ -105,7 +105,7 @@ def canvas(title: str, x_label: str, y_label: str, *, width: float = 4.3, height
         figure = Figure(figsize=(width, height))
         # Fixed margins in inches: plots line up beside each other, and nothing is drawn twice to find them.
         axes = figure.add_subplot()
-        figure.subplots_adjust(0.68 / width, 0.5 / height, 1 - 0.1 / width, 1 - 0.3 / height)
+        figure.subplots_adjust(0.76 / width, 0.5 / height, 1 - 0.16 / width, 1 - 0.3 / height)
         axes.set(title=title, xlabel=x_label, ylabel=y_label)
         yield axes
 
@@ -162,8 +162,8 @@ def _shorten(attribute: re.Match[str]) -> str:
     return "" if "rotate(-0 " in text else text
 
 
-def swatch(style: Style, *, kind: str = "line") -> Html:
-    """The line or the marker of a series, for a legend in the page."""
+def swatch(style: Style, *, kind: str, name: str) -> Html:
+    """The line or the marker of a series, for the legend `name` of the page."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(0.42, 0.16))
         axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
@@ -173,5 +173,5 @@ def swatch(style: Style, *, kind: str = "line") -> Html:
         else:
             axes.plot((0.5,), (0,), color=style.color, marker=style.marker, markersize=7)
         axes.set(xlim=(0, 1), ylim=(-1, 1))
-        svg = to_svg(axes, f"swatch-{kind}-{style.number}")
+        svg = to_svg(axes, f"{name}-{style.number}")
     return Html(svg.replace("<svg ", '<svg class="swatch" aria-hidden="true" ', 1))

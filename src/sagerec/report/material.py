@@ -14,6 +14,7 @@ import numpy as np
 import polars as pl
 
 from sagerec import artifacts
+from sagerec.catalogue.splits import train_counts
 from sagerec.core.metrics import bootstrap_mean, entropy_at, first_rank, ndcg_at, recall_at
 from sagerec.errors import ArtifactError
 from sagerec.evaluation.evaluate import EvaluateSettings
@@ -102,6 +103,11 @@ def gather(folder: Path) -> Material:
     reports = {} if run is None else read_reports(run, notes)
     k = shown_k(study, reports)
     aligned = [] if run is None else read_aligned(run, study, notes)
+    if unmeasured := [p.name for p in aligned if shown_name(p.name) not in reports]:
+        notes.append(
+            f"Without a test report: {', '.join(unmeasured)}. For one: sagerec evaluate {run.folder if run else ''} "
+            f"--policy {unmeasured[0]}"
+        )
     rows = [study_row(values) for values in study.get("rows", [])]
     if not rows and run is not None:
         rows = run_rows(run, reports, aligned, k)
@@ -223,8 +229,7 @@ def compare(run: Run, report: Mapping[str, Any], name: str, k: int) -> dict[str,
     lists = [table["items"].to_numpy() for table in tables]
     if min(part.shape[1] for part in lists) < k:
         return {}
-    cold = run.split.mask("train")
-    counts = np.bincount(run.data.event_items[cold], minlength=run.data.n_items)
+    counts = train_counts(run.data, run.split)
     most = report["settings"].get("cold_max_count", EvaluateSettings().cold_max_count)
     is_cold = counts[targets] <= most
     clusters = item_clusters(run.data, run.ids(), "coarse")

@@ -46,7 +46,7 @@ def facts_section(material: Material) -> Html | None:
     if hashes:
         caption = "Content hashes (SHA-256)"
         parts.append(details(caption, table(caption, ["artefact", "content hash", "seed", "made (UTC)"], hashes)))
-    return join(parts) if facts or len(parts) > 1 else None
+    return join(parts) if facts or any(part is not None for part in parts[1:]) else None
 
 
 def facts_of(material: Material, manifests: Mapping[str, Manifest]) -> dict[str, str]:
@@ -209,12 +209,12 @@ def coefficient_plot(name: str, title: str, curves: list[Curve]) -> Html:
     for text, row, advantage, diversity, coldness, style in curves:
         values = coefficients(row, advantage=advantage, diversity=diversity, coldness=coldness)
         lines.append(Line(text, RATIOS.tolist(), values.tolist(), style))
-    with canvas(title, "ratio r", "coefficient c(r)", height=3.1) as axes:
+    with canvas(title, "ratio r", "coefficient c(r)", width=5.8, height=3.3) as axes:
         draw_lines(axes, lines)
         axes.legend(axes.get_lines(), [line.name for line in lines], loc="upper left")
         top = max(max(line.y) for line in lines)
         axes.set_ylim(-0.03 * top, 1.08 * top)
-        svg = to_svg(axes, f"coefficient-{name}")
+        svg = to_svg(axes, f"curve-{name}")
     places = [int(np.abs(RATIOS - r).argmin()) for r in (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)]
     body = [[f"{RATIOS[i]:.2f}", *(f"{line.y[i]:.3f}" for line in lines)] for i in places]
     data = table(f"c(r), {title}: data", ["r", *(line.name for line in lines)], body)

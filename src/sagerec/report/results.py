@@ -127,19 +127,15 @@ def table_section(material: Material) -> Html | None:
             for by_metric in row.against.values()
             for values in by_metric.values()
         )
-        parts.append(
-            tag(
-                "p",
-                "Differences are of the same users in pairs (bootstrap). "
-                + (
-                    "Verdicts take p-values with Holm's correction over the table."
-                    if corrected
-                    else "A verdict here says whether the 95 % interval of that one difference leaves 0 out: it is not "
-                    "corrected for the number of comparisons, nor does it know other seeds, as `sagerec compare` does."
-                ),
-                class_="quiet",
+        said = "Differences are of the same users in pairs (bootstrap). "
+        if corrected:
+            said += "Verdicts take p-values with Holm's correction over the table."
+        else:
+            said += (
+                "A verdict here says whether the 95 % interval of that one difference leaves 0 out: it is not "
+                "corrected for the number of comparisons, nor does it know other seeds: sagerec compare does both."
             )
-        )
+        parts.append(tag("p", said, class_="quiet"))
     parts.append(all_metrics(material))
     parts.append(published_table(material))
     return join(parts)
@@ -311,7 +307,7 @@ def legend_of(material: Material, names: Sequence[str], *, kind: str, name: str)
     for series in names:
         style = material.style(series)
         box = tag("input", type="checkbox", checked=True, class_=f"show{style.number}", name=f"{name}-{style.number}")
-        boxes.append(tag("label", box, swatch(style, kind=kind), series))
+        boxes.append(tag("label", box, swatch(style, kind=kind, name=f"legend-{name}"), series))
     return tag("fieldset", tag("legend", "Shown"), *boxes, class_="legend")
 
 
@@ -353,6 +349,8 @@ def bucket_section(material: Material) -> Html | None:
     cases = ["cases", *(f"{first[i]['cases']:,}" for i in filled)]
     data = table(f"{label(key)} by popularity: data", ["row", *places], [cases, *body], class_="results")
     said = "Test; bars are 95 % intervals over the cases of a bucket."
+    if left := [name for name in reports if name not in names and name not in not_comparable(material)]:
+        said += f" Left out, for want of a colour or as another seed: {', '.join(left)}."
     spoken = f"{label(key)} by training interactions of the target, for {', '.join(names)}"
     legend = legend_of(material, [series_of(material, name) for name in names], kind="marker", name="buckets")
     return tag("div", legend, tag("div", figure(svg, spoken, said, data), class_="plots single"))
@@ -361,11 +359,15 @@ def bucket_section(material: Material) -> Html | None:
 def bucket_names(material: Material, names: Sequence[str]) -> list[str]:
     """The reports that the plot holds: one a series, as many as there are colours."""
     found: dict[str, str] = {}
-    kept = {row.name for row in material.rows if row.kind == "other"}
     for name in names:
-        if name not in kept:
+        if name not in not_comparable(material):
             found.setdefault(series_of(material, name), name)
     return [name for series, name in found.items() if series in material.styles][:MOST_SERIES]
+
+
+def not_comparable(material: Material) -> set[str]:
+    """Rows that learned from other events, and so stand in no plot."""
+    return {row.name for row in material.rows if row.kind == "other"}
 
 
 def series_of(material: Material, name: str) -> str:
@@ -375,6 +377,6 @@ def series_of(material: Material, name: str) -> str:
 
 
 def bucket_label(row: dict[str, Any]) -> str:
-    """0 to 5; 51 and more."""
+    """0 to 5; 51+."""
     low, high = row.get("train_count_from"), row.get("train_count_to")
-    return f"{low} and more" if high is None else f"{low} to {high}"
+    return f"{low}+" if high is None else f"{low} to {high}"
