@@ -182,11 +182,8 @@ def test_the_page_asks_the_network_for_nothing(page: Path) -> None:
     assert re.findall(r"url\((?!#)", text) == []
 
 
-def test_text_of_the_data_is_never_markup(page: Path, study: Path, tmp_path: Path) -> None:
-    for text in (
-        page.read_text(encoding="utf-8"),
-        write_report(study, tmp_path / "s.html").read_text(encoding="utf-8"),
-    ):
+def test_text_of_the_data_is_never_markup(page: Path, study_page: Path) -> None:
+    for text in (page.read_text(encoding="utf-8"), study_page.read_text(encoding="utf-8")):
         outline = Outline(text)
         assert len(outline.named("script")) == 1
         assert EVIL in " ".join(outline.text)

@@ -171,8 +171,11 @@ def test_results_are_tables_of_the_record(tmp_path: Path, capsys: pytest.Capture
         return {
             "name": name,
             "seeds": [0, 1],
-            "metrics": {"recall@10": {"value": value, "low": value - 0.01, "high": value + 0.01, "seed_std": 0.001}},
-            "against": {o: {"recall@10": test} for o, test in against.items()},
+            "metrics": {
+                name: {"value": value, "low": value - 0.01, "high": value + 0.01, "seed_std": 0.001}
+                for name in ("recall@10", "cold_recall@10")
+            },
+            "against": {o: {"recall@10": test, "cold_recall@10": test} for o, test in against.items()},
             "seconds": [60.0, 120.0],
         }
 
@@ -193,9 +196,11 @@ def test_results_are_tables_of_the_record(tmp_path: Path, capsys: pytest.Capture
     assert main(["results", f"A store={tmp_path / 'study'}", "--out", str(page)]) == 0
     text = page.read_text(encoding="utf-8")
     assert "## A store" in text
-    assert "| sage | 2 | 0.1000 [0.0900 – 0.1100] | 1.5 |" in text
-    assert "| sage | sft | +25.0% (p 0.004) |" in text
-    assert "| gbpo | sft | no difference |" in text
+    assert "(results-a-store.svg)" in text
+    assert ">sage<" in (tmp_path / "results-a-store.svg").read_text(encoding="utf-8")
+    assert "| sage | 2 | 0.1000 [0.0900 – 0.1100] | 0.1000 [0.0900 – 0.1100] | 1.5 |" in text
+    assert "| sage | sft | +25.0% (p 0.004) | +25.0% (p 0.004) |" in text
+    assert "| gbpo | sft | no difference | no difference |" in text
     assert "| sage | 1 | boost 4 | 2.500 | 2.500 |" in text
     assert main(["results", "nothing", "--out", str(page)]) == 1
     assert "expected TITLE=FOLDER" in capsys.readouterr().err

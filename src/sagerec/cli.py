@@ -18,7 +18,6 @@ from rich.table import Table
 from rich.text import Text
 
 from sagerec import run as pipeline
-from sagerec.artifacts import write_text
 from sagerec.catalogue.dataset import Dataset, read_dataset
 from sagerec.catalogue.describe import describe
 from sagerec.catalogue.export import ExportSettings, export_dataset
@@ -34,7 +33,7 @@ from sagerec.evaluation.evaluate import EvaluateSettings
 from sagerec.evaluation.sasrec import TUNED, SasRecSettings
 from sagerec.policies.lazy_decoder import LazyDecoderSettings
 from sagerec.recommend import load
-from sagerec.report.markdown import results_page
+from sagerec.report.markdown import write_results
 from sagerec.report.page import write_report
 from sagerec.report.training_plots import write_plots
 from sagerec.run import BaselineName, RunSettings
@@ -347,8 +346,7 @@ class Results:
             title, equals, folder = text.partition("=")
             require(bool(title and equals and folder), f"study {text!r}; expected TITLE=FOLDER")
             folders[title] = Path(folder)
-        write_text(self.out, results_page(folders))
-        console.print(f"wrote {self.out}")
+        console.print("wrote " + ", ".join(map(str, write_results(self.out, folders))), highlight=False)
 
 
 @dataclass(frozen=True)

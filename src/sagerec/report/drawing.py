@@ -14,6 +14,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from sagerec.report.markup import Html
 
@@ -107,6 +108,7 @@ def canvas(title: str, x_label: str, y_label: str, *, width: float = 4.3, height
         axes = figure.add_subplot()
         figure.subplots_adjust(0.76 / width, 0.5 / height, 1 - 0.16 / width, 1 - 0.3 / height)
         axes.set(title=title, xlabel=x_label, ylabel=y_label)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         yield axes
 
 

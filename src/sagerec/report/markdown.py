@@ -1,9 +1,16 @@
-"""Study folders as a page of Markdown tables: what `docs/results.md` is made of."""
+"""Study folders as a page of Markdown tables, with a plot of each: what `docs/results.md` is made of."""
 
+import io
+import re
 from pathlib import Path
 from typing import Any
 
-from sagerec.artifacts import read_json
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+from sagerec.artifacts import read_json, write_text
+from sagerec.report.drawing import MARKERS, PALETTE, STYLE
 from sagerec.study import STUDY
 
 PERCENT = ("recall@10", "ndcg@10", "cold_recall@10", "coverage@10")
@@ -28,32 +35,65 @@ PUBLISHED = """| published, not measured here | Recall@10 | NDCG@10 | Cold-Recal
 """
 
 
-def study_markdown(folder: Path, title: str) -> str:
-    """The tables of one study. Raises: ArtifactError where the folder has no study.json."""
-    record = read_json(folder / STUDY)
+def study_markdown(record: dict[str, Any], title: str, plot: str) -> str:
+    """The tables of a study's record, and a link to its plot."""
     metrics = list(record["rows"][0]["metrics"])
-    lines = [f"## {title}", "", _what(record), "", _table(record, metrics), ""]
+    picture = f"![Recall against Entropy and Cold-Recall of every row]({plot})"
+    lines = [f"## {title}", "", _what(record), "", picture, "", _table(record, metrics), ""]
     lines += ["What the tests say (p corrected by Holm over all tests of the study):", "", _tests(record, metrics), ""]
     if record["trials"]:
         lines += ["Chosen on validation, each from as many trials:", "", _chosen(record), ""]
     return "\n".join(lines)
 
 
-def results_page(folders: dict[str, Path]) -> str:
-    """The whole page: a study under each title, then what others published."""
+def write_results(out: Path, folders: dict[str, Path]) -> list[Path]:
+    """Write the whole page, a study under each title and what others published, and an SVG a study beside it.
+
+    Returns what was written. Raises: ArtifactError where a folder has no study.json.
+    """
+    records = {title: read_json(folder / STUDY) for title, folder in folders.items()}
+    plots = {t: out.with_name(f"{out.stem}-{re.sub(r'[^a-z0-9]+', '-', t.lower()).strip('-')}.svg") for t in records}
+    for title, path in plots.items():
+        write_text(path, draw_study(records[title], title))
     parts = [
         "# Results",
         "",
         "Written by `sagerec results`; do not edit. How to repeat each table: [reproduce](reproduce.md).",
         "",
-        *(study_markdown(folder, title) for title, folder in folders.items()),
+        *(study_markdown(record, title, plots[title].name) for title, record in records.items()),
         "## What others published on Amazon Beauty",
         "",
         "Other preparations, other clusters, other definitions of cold: to look at, not to compare.",
         "",
         PUBLISHED,
     ]
-    return "\n".join(parts).rstrip() + "\n"
+    write_text(out, "\n".join(parts).rstrip() + "\n")
+    return [out, *plots.values()]
+
+
+def draw_study(record: dict[str, Any], title: str) -> str:
+    """Recall against Entropy and against Cold-Recall, a mark with 95 % intervals a row, as SVG on white."""
+    shown = [m for m in ("coarse_entropy@10", "cold_recall@10") if m in record["rows"][0]["metrics"]]
+    rows = [row for row in record["rows"] if row["metrics"]["recall@10"]["value"] > 0.5 * _best(record, "recall@10")]
+    with mpl.rc_context(STYLE | {"svg.hashsalt": title}):
+        sheet = Figure(figsize=(4.4 * len(shown), 3.4), facecolor="white", layout="constrained")
+        for metric, axes in zip(shown, np.atleast_1d(sheet.subplots(1, len(shown))), strict=True):
+            for number, row in enumerate(rows):
+                x, y = row["metrics"]["recall@10"], row["metrics"][metric]
+                style = {"color": PALETTE[number % len(PALETTE)], "marker": MARKERS[number % len(MARKERS)]}
+                reach = [[[v["value"] - v["low"]], [v["high"] - v["value"]]] for v in (x, y)]
+                axes.errorbar(x["value"], y["value"], xerr=reach[0], yerr=reach[1], elinewidth=0.8, capsize=0, **style)
+                at = (x["value"], y["value"])
+                axes.annotate(row["name"], at, (5, 4), textcoords="offset points", fontsize=7, color=style["color"])
+            axes.set(xlabel=NAMES["recall@10"], ylabel=NAMES[metric])
+        sheet.suptitle(f"{title}: up and right is better", fontsize=9)
+        buffer = io.StringIO()
+        sheet.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return buffer.getvalue()
+
+
+def _best(record: dict[str, Any], metric: str) -> float:
+    return max(float(row["metrics"][metric]["value"]) for row in record["rows"])
 
 
 def _what(record: dict[str, Any]) -> str:

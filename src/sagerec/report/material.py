@@ -205,8 +205,9 @@ def run_rows(run: Run, reports: Mapping[str, dict[str, Any]], aligned: list[Alig
         seed = seeds.get(name)
         against = {} if name == START or START not in reports else compare(run, reports[START], name, k)
         rows.append(Row(name, kind, report["metrics"], () if seed is None else (seed,), against))
-    order = {"start": 0, "aligned": 1, "baseline": 2, "other": 3}
-    return sorted(rows, key=lambda row: order[row.kind])
+    kinds, drawn = ("start", "aligned", "baseline", "other"), list(seeds)
+    order = {name: place for place, name in enumerate(drawn)}
+    return sorted(rows, key=lambda row: (kinds.index(row.kind), order.get(row.name, len(drawn))))
 
 
 def lists_path(run: Run, name: str) -> Path:
