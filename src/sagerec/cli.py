@@ -33,6 +33,7 @@ from sagerec.report.page import write_report
 from sagerec.report.training_plots import write_plots
 from sagerec.run import BaselineName, RunSettings
 from sagerec.semantic_ids.build import SemanticIdSettings
+from sagerec.training import parallel
 from sagerec.training.align_settings import AlignSettings
 from sagerec.training.loop import TrainSettings
 from sagerec.training.tracking import METRICS
@@ -186,7 +187,8 @@ class Align:
     def __call__(self) -> None:
         run = pipeline.open_run(self.run)
         name = pipeline.align(run, self.align, name=self.name)
-        write_plots(run.folder / name)
+        if parallel.rank() == 0:
+            write_plots(run.folder / name)
         print_alignment(run, name)
 
 
