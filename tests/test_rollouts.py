@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from sagerec.core.trie import ROOT
 from sagerec.errors import SettingsError
+from sagerec.policies.lazy_decoder import Context
 from sagerec.slates.autoregressive import slate_logprobs, write_slates
 from sagerec.slates.legal import NO_ITEM, excluded_paths, has_free_item
 from sagerec.slates.rollouts import RolloutSettings, counted_codes, roll_out
@@ -151,6 +152,20 @@ def test_beam_slates_are_the_most_probable_items() -> None:
     assert torch.equal(found, scores.topk(N, dim=1).indices)
     mixed = roll_out(policy, items, lengths, RolloutSettings(k=3, slates=2)).items
     assert torch.equal(mixed[:, 1, 0], scores.argmax(dim=1))
+
+
+def test_beam_slates_read_each_history_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The context of the beam serves the scoring of its slates too."""
+    policy, calls = small_policy().eval(), []
+    encode = policy.encode
+
+    def counting(items: torch.Tensor, lengths: torch.Tensor) -> Context:
+        calls.append(len(items))
+        return encode(items, lengths)
+
+    monkeypatch.setattr(policy, "encode", counting)
+    roll_out(policy, *histories(batch=3), RolloutSettings(slates=4))
+    assert calls == [3]
 
 
 def test_every_code_of_an_item_counts() -> None:

@@ -79,6 +79,19 @@ def test_children_of_many_states_at_once_are_those_of_each() -> None:
     assert together.node.tolist() == [5, 6, 1, 2, 5, 6, 3, 4]
 
 
+@pytest.mark.parametrize("width", range(1, 18))
+def test_advance_finds_every_child_and_no_other_whatever_their_number(width: int) -> None:
+    """Even tokens follow the state, odd ones and those past the end do not; other states in the batch are narrower."""
+    trie = build_trie(np.array([[0, 2 * token] for token in range(width)] + [[1, 0]]))
+    states, tokens = torch.full((width + 1,), 1), 2 * torch.arange(width + 1)
+    states[-1], tokens[-1] = 2, 0
+    assert trie.token[trie.advance(states, tokens)].tolist() == tokens.tolist()
+    for wrong in (*range(1, 2 * width, 2), 2 * width):
+        with pytest.raises(TrieError, match=f"token {wrong} does not follow state 1"):
+            trie.advance(torch.tensor([2, 1]), torch.tensor([0, wrong]))
+    assert trie.advance(states[:0], tokens[:0]).tolist() == []
+
+
 def test_unknown_prefix_and_dead_end_are_errors_never_an_unconstrained_step() -> None:
     trie = build_trie(HAND)
     with pytest.raises(TrieError, match="token 4 does not follow state 1"):

@@ -105,7 +105,8 @@ class Trie:
         low = self.first_child[self._checked(states)].long()
         end = self.first_child[states + 1].long()
         high = end
-        for _ in range(self.max_children.bit_length()):
+        # The widest range decides: below the root most states have few children.
+        for _ in range(int((end - low).max()).bit_length() if len(states) else 0):
             middle = (low + high) // 2
             # The last node is never a parent's first child past its end, so clamping only guards empty ranges.
             right = (low < high) & (self.token[middle.clamp(max=self.n_nodes - 1)] < tokens)

@@ -175,15 +175,17 @@ def slate_logprobs(
     *,
     temperature: float = 1.0,
     excluded: Tensor | None = None,
+    context: ContextT | None = None,
 ) -> SlateLogprobs:
     """Log-probabilities of the codes of given slates (B, G, K) after histories (B, T) with lengths (B,).
 
     The distribution is that of `write_slates`: at the same weights it gives back the log-probabilities that were
     stored. Each history is encoded once, and the first place's distribution is computed once for all G slates.
+    `context` is what `policy.encode` says of the histories, where it is known already.
     """
     batch, n_slates, k = slates.shape
     trie, codes, device = policy.trie, policy.codes, slates.device
-    context = policy.encode(items, lengths)
+    context = policy.encode(items, lengths) if context is None else context
     barred = torch.full((batch, 0), NO_ITEM, device=device) if excluded is None else excluded
     user = torch.arange(batch, device=device)[:, None, None]
     source = user.expand(-1, n_slates, 1)  # the row of `begin` that each place is decoded from

@@ -95,7 +95,7 @@ def roll_out(
             raise SettingsError(f"a beam of {count} items does not fit this catalogue; expected fewer slates or items")
         slates = listed.view(len(items), n_beams, settings.k)
         logprobs = slate_logprobs(
-            policy, items, lengths, slates, temperature=settings.temperature, excluded=excluded
+            policy, items, lengths, slates, temperature=settings.temperature, excluded=excluded, context=context
         ).logprobs
         parts.append(Slates(slates, logprobs))
     return Slates(torch.cat([p.items for p in parts], dim=1), torch.cat([p.logprobs for p in parts], dim=1))
