@@ -282,7 +282,7 @@ def stage_inputs(data: Dataset, split: Split, *parts: Part) -> dict[str, bytes]:
     arrays: dict[str, Any] = {f"train.{name}": getattr(train, name) for name in ("items", "offsets", "users", "rows")}
     arrays |= {f"windows.{name}": getattr(windows, name) for name in ("items", "begins", "lengths")}
     arrays |= {f"cooccurrence.{name}": getattr(matrix, name) for name in ("data", "indices", "indptr")}
-    arrays["item_vectors"] = item_vectors(data, train, LOG_IDS)
+    arrays["item_vectors"] = item_vectors(data, train, LOG_IDS).vectors
     arrays["train_counts"] = train_counts(data, split)
     return {name: np.ascontiguousarray(array).tobytes() for name, array in arrays.items()}
 
