@@ -241,6 +241,7 @@ GOOD_ROW = st.tuples(
 
 
 @given(rows=st.lists(st.one_of(GOOD_ROW, GOOD_ROW, st.tuples(*[CELLS] * 6)), min_size=1, max_size=5))
+@example(rows=[("1", "1", "9.223372036854776e+18", "", "", "")])  # 2^63, which no whole number of 64 bits holds
 @settings(max_examples=150, deadline=None)
 def test_delimited_fast_path_equals_its_twin(rows: list[tuple[str, ...]]) -> None:
     quoted = [",".join('"' + cell.replace('"', '""') + '"' for cell in cells) + "\n" for cells in rows]

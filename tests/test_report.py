@@ -373,8 +373,8 @@ def test_coefficients_are_those_of_the_code() -> None:
     np.testing.assert_allclose(
         coefficients("gbpo", advantage=-1.0, ratios=ratios), [0.1 / 0.9, 0.2 / 0.8, 0.3 / 0.7], rtol=1e-6
     )
-    half_cold = coefficients("sage", advantage=1.0, coldness=0.5, ratios=ratios)
-    np.testing.assert_allclose(half_cold, [1.0, 2.0, 2.0], rtol=1e-6)  # (1 + 2 x 0.5) min(r, 1)
+    half_cold = coefficients("sage", advantage=1.0, coldness=0.5, ratios=ratios)  # boost 4
+    np.testing.assert_allclose(half_cold, [1.5, 3.0, 3.0], rtol=1e-6)  # (1 + 4 x 0.5) min(r, 1)
     names = [row.name for row in choose_objectives([("mine", OBJECTIVES["sage"])])]
     assert names == ["mine", "gbpo", "gspo", "grpo, gdpo"]
 

@@ -122,7 +122,7 @@ def cast_cells(column: pl.Series, field: Field) -> pl.Series:
         cast = filled.cast(pl.Int64, strict=False)
         if field.kind == "number" or cast.null_count() > filled.null_count():
             cast = filled.cast(pl.Float64, strict=False)
-            if not cast.is_finite().all():
+            if not cast.is_finite().all() or (field.kind == "time" and (cast.abs() >= 2.0**63).any()):
                 raise BadValueError("wrong type", field.source)
         if field.kind == "time" and cast.null_count() > filled.null_count():
             cast = filled.str.to_datetime(strict=False, time_unit="us")
