@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from sagerec import load
 from sagerec import run as pipeline
 from sagerec.artifacts import check_content, read_json, write_json
+from sagerec.baselines import evaluate_baseline
 from sagerec.catalogue.dataset import ITEM_ID, ITEMS
 from sagerec.catalogue.splits import SplitSettings
 from sagerec.cli import main
 from sagerec.core.trie import ROOT, build_trie
 from sagerec.errors import ArtifactError, DatasetError
 from sagerec.policies.lazy_decoder import CODE_ROWS, LazyDecoder, LazyDecoderSettings, grow_weights
-from sagerec.run import Run, add_items, audit, evaluate, evaluate_baseline, make_ids, open_run, prepare, run_all, train
+from sagerec.run import Run, add_items, audit, evaluate, make_ids, open_run, prepare, run_all, train
 from sagerec.semantic_ids.add import fill_collaborative
 from sagerec.semantic_ids.build import SemanticIds
 from sagerec.semantic_ids.embedders import embed_text, project_text

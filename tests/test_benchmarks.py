@@ -1,5 +1,6 @@
 """The benchmarks run, in `--quick` mode, and write JSON of the shape that `benchmarks/README.md` documents."""
 
+import dataclasses
 import gzip
 import importlib
 import importlib.metadata
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from sagerec.core.objectives import OBJECTIVES
 from sagerec.core.trie import build_trie
 from sagerec.errors import MissingExtraError, SettingsError
 from sagerec.semantic_ids.quantisers import separate
@@ -174,6 +176,64 @@ def test_decode_knows_lists_with_repeats_and_holes(load: Any) -> None:
     assert distinct(torch.tensor([[3, 1], [0, 2]]))
     assert not distinct(torch.tensor([[3, 1], [2, 2]]))
     assert not distinct(torch.tensor([[3, -1], [0, 2]]))
+
+
+def test_objectives_runs(tmp_path: Path) -> None:
+    record = run_quick("objectives", tmp_path)
+    assert set(record) == RECORD
+    assert record["ok"] is None
+    rows = record["results"]
+    assert [row["objective"] for row in rows] == [
+        "plain",
+        *(n for n, o in OBJECTIVES.items() if not o.trains_on_targets),
+    ]
+    assert all(row["ratio"] == pytest.approx(row["microseconds"] / rows[0]["microseconds"]) for row in rows)
+
+
+def test_objectives_plain_step_is_a_masked_mean(load: Any) -> None:
+    module = load("objectives")
+    x = module.draw_inputs((2, 3, 4), seed=0)
+    assert torch.allclose(module.plain_step(x), -x["mask"].float() / x["mask"].sum())
+
+
+def test_objectives_limit_is_checked_on_the_shape_that_it_is_for(load: Any) -> None:
+    check = load("objectives").check_limits
+    assert check([{"objective": "sage", "shape": [4, 4, 5], "ratio": 9.0}]) == []
+    assert not check([{"objective": "sage", "shape": [64, 16, 40], "ratio": 1.6}])[0]["ok"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed (extra bench)")
+def test_align_runs(tmp_path: Path) -> None:
+    record = run_quick("align", tmp_path)
+    assert set(record) == RECORD | {"checks"}
+    rows = record["results"]
+    assert [row["name"] for row in rows] == ["ours, sampled", "ours, beams", "TRL, 8 a pass"]
+    assert [row["valid"] for row in rows[:2]] == [1, 1]
+    for row in rows:
+        assert row["completions_per_second"] == pytest.approx(16 / row["seconds_per_step"])
+        assert row["ratio"] == pytest.approx(row["completions_per_second"] / rows[2]["completions_per_second"])
+
+
+def test_align_step_of_ours_learns_and_writes_legal_items(load: Any) -> None:
+    """One step on a tiny catalogue changes the policy; its 4 completions of each user are distinct items."""
+    module = load("align")
+    settings = dataclasses.replace(module.AlignBenchmarkSettings(), **module.QUICK)
+    torch.manual_seed(0)
+    codes = module.draw_codes(settings.items, settings.codebook_size, np.random.default_rng(0))
+    policy, reference = (module.make_policy(codes, build_trie(codes), settings.shape) for _ in range(2))
+    before = [p.detach().clone() for p in policy.parameters()]
+    stage = module.make_stage(policy, reference, module.draw_events(settings, 1), None, settings)
+    slates = module.our_step(stage, np.arange(settings.users), 0, 1)
+    assert slates.shape == (4, 4, 1)
+    assert all(len(set(row.tolist())) == 4 for row in slates.flatten(1))
+    assert any(not torch.equal(old, new) for old, new in zip(before, policy.parameters(), strict=True))
+
+
+def test_align_without_trl_says_how_to_get_it(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = load("align")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r'pip install "sagerec\[bench\]"'):
+        module.require_trl()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("pandas") is None, reason="pandas is not installed (extra bench)")

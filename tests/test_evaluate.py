@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sagerec.artifacts import read_json
+from sagerec.baselines import evaluate_baseline, sasrec_grid, sasrec_trials
 from sagerec.catalogue.dataset import Dataset, assemble, check_interactions, check_items
 from sagerec.catalogue.similarity import item_similarities
 from sagerec.catalogue.splits import Sequences, SplitSettings, make_split
@@ -18,10 +19,12 @@ from sagerec.errors import DatasetError, SettingsError
 from sagerec.evaluation.baselines import item_knn_lists, popularity_lists, top_k
 from sagerec.evaluation.evaluate import EvaluateSettings, evaluate_lists, excludes_history
 from sagerec.evaluation.sasrec import SasRec, SasRecSettings
-from sagerec.run import Run, evaluate, evaluate_baseline
+from sagerec.run import Run, audit, evaluate, make_ids, prepare
 from sagerec.semantic_ids.build import SemanticIds
 from sagerec.semantic_ids.clusters import item_clusters
 from tests.conftest import SMALL_RUN, SMALL_TRAIN
+
+TINY_SASREC = SasRecSettings(width=16, heads=2)
 
 
 def hand_data() -> Dataset:
@@ -218,13 +221,33 @@ def test_baselines_of_a_run_and_a_saved_report_is_reused(small_run: Run, caplog:
     settings = SMALL_RUN.evaluate
     popular = evaluate_baseline(small_run, "popularity", settings)
     knn = evaluate_baseline(small_run, "item-knn", settings)
-    sasrec = evaluate_baseline(
-        small_run, "sasrec", settings, model=SasRecSettings(width=16, heads=2), training=SMALL_TRAIN
-    )
+    sasrec = evaluate_baseline(small_run, "sasrec", settings, model=TINY_SASREC, training=SMALL_TRAIN)
     assert knn["metrics"]["recall@10"]["value"] > popular["metrics"]["recall@10"]["value"]
     assert {popular["cases"], knn["cases"], sasrec["cases"]} == {popular["cases"]}
     assert evaluate(small_run, settings) == read_json(small_run.folder / "evaluation.json")
     assert "evaluation.json is there and fits" in caplog.text
+
+
+def test_sasrec_is_tuned_on_validation_and_learns_from_the_reserved_events(store_folder: Path, tmp_path: Path) -> None:
+    run = prepare(store_folder, tmp_path / "run", SplitSettings(reserve="event"))
+    make_ids(run, SMALL_RUN.ids)
+    report = evaluate_baseline(run, "sasrec", SMALL_RUN.evaluate, model=TINY_SASREC, training=SMALL_TRAIN, trials=3)
+    trials = sasrec_trials(run, 3)
+    assert [trial["settings"] for trial in trials] == sasrec_grid(TINY_SASREC, SMALL_TRAIN, 3)
+    best = max(range(3), key=lambda number: trials[number]["criterion"])
+    assert [trial["chosen"] for trial in trials] == [number == best for number in range(3)]
+    chosen, copied = (run.folder / name / "model.safetensors" for name in (f"sasrec-{best}", "sasrec"))
+    assert chosen.read_bytes() == copied.read_bytes()
+    counts = {finding.stage: finding.counts for finding in audit(run)}["sasrec"]
+    assert counts == run.split.counts() | {"valid": 0, "test": 0}
+    assert counts["align"] > 0
+    # Once more: nothing is trained, and the report is the same.
+    times = {path: path.stat().st_mtime_ns for path in run.folder.glob("sasrec-*/model.safetensors")}
+    again = evaluate_baseline(run, "sasrec", SMALL_RUN.evaluate, model=TINY_SASREC, training=SMALL_TRAIN, trials=3)
+    assert again == report
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    with pytest.raises(SettingsError, match="trials is 9; expected 1 to"):
+        sasrec_grid(TINY_SASREC, SMALL_TRAIN, 9)
 
 
 def test_an_empty_part_and_bad_settings_are_errors(small_run: Run) -> None:

@@ -14,12 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sagerec.artifacts import read_json
+from sagerec.baselines import evaluate_baseline
 from sagerec.catalogue.dataset import INTERACTIONS, ITEM_ID, ITEMS, Dataset, assemble, read_dataset, write_dataset
 from sagerec.catalogue.splits import SplitSettings
 from sagerec.core.trie import ROOT, build_trie
 from sagerec.errors import ArtifactError, DatasetError, SettingsError
 from sagerec.policies.lazy_decoder import LazyDecoder, LazyDecoderSettings
-from sagerec.run import Run, evaluate, evaluate_baseline, make_ids, prepare, train
+from sagerec.run import Run, evaluate, make_ids, prepare, train
 from sagerec.semantic_ids.build import SemanticIdSettings
 from sagerec.semantic_ids.existing import parse_id, read_existing
 from sagerec.slates.beam import exact_lists

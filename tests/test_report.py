@@ -17,6 +17,7 @@ import polars as pl
 import pytest
 
 from sagerec import artifacts
+from sagerec.baselines import evaluate_baseline
 from sagerec.catalogue.dataset import INTERACTIONS, ITEMS
 from sagerec.catalogue.splits import SplitSettings
 from sagerec.cli import main
@@ -30,7 +31,7 @@ from sagerec.report.material import gather
 from sagerec.report.page import write_report
 from sagerec.report.tradeoffs import pareto_front
 from sagerec.report.training_plots import moving_mean
-from sagerec.run import Run, align, audit, evaluate, evaluate_baseline, make_ids, open_run, prepare, train
+from sagerec.run import Run, align, audit, evaluate, make_ids, open_run, prepare, train
 from sagerec.training.align_settings import AlignSettings
 from tests.conftest import SMALL_IDS, SMALL_POLICY, SMALL_RUN, SMALL_TRAIN
 

@@ -22,7 +22,8 @@ from sagerec.core.objectives import OBJECTIVES
 from sagerec.errors import SettingsError
 from sagerec.evaluation.compare import Measured, differences, holm, judge, measure, seed_variances, summarise
 from sagerec.evaluation.evaluate import EvaluateSettings
-from sagerec.study import CompareSettings, StudySettings, compare, grid, read_trials
+from sagerec.study import CompareSettings, StudySettings, compare
+from sagerec.study.jobs import grid, read_trials
 from tests.conftest import SMALL_RUN
 from tests.test_alignment import ENVIRONMENT, QUICK
 

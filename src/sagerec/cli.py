@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sagerec import run as pipeline
+from sagerec.baselines import BaselineName, evaluate_baseline
 from sagerec.catalogue.dataset import Dataset, read_dataset
 from sagerec.catalogue.describe import describe
 from sagerec.catalogue.export import ExportSettings, export_dataset
@@ -36,7 +37,7 @@ from sagerec.recommend import load
 from sagerec.report.markdown import write_results
 from sagerec.report.page import write_report
 from sagerec.report.training_plots import write_plots
-from sagerec.run import BaselineName, RunSettings
+from sagerec.run import RunSettings
 from sagerec.semantic_ids.build import SemanticIdSettings
 from sagerec.settings import require
 from sagerec.study import CompareSettings, StudySettings, compare
@@ -195,7 +196,7 @@ class RunAll:
         rows = dict(zip(("policy", "policy, refit"), reports, strict=False))
         run = pipeline.open_run(self.out)
         for name in self.baselines:
-            rows[name] = pipeline.evaluate_baseline(run, name, self.settings.evaluate)
+            rows[name] = evaluate_baseline(run, name, self.settings.evaluate)
         print_ids(run)
         print_reports(rows)
         print_examples(run, load(self.out))
@@ -387,10 +388,14 @@ class Baseline:
     """Shape of SASRec."""
     train: TrainSettings = TUNED
     """How SASRec is trained."""
+    trials: int = 1
+    """Learning rates and dropouts that SASRec is trained with; the best on validation is kept."""
 
     def __call__(self) -> None:
         run = pipeline.open_run(self.run)
-        report = pipeline.evaluate_baseline(run, self.name, self.evaluate, model=self.sasrec, training=self.train)
+        report = evaluate_baseline(
+            run, self.name, self.evaluate, model=self.sasrec, training=self.train, trials=self.trials
+        )
         print_reports({self.name: report})
 
 

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -27,11 +27,8 @@ from sagerec.catalogue.dataset import INTERACTIONS, ITEM_ID, ITEMS, SOURCE, Data
 from sagerec.catalogue.grow import grow_dataset, known_items, read_new_items
 from sagerec.catalogue.splits import Part, Split, SplitSettings, make_split, read_split, write_split
 from sagerec.catalogue.store import TRUTH, Store, read_store
-from sagerec.core.metrics import first_rank, recall_at
 from sagerec.errors import ArtifactError, DatasetError
-from sagerec.evaluation.baselines import item_knn_lists, popularity_lists
 from sagerec.evaluation.evaluate import EvaluateSettings, evaluate_lists, excludes_history, write_evaluation
-from sagerec.evaluation.sasrec import TUNED, SasRecSettings, read_sasrec, train_sasrec
 from sagerec.policies.lazy_decoder import LazyDecoder, LazyDecoderSettings
 from sagerec.progress import progress_bar
 from sagerec.semantic_ids.add import Addition, code_new_items, write_addition
@@ -44,18 +41,15 @@ from sagerec.training.loop import TrainSettings
 from sagerec.training.supervised import read_policy, train_policy
 
 logger = logging.getLogger(__name__)
-BaselineName = Literal["popularity", "item-knn", "sasrec"]
 AUDITED: dict[str, tuple[Part, ...]] = {
     "semantic_ids": ("train",),
     "policy": ("train",),
-    "sasrec": ("train",),
+    "sasrec": ("train", "align"),
     "policy-refit": ("train", "align", "valid"),
 }
 """Stages that learn from the log, and the parts that each may see."""
 ALIGNED_SEES: tuple[Part, ...] = ("train", "align")
 """What an aligned policy may see: the reserved events, and the training events before them as histories."""
-KNN_GRID = [(neighbours, decay) for neighbours in (50, 200) for decay in (1.0, 0.7, 0.4)]
-"""Settings of item-kNN among which validation chooses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +129,7 @@ def prepare(dataset: Path, out: Path, settings: SplitSettings) -> Run:
     data = read_dataset(dataset)
     source = artifacts.hash_file(dataset / INTERACTIONS) + artifacts.hash_file(dataset / ITEMS)
     target = out / "dataset"
-    if _is_needed(target, "dataset", made_from={"source": source}, settings={}):
+    if is_needed(target, "dataset", made_from={"source": source}, settings={}):
         sizes = {"users": data.n_users, "items": data.n_items, "interactions": data.n_events}
         with artifacts.write_artifact(target, "dataset", made_from={"source": source}, sizes=sizes) as fresh:
             for path in sorted(p for p in dataset.iterdir() if p.is_file() and p.name != artifacts.MANIFEST):
@@ -147,7 +141,7 @@ def prepare(dataset: Path, out: Path, settings: SplitSettings) -> Run:
     if older["dataset"]:
         data = read_dataset(target)
     resolved = to_json(settings)
-    if _is_needed(out / "split", "split", made_from=made_from, settings=resolved, seed=settings.seed, grown_from=older):
+    if is_needed(out / "split", "split", made_from=made_from, settings=resolved, seed=settings.seed, grown_from=older):
         write_split(out / "split", make_split(data, settings), settings, made_from["dataset"])
     return Run(out, data, read_split(out / "split"))
 
@@ -157,7 +151,7 @@ def make_ids(run: Run, settings: SemanticIdSettings) -> SemanticIds:
     folder, made_from = run.folder / "semantic_ids", run.hashes("dataset", "split")
     if settings.existing:
         made_from["existing"] = artifacts.hash_file(_existing_file(settings.existing))
-    if _is_needed(folder, "semantic_ids", made_from=made_from, settings=to_json(settings), seed=settings.seed):
+    if is_needed(folder, "semantic_ids", made_from=made_from, settings=to_json(settings), seed=settings.seed):
         train = run.split.sequences(run.data, "train")
         build_semantic_ids(folder, run.data, train, settings, made_from=made_from)
     return run.ids()
@@ -204,7 +198,7 @@ def train(run: Run, policy_settings: LazyDecoderSettings, settings: TrainSetting
     folder, made_from = run.folder / "policy", run.hashes("dataset", "split", "semantic_ids")
     resolved = {"policy": to_json(policy_settings), "train": to_json(settings)}
     older = run.grown_from("dataset", "semantic_ids")
-    if _is_needed(folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed, grown_from=older):
+    if is_needed(folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed, grown_from=older):
         train_policy(
             folder,
             run.ids(),
@@ -223,7 +217,7 @@ def refit(run: Run, policy_settings: LazyDecoderSettings, settings: TrainSetting
     folder, made_from = run.folder / "policy-refit", run.hashes("dataset", "split", "semantic_ids", "policy")
     resolved = {"policy": to_json(policy_settings), "train": to_json(settings)}
     older = run.grown_from("dataset", "semantic_ids")
-    if _is_needed(folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed, grown_from=older):
+    if is_needed(folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed, grown_from=older):
         events = run.split.sequences(run.data, "train", "align", "valid")
         train_policy(folder, run.ids(), events, None, policy_settings, settings, made_from=made_from)
 
@@ -238,7 +232,7 @@ def align(run: Run, settings: AlignSettings, *, name: str | None = None) -> str:
     made_from = run.hashes("dataset", "split", "semantic_ids", "policy")
     policy_settings = run.manifest("policy").settings["policy"]
     resolved = {"policy": policy_settings, "align": settings.what()}
-    if _is_needed(folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed):
+    if is_needed(folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed):
         ids = run.ids()
         start, reference = (read_policy(run.folder / "policy", ids, device="cpu") for _ in range(2))
         align_policy(
@@ -277,72 +271,10 @@ def evaluate(run: Run, settings: EvaluateSettings, *, name: str = "policy", devi
         return found, float(exact.mean())
 
     suffix = "" if name == "policy" else name.removeprefix("policy")
-    return _report(run, f"evaluation{suffix}", settings, lists, ids, run.hashes(name, "semantic_ids"), of_ids=True)
+    return report_lists(run, f"evaluation{suffix}", settings, lists, ids, run.hashes(name, "semantic_ids"), of_ids=True)
 
 
-def evaluate_baseline(
-    run: Run,
-    name: BaselineName,
-    settings: EvaluateSettings,
-    *,
-    model: SasRecSettings | None = None,
-    training: TrainSettings | None = None,
-) -> dict[str, Any]:
-    """Fit and evaluate a baseline on the split of the run; writes and returns its report."""
-    data, train_events = run.data, run.split.sequences(run.data, "train")
-    cases, validation = run.split.cases(data, settings.split), run.split.cases(data, "valid")
-    exclude, k, made_from = excludes_history(train_events, settings), max(settings.k), run.hashes("dataset", "split")
-    if name == "sasrec":
-        model, training = model or SasRecSettings(), training or TUNED
-        folder = run.folder / "sasrec"
-        resolved = {"model": to_json(model), "train": to_json(training)}
-        if _is_needed(folder, "sasrec", made_from=made_from, settings=resolved, seed=training.seed):
-            train_sasrec(
-                folder,
-                data.n_items,
-                train_events,
-                validation,
-                model,
-                training,
-                exclude_history=exclude,
-                made_from=made_from,
-            )
-        made_from = run.hashes("sasrec")
-
-    def lists() -> tuple[np.ndarray, float]:
-        if name == "sasrec":
-            return read_sasrec(folder, data.n_items).lists(cases, k=k, exclude_history=exclude), 1.0
-        if name == "popularity":
-            return (
-                popularity_lists(train_events, cases, n_items=data.n_items, k=k, exclude_history=exclude, max_items=50),
-                1.0,
-            )
-
-        def knn(part: Any, neighbours: int, decay: float) -> np.ndarray:
-            return item_knn_lists(
-                train_events,
-                part,
-                n_items=data.n_items,
-                k=k,
-                exclude_history=exclude,
-                max_items=50,
-                neighbours=neighbours,
-                decay=decay,
-            )
-
-        sample = validation.sample(5000, np.random.default_rng(settings.seed))
-        scored = [
-            (float(recall_at(first_rank(knn(sample, *setting), sample.targets), min(10, k)).mean()), setting)
-            for setting in KNN_GRID
-        ]
-        best = max(scored)[1] if len(sample) else KNN_GRID[0]
-        logger.info("item-kNN: validation chose %d neighbours, decay %.1f", *best)
-        return knn(cases, *best), 1.0
-
-    return _report(run, f"evaluation-{name}", settings, lists, run.ids(), made_from)
-
-
-def _report(
+def report_lists(
     run: Run,
     stem: str,
     settings: EvaluateSettings,
@@ -352,7 +284,9 @@ def _report(
     *,
     of_ids: bool = False,
 ) -> dict[str, Any]:
-    """The saved report where it fits, else a new one; `of_ids`: the lists hold Semantic IDs, not single items."""
+    """The report RUN/`stem`.json where it fits, else a new one of `lists`, which gives the lists (U, K) and the share
+    that is proven exact; `of_ids`: they hold Semantic IDs, not single items.
+    """
     stem = stem if settings.split == "test" else f"{stem}-{settings.split}"
     path = run.folder / f"{stem}.json"
     if path.is_file():
@@ -411,7 +345,7 @@ def run_all(dataset: Path, out: Path, settings: RunSettings, *, with_refit: bool
     return reports
 
 
-def _is_needed(
+def is_needed(
     folder: Path,
     kind: str,
     *,

@@ -14,12 +14,13 @@ import numpy as np
 import polars as pl
 
 from sagerec import artifacts
+from sagerec.baselines import BaselineName
 from sagerec.catalogue.splits import train_counts
 from sagerec.core.metrics import bootstrap_mean, entropy_at, first_rank, ndcg_at, recall_at
 from sagerec.errors import ArtifactError
 from sagerec.evaluation.evaluate import EvaluateSettings
 from sagerec.report.drawing import MOST_SERIES, Style
-from sagerec.run import BaselineName, Run, open_run
+from sagerec.run import Run, open_run
 from sagerec.semantic_ids.clusters import item_clusters
 from sagerec.training.tracking import METRICS
 

@@ -1,0 +1,195 @@
+"""Trials and rows as jobs: skipped where their result is there, and run in parallel processes."""
+
+import logging
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+
+from sagerec import artifacts
+from sagerec import run as pipeline
+from sagerec.core.objectives import find_objective
+from sagerec.errors import SettingsError, TrainingError
+from sagerec.progress import progress_bar
+from sagerec.run import Run, RunSettings
+from sagerec.settings import to_json
+from sagerec.study.settings import COMMON_GRID, OWN_GRID, StudySettings
+from sagerec.training.align_settings import AlignSettings
+from sagerec.training.tracking import METRICS
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One alignment, and what is done with it."""
+
+    kind: str
+    """trial: tried on validation, its weights are not kept; row: evaluated on test."""
+    objective: str
+    """The row of the table of objectives."""
+    settings: AlignSettings
+    """Its settings."""
+    name: str
+    """Trial or aligned policy."""
+
+
+def grid(objective: str, trials: int, align: AlignSettings, seed: int = 0) -> list[dict[str, Any]]:
+    """The settings to try: what `align` and the objective's row say, then a random order of the grid's other points.
+
+    Raises: SettingsError where the grid has fewer points than trials.
+    """
+    row, axes = find_objective(objective), COMMON_GRID | OWN_GRID.get(objective, {})
+    given = {name: getattr(align, name) if getattr(align, name) is not None else getattr(row, name) for name in axes}
+    points = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
+    others = [point for point in points if point != given]
+    if trials > 1 + len(others):
+        raise SettingsError(
+            f"trials is {trials}, and {objective} has {1 + len(others)} settings to try; expected at most as many, so "
+            "that every objective is tried as often"
+        )
+    order = np.random.default_rng(seed).permutation(len(others))
+    return [given, *(others[i] for i in order)][:trials]
+
+
+def tuning_jobs(settings: StudySettings, align: AlignSettings) -> list[Job]:
+    """The trials of every objective that is tuned."""
+    found = []
+    for objective in settings.rows():
+        if objective in settings.ablation_rows:
+            continue
+        for number, point in enumerate(grid(objective, settings.trials, align)):
+            chosen = replace(align, objective=objective, seed=0, **point)
+            found.append(Job("trial", objective, chosen, f"{objective}-{number}"))
+    return found
+
+
+def chosen_settings(folder: Path, objective: str, settings: StudySettings, align: AlignSettings) -> AlignSettings:
+    """The settings that won for an objective; an ablation has those of sage."""
+    if objective in settings.ablation_rows:
+        point = dict(chosen_point(folder, "sage", settings))
+        row = find_objective(objective)
+        # What the ablation takes away stays away.
+        for name in ("boost", "entropy_penalty"):
+            if getattr(row, name) == 0 or row.bound != "gradient":
+                point.pop(name, None)
+        return replace(align, objective=objective, **point)
+    return replace(align, objective=objective, **chosen_point(folder, objective, settings))
+
+
+def chosen_point(folder: Path, objective: str, settings: StudySettings) -> dict[str, Any]:
+    """The trial with the highest criterion; the defaults where there is none."""
+    tried = read_trials(folder, objective)[: settings.trials]
+    best: dict[str, Any] = max(tried, key=lambda trial: trial["criterion"])["settings"] if tried else {}
+    return best
+
+
+def read_trials(folder: Path, objective: str) -> list[dict[str, Any]]:
+    """The finished trials of an objective in their order."""
+    paths = sorted(
+        (folder / "trials").glob(f"{objective}-[0-9]*.json"), key=lambda path: int(path.stem.rpartition("-")[2])
+    )
+    return [artifacts.read_json(path) for path in paths if path.stem.rpartition("-")[0] == objective]
+
+
+def do_job(folder: Path, job: Job, run_settings: RunSettings, threads: int, device: str) -> str:
+    """Run one job in a process of its own; returns its name."""
+    torch.set_num_threads(threads)
+    run = pipeline.open_run(folder / "run")
+    settings = replace(job.settings, device=device)
+    if job.kind == "row":
+        pipeline.align(run, settings, name=job.name)
+        pipeline.evaluate(run, run_settings.evaluate, name=f"policy-{job.name}", device=device)
+        return job.name
+    axes = COMMON_GRID | OWN_GRID.get(job.objective, {})
+    record: dict[str, Any] = {
+        "objective": job.objective,
+        "settings": {axis: getattr(job.settings, axis) for axis in axes},
+        "align": job.settings.what(),
+        "made_from": run.hashes("dataset", "split", "semantic_ids", "policy"),
+        "metrics": {},
+    }
+    path = folder / "trials" / f"{job.name}.json"
+    try:
+        name = pipeline.align(run, settings, name=f"trial-{job.name}")
+    except TrainingError as error:
+        # Settings that do not hold are a result: the trial loses.
+        logger.warning("%s failed: %s", job.name, error)
+        artifacts.write_json(
+            path, record | {"criterion": 0.0, "kept_round": None, "seconds": 0.0, "failed": str(error)}
+        )
+        return job.name
+    manifest, where = run.manifest(name), run.folder / name
+    lines = [pl.read_ndjson(where / METRICS, infer_schema_length=None)]
+    validated = lines[0].filter(pl.col("criterion").is_not_null()) if "criterion" in lines[0].columns else None
+    kept: dict[str, Any] = {}
+    if validated is not None and len(validated):
+        kept = validated.filter(pl.col("round") == manifest.sizes["kept_round"]).row(0, named=True)
+    sizes = {key: manifest.sizes[key] for key in ("criterion", "kept_round", "seconds")}
+    measured = {k.removeprefix("valid_"): v for k, v in kept.items() if k.startswith("valid_")}
+    artifacts.write_json(path, record | sizes | {"metrics": measured})
+    shutil.rmtree(where)
+    return job.name
+
+
+def is_done(folder: Path, job: Job, run: Run, run_settings: RunSettings) -> bool:
+    """Whether a job's result is there and fits."""
+    made_from = run.hashes("dataset", "split", "semantic_ids", "policy")
+    if job.kind == "trial":
+        path = folder / "trials" / f"{job.name}.json"
+        if not path.is_file():
+            return False
+        saved = artifacts.read_json(path)
+        return bool(saved["align"] == job.settings.what() and saved["made_from"] == made_from)
+    path = run.folder / f"evaluation-{job.name}.json"
+    policy = run.folder / f"policy-{job.name}"
+    if not (path.is_file() and (policy / artifacts.MANIFEST).is_file()):
+        return False
+    manifest, saved = run.manifest(policy.name), artifacts.read_json(path)
+    same = manifest.settings["align"] == job.settings.what()
+    fits = saved["made_from"] == {policy.name: manifest.content_hash}
+    return bool(
+        same and fits and manifest.made_from == made_from and saved["settings"] == to_json(run_settings.evaluate)
+    )
+
+
+def do_jobs(folder: Path, jobs: Sequence[Job], settings: StudySettings, run_settings: RunSettings) -> None:
+    """Run the jobs that are not done, `processes` at a time."""
+    run = pipeline.open_run(folder / "run")
+    left = [job for job in jobs if not is_done(folder, job, run, run_settings)]
+    for job in jobs:
+        if job.kind == "trial" and job not in left:
+            shutil.rmtree(run.folder / f"policy-trial-{job.name}", ignore_errors=True)  # a kill may have left it
+    if not left:
+        return
+    logger.info("%d of %d jobs are done; %d to do", len(jobs) - len(left), len(jobs), len(left))
+    threads = max(1, torch.get_num_threads() // settings.processes)
+    gpus = torch.cuda.device_count()
+    devices = [
+        job.settings.device if job.settings.device != "auto" else f"cuda:{i % gpus}" if gpus else "cpu"
+        for i, job in enumerate(left)
+    ]
+    with (
+        progress_bar("study", len(left)) as bar,
+        ProcessPoolExecutor(settings.processes, mp_context=get_context("spawn")) as pool,
+    ):
+        waiting = {
+            pool.submit(do_job, folder, job, run_settings, threads, device)
+            for job, device in zip(left, devices, strict=True)
+        }
+        for done, future in enumerate(as_completed(waiting), start=1):
+            try:
+                name = future.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+            bar.update(done, name)
+            logger.info("%s is done; %d of %d left", name, len(left) - done, len(left))

@@ -1,0 +1,100 @@
+"""What a study compares, and the settings that its trials may choose."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from sagerec.baselines import BaselineName, sasrec_grid
+from sagerec.core.objectives import find_objective
+from sagerec.evaluation.sasrec import TUNED, SasRecSettings
+from sagerec.run import RunSettings
+from sagerec.settings import require
+from sagerec.training.align_settings import AlignSettings
+
+STUDY, CONTROL, REFERENCE = "study.json", "sft", "gbpo"
+ABLATIONS = ("sage_no_boost", "sage_no_penalty", "sage_coupled", "sage_token", "sage_bound")
+COMMON_GRID: dict[str, tuple[Any, ...]] = {"learning_rate": (8e-4, 4e-4, 1.6e-3)}
+"""What every objective may choose."""
+OWN_GRID: dict[str, dict[str, tuple[Any, ...]]] = {
+    "sage": {"boost": (4.0, 8.0), "entropy_penalty": (4.0, 2.0)},
+    "gbpo": {"sft_weight": (0.7, 1.4)},
+    "gdpo": {"clip_high": (0.2, 0.28), "sft_weight": (0.7, 1.4)},
+    "grpo": {"clip_high": (0.2, 0.28), "sft_weight": (0.7, 1.4)},
+    "dapo": {"clip_high": (0.28, 0.4), "sft_weight": (0.7, 1.4)},
+    "gspo": {"clip_high": (4e-4, 4e-2), "sft_weight": (0.7, 1.4)},
+    "cispo": {"cap": (5.0, 2.0), "sft_weight": (0.7, 1.4)},
+    "ecpo": {"clip_high": (0.2, 0.28), "sft_weight": (0.7, 1.4)},
+}
+"""What an objective may choose of its own; the first values are the defaults."""
+
+
+@dataclass(frozen=True, slots=True)
+class StudySettings:
+    """What is compared, and how."""
+
+    objectives: tuple[str, ...] = ("sage", "gbpo")
+    """Rows of the table of objectives that run with every seed; the control `sft` is added."""
+    single: tuple[str, ...] = ()
+    """Objectives that run with the first seed alone."""
+    ablations: tuple[str, ...] = ()
+    """Rows that take the settings that won for sage, with the first seed alone; `all` for the paper's."""
+    baselines: tuple[BaselineName, ...] = ("popularity", "item-knn")
+    """Baselines beside them."""
+    seeds: int = 3
+    """Seeds 0, 1, … of the alignments."""
+    trials: int = 3
+    """Trials of each objective's settings, the first with the defaults; 0 takes the defaults untried."""
+    processes: int = 1
+    """Jobs at a time, each with its share of the cores; on several GPUs, each on the next."""
+    bootstrap_samples: int = 2000
+    """Resamples of the users."""
+
+    def __post_init__(self) -> None:
+        for name in ("objectives", "single", "ablations"):
+            # As people write lists: sage,gbpo and sage gbpo are the same.
+            words = [word for text in getattr(self, name) for word in text.split(",") if word]
+            object.__setattr__(self, name, tuple(words))
+        for name in (*self.objectives, *self.single, *self.ablation_rows):
+            find_objective(name)
+        require(self.seeds >= 1, f"seeds is {self.seeds}; expected at least 1")
+        require(self.trials >= 0, f"trials is {self.trials}; expected 0 or above")
+        require(self.processes >= 1, f"processes is {self.processes}; expected at least 1")
+        require(self.bootstrap_samples >= 100, f"bootstrap_samples is {self.bootstrap_samples}; expected at least 100")
+
+    @property
+    def ablation_rows(self) -> tuple[str, ...]:
+        return ABLATIONS if self.ablations == ("all",) else self.ablations
+
+    def rows(self) -> dict[str, int]:
+        """Row -> number of seeds, in the order of the table."""
+        found = dict.fromkeys((CONTROL, *self.objectives), self.seeds)
+        return found | {name: 1 for name in (*self.single, *self.ablation_rows) if name not in found}
+
+
+@dataclass(frozen=True, slots=True)
+class CompareSettings:
+    """Settings of the whole study."""
+
+    study: StudySettings = field(default_factory=StudySettings)
+    """What is compared."""
+    run: RunSettings = field(default_factory=RunSettings)
+    """The supervised stage; its split reserves one event a user unless it says otherwise."""
+    align: AlignSettings = field(default_factory=AlignSettings)
+    """What all alignments share."""
+
+    def __post_init__(self) -> None:
+        for name in ("boost", "boost_form", "boost_scope", "entropy_penalty", "clip_low", "clip_high", "cap"):
+            require(
+                getattr(self.align, name) is None,
+                f"{name} is set for all objectives, which would make one of another; leave it to the trials",
+            )
+        if "sasrec" in self.study.baselines:
+            sasrec_grid(SasRecSettings(), TUNED, max(self.study.trials, 1))
+        require(
+            self.align.validations > 0 or self.study.trials < 2,
+            "validations is 0, so that no trial could win; expected at least 1",
+        )
+        require(
+            self.run.evaluate.split == "test" and max(self.run.evaluate.k) >= 10,
+            f"the study tests lists of 10 on test; expected --run.evaluate.split test and a k of at least 10, got "
+            f"{self.run.evaluate.split} and {self.run.evaluate.k}",
+        )
