@@ -15,6 +15,7 @@ LAYERS = [
     {"training"},
     {"evaluation"},
     {"run"},
+    {"baselines"},
     {"study"},
     {"report"},
     {"recommend"},
