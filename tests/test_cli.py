@@ -22,6 +22,7 @@ POSITIONAL = {
     ("import", "--format"),
     ("import", "--sources"),
     ("results", "--studies"),
+    ("diagnose", "--names"),
 }
 """Fields without a flag, beside those that are positional in every command."""
 

@@ -13,7 +13,7 @@ again, and the log says why.
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,17 @@ from sagerec import artifacts
 from sagerec.catalogue.audit import EVENTS_USED, Finding, audit_order, audit_stage, read_events_used
 from sagerec.catalogue.dataset import INTERACTIONS, ITEM_ID, ITEMS, SOURCE, Dataset, has_manifest, read_dataset
 from sagerec.catalogue.grow import grow_dataset, known_items, read_new_items
-from sagerec.catalogue.splits import Part, Split, SplitSettings, make_split, read_split, write_split
+from sagerec.catalogue.splits import Part, Split, SplitSettings, make_split, read_split, train_counts, write_split
 from sagerec.catalogue.store import TRUTH, Store, read_store
 from sagerec.errors import ArtifactError, DatasetError
-from sagerec.evaluation.evaluate import EvaluateSettings, evaluate_lists, excludes_history, write_evaluation
+from sagerec.evaluation.diagnose import Diagnosis, diagnose
+from sagerec.evaluation.evaluate import (
+    BUCKET_EDGES,
+    EvaluateSettings,
+    evaluate_lists,
+    excludes_history,
+    write_evaluation,
+)
 from sagerec.policies.lazy_decoder import LazyDecoder, LazyDecoderSettings
 from sagerec.progress import progress_bar
 from sagerec.semantic_ids.add import Addition, code_new_items, write_addition
@@ -307,6 +314,31 @@ def report_lists(
     }
     write_evaluation(path, report, cases, found, run.data)
     return report
+
+
+def read_lists(run: Run, name: str = "") -> np.ndarray:
+    """The lists (n, K) of RUN/evaluation`name`, as item indices, -1 where there is none.
+
+    Raises: ArtifactError where they are missing.
+    """
+    path = run.folder / f"evaluation{name}.lists.parquet"
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing; make it with: sagerec evaluate or sagerec baseline")
+    return pl.read_parquet(path)["items"].to_numpy().astype(np.int64)
+
+
+def diagnose_lists(run: Run, names: Sequence[str], k: int = 10) -> dict[str, Diagnosis]:
+    """Where the saved test lists of some systems miss; a name is that of a policy, or of a baseline.
+
+    Raises: ArtifactError where a system has no saved lists.
+    """
+    cases, counts = run.split.cases(run.data, "test"), train_counts(run.data, run.split)
+    found = {}
+    for name in names:
+        suffix = "" if name == "policy" else f"-{name.removeprefix('policy-')}"
+        lists = read_lists(run, suffix)[:, :k]
+        found[name] = diagnose(lists, cases.targets, run.ids().codes, counts, BUCKET_EDGES)
+    return found
 
 
 def audit(run: Run) -> list[Finding]:

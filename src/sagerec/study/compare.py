@@ -7,8 +7,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import polars as pl
 import torch
 
 from sagerec import artifacts
@@ -17,7 +15,7 @@ from sagerec.baselines import evaluate_baseline, sasrec_trials
 from sagerec.catalogue.splits import train_counts
 from sagerec.errors import SettingsError
 from sagerec.evaluation.compare import Measured, differences, judge, measure, seed_variances, summarise
-from sagerec.run import Run, RunSettings
+from sagerec.run import Run, RunSettings, read_lists
 from sagerec.semantic_ids.clusters import item_clusters
 from sagerec.settings import require, to_json
 from sagerec.study.jobs import Job, chosen_point, chosen_settings, do_jobs, read_trials, tuning_jobs
@@ -54,12 +52,6 @@ def compare(dataset: Path, folder: Path, settings: CompareSettings) -> dict[str,
     record = describe_study(folder, run, settings, run_settings)
     artifacts.write_json(folder / STUDY, record)
     return record
-
-
-def read_lists(run: Run, name: str) -> np.ndarray:
-    """The lists (U, K) of a report of the run."""
-    table = pl.read_parquet(run.folder / f"evaluation{name}.lists.parquet")
-    return table["items"].to_numpy().astype(np.int64)
 
 
 def describe_study(folder: Path, run: Run, settings: CompareSettings, run_settings: RunSettings) -> dict[str, Any]:

@@ -1,0 +1,7 @@
+"""`python -m sagerec.cli`."""
+
+import sys
+
+from sagerec.cli import main
+
+sys.exit(main())

@@ -1,0 +1,212 @@
+"""Commands that evaluate, compare, audit and show."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.table import Table
+
+from sagerec import run as pipeline
+from sagerec.baselines import BaselineName, evaluate_baseline
+from sagerec.cli.arguments import FLAT, Folder
+from sagerec.evaluation.evaluate import EvaluateSettings
+from sagerec.evaluation.sasrec import TUNED, SasRecSettings
+from sagerec.recommend import load
+from sagerec.report.markdown import write_results
+from sagerec.report.page import write_report
+from sagerec.run import RunSettings
+from sagerec.settings import require
+from sagerec.study import CompareSettings, StudySettings, compare
+from sagerec.tables import (
+    console,
+    print_diagnoses,
+    print_reports,
+    print_study,
+)
+from sagerec.training.align_settings import AlignSettings
+from sagerec.training.loop import TrainSettings
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Compare objectives under equal conditions: one supervised policy, the same events, rewards, rollouts and budget,
+    as many trials of each one's settings, several seeds, always beside the control. A stopped study goes on.
+
+    Example: sagerec compare DATASET --objectives sage,gbpo,gspo --seeds 3 --out STUDY
+    """
+
+    dataset: Folder
+    """Dataset folder (interactions.parquet, items.parquet)."""
+    out: Path
+    """Study folder to write."""
+    study: Annotated[StudySettings, FLAT] = field(default_factory=StudySettings)
+    """What is compared."""
+    align: AlignSettings = field(default_factory=AlignSettings)
+    """What all alignments share."""
+    run: RunSettings = field(default_factory=RunSettings)
+    """The supervised stage."""
+
+    def __call__(self) -> None:
+        print_study(compare(self.dataset, self.out, CompareSettings(self.study, self.run, self.align)))
+
+
+@dataclass(frozen=True)
+class Results:
+    """Write the tables of study folders as a page of Markdown, each under its title.
+
+    Example: sagerec results "Amazon Beauty=STUDY" --out docs/results.md
+    """
+
+    studies: tyro.conf.Positional[tuple[str, ...]]
+    """TITLE=FOLDER of each study."""
+    out: Path
+    """Page to write."""
+
+    def __call__(self) -> None:
+        folders = {}
+        for text in self.studies:
+            title, equals, folder = text.partition("=")
+            require(bool(title and equals and folder), f"study {text!r}; expected TITLE=FOLDER")
+            folders[title] = Path(folder)
+        console.print("wrote " + ", ".join(map(str, write_results(self.out, folders))), highlight=False)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Evaluate the policy of a run over every case of a split; writes RUN/evaluation.json.
+
+    Example: sagerec evaluate RUN --policy policy-sage --k 10 20
+    """
+
+    run: Folder
+    """Run folder."""
+    evaluate: Annotated[EvaluateSettings, FLAT] = field(default_factory=EvaluateSettings)
+    """What is measured."""
+    policy: str = "policy"
+    """Which policy of the run: policy, policy-refit, or an aligned one, such as policy-sage."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
+
+    def __call__(self) -> None:
+        run = pipeline.open_run(self.run)
+        print_reports({self.policy: pipeline.evaluate(run, self.evaluate, name=self.policy, device=self.device)})
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Fit and evaluate a baseline on the split of a run.
+
+    Example: sagerec baseline RUN sasrec --train.epochs 30
+    """
+
+    run: Folder
+    """Run folder."""
+    name: tyro.conf.Positional[BaselineName]
+    """Which baseline."""
+    evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
+    """What is measured."""
+    sasrec: SasRecSettings = field(default_factory=SasRecSettings)
+    """Shape of SASRec."""
+    train: TrainSettings = TUNED
+    """How SASRec is trained."""
+    trials: int = 1
+    """Learning rates and dropouts that SASRec is trained with; the best on validation is kept."""
+
+    def __call__(self) -> None:
+        run = pipeline.open_run(self.run)
+        report = evaluate_baseline(
+            run, self.name, self.evaluate, model=self.sasrec, training=self.train, trials=self.trials
+        )
+        print_reports({self.name: report})
+
+
+@dataclass(frozen=True)
+class Diagnose:
+    """Say where the test lists of some policies and baselines miss: by popularity, and at which code.
+
+    Example: sagerec diagnose RUN policy policy-sage sasrec
+    """
+
+    run: Folder
+    """Run folder."""
+    names: tyro.conf.Positional[tuple[str, ...]] = ("policy",)
+    """Policies and baselines that were evaluated; the others are compared with the first."""
+    k: int = 10
+    """Places of the list that count."""
+
+    def __call__(self) -> None:
+        require(self.k >= 1, f"k is {self.k}; expected at least 1")
+        run = pipeline.open_run(self.run)
+        print_diagnoses(run, pipeline.diagnose_lists(run, self.names, self.k), self.k)
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Prove that no stage of a run saw a test or validation target.
+
+    Example: sagerec audit RUN
+    """
+
+    run: Folder
+    """Run folder."""
+
+    def __call__(self) -> None:
+        table = Table(title="events that each stage used")
+        for column in ("stage", "train", "align", "valid", "test", "may use"):
+            table.add_column(column, justify="left" if column in ("stage", "may use") else "right")
+        for finding in pipeline.audit(pipeline.open_run(self.run)):
+            counts = [f"{finding.counts[part]:,}" for part in ("train", "align", "valid", "test")]
+            table.add_row(finding.stage, *counts, ", ".join(finding.allowed))
+        console.print(table)
+
+
+@dataclass(frozen=True)
+class Recommend:
+    """Print the next items for a history.
+
+    Example: sagerec recommend RUN --history B004756YJA,B004ZT0SSG -k 10
+    """
+
+    run: Folder
+    """Run folder."""
+    history: str
+    """Item ids, the oldest first, separated by commas."""
+    k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 10
+    """Items to print."""
+    slate: bool = False
+    """Write a slate, item after item, in place of the k most probable next items."""
+    keep_history: bool = False
+    """Items of the history may be recommended again."""
+    policy: str = "policy"
+    """Which policy of the run: policy, policy-refit, or an aligned one, such as policy-sage."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
+
+    def __call__(self) -> None:
+        recommender = load(self.run, policy=self.policy, device=self.device)
+        history = [value.strip() for value in self.history.split(",") if value.strip()]
+        found = recommender.recommend(history, k=self.k, exclude_history=not self.keep_history, slate=self.slate)
+        table = Table()
+        for column, justify in (("rank", "right"), ("item_id", "left"), ("title", "left"), ("score", "right")):
+            table.add_column(column, justify=justify)  # type: ignore[arg-type]
+        for rank, item, title, score in found.iter_rows():
+            table.add_row(str(rank), item, title, f"{score:.3f}")
+        console.print(table)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write one self-contained HTML page of a run or a study: settings, table, trade-offs, curves, example users.
+
+    Example: sagerec report RUN --out report.html
+    """
+
+    run: Folder
+    """Run folder, or study folder."""
+    out: Path | None = None
+    """Where the page goes; report.html in the folder if not given."""
+
+    def __call__(self) -> None:
+        path = write_report(self.run, self.out)
+        console.print(f"{path} ({path.stat().st_size / 1e6:.2f} MB): open it in a browser", highlight=False)

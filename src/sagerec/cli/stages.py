@@ -1,0 +1,159 @@
+"""Commands that fill a run folder."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from sagerec import run as pipeline
+from sagerec.baselines import BaselineName, evaluate_baseline
+from sagerec.catalogue.splits import SplitSettings
+from sagerec.cli.arguments import FLAT, Folder
+from sagerec.policies.lazy_decoder import LazyDecoderSettings
+from sagerec.recommend import load
+from sagerec.report.training_plots import write_plots
+from sagerec.run import RunSettings
+from sagerec.semantic_ids.build import SemanticIdSettings
+from sagerec.tables import (
+    console,
+    print_alignment,
+    print_examples,
+    print_ids,
+    print_reports,
+)
+from sagerec.training import parallel
+from sagerec.training.align_settings import AlignSettings
+from sagerec.training.loop import TrainSettings
+
+
+@dataclass(frozen=True)
+class RunAll:
+    """Do all stages: split, Semantic IDs, supervised training, audit, evaluation. Stages that are there and fit are
+    skipped; a killed training resumes.
+
+    Example: sagerec run DATASET --out RUN --train.epochs 20 --ids.codebook-size 128
+    """
+
+    dataset: Folder
+    """Dataset folder (interactions.parquet, items.parquet)."""
+    out: Path
+    """Run folder to write."""
+    settings: Annotated[RunSettings, FLAT] = field(default_factory=RunSettings)
+    """The stages' settings."""
+    refit: bool = False
+    """Train once more with the validation events, for deployment; a row of its own."""
+    baselines: tuple[BaselineName, ...] = ()
+    """Baselines to evaluate beside it."""
+
+    def __call__(self) -> None:
+        reports = pipeline.run_all(self.dataset, self.out, self.settings, with_refit=self.refit)
+        rows = dict(zip(("policy", "policy, refit"), reports, strict=False))
+        run = pipeline.open_run(self.out)
+        for name in self.baselines:
+            rows[name] = evaluate_baseline(run, name, self.settings.evaluate)
+        print_ids(run)
+        print_reports(rows)
+        print_examples(run, load(self.out))
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Copy a dataset into a run folder and split it.
+
+    Example: sagerec prepare DATASET --out RUN --split.reserve event
+    """
+
+    dataset: Folder
+    """Dataset folder (interactions.parquet, items.parquet)."""
+    out: Path
+    """Run folder to write."""
+    split: SplitSettings = field(default_factory=SplitSettings)
+    """How the log is divided."""
+
+    def __call__(self) -> None:
+        run = pipeline.prepare(self.dataset, self.out, self.split)
+        console.print(f"{run.split.scheme} split: " + ", ".join(f"{n:,} {p}" for p, n in run.split.counts().items()))
+
+
+@dataclass(frozen=True)
+class Ids:
+    """Make the Semantic IDs of a run.
+
+    Example: sagerec ids RUN --quantiser balanced-kmeans --codebook-size 256
+    """
+
+    run: Folder
+    """Run folder."""
+    ids: Annotated[SemanticIdSettings, FLAT] = field(default_factory=SemanticIdSettings)
+    """How items become codes."""
+
+    def __call__(self) -> None:
+        run = pipeline.open_run(self.run)
+        pipeline.make_ids(run, self.ids)
+        print_ids(run)
+
+
+@dataclass(frozen=True)
+class IdsAdd:
+    """Add items to the catalogue of a run: they get codes from its codebooks, and its policies go on working.
+
+    Example: sagerec ids add RUN ITEMS.parquet
+    """
+
+    run: Folder
+    """Run folder."""
+    items: Folder
+    """Parquet file with the columns of items.parquet."""
+
+    def __call__(self) -> None:
+        added = pipeline.add_items(self.run, self.items)
+        console.print(
+            f"{added.items:,} items added, {added.collisions:,} of them with the codes of another item; "
+            f"reconstruction error {added.reconstruction_error:.3f}",
+            highlight=False,
+        )
+        print_ids(pipeline.open_run(self.run))
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train the policy of a run on its training events. A killed training resumes.
+
+    Example: sagerec train RUN --train.epochs 20 --policy.width 64
+    """
+
+    run: Folder
+    """Run folder."""
+    policy: LazyDecoderSettings = field(default_factory=LazyDecoderSettings)
+    """Shape of the policy."""
+    train: TrainSettings = field(default_factory=TrainSettings)
+    """How the policy is trained."""
+    refit: bool = False
+    """Also train once more with the validation events, for deployment."""
+
+    def __call__(self) -> None:
+        run = pipeline.open_run(self.run)
+        pipeline.train(run, self.policy, self.train)
+        if self.refit:
+            pipeline.refit(run, self.policy, self.train)
+
+
+@dataclass(frozen=True)
+class Align:
+    """Align the supervised policy of a run with several rewards, on events that it has not seen. A killed one resumes.
+
+    Example: sagerec align RUN --objective sage --reward hit=1 --reward cold*hit=0.5
+    """
+
+    run: Folder
+    """Run folder, made with --split.reserve event (or users)."""
+    align: Annotated[AlignSettings, FLAT] = field(default_factory=AlignSettings)
+    """How it is aligned."""
+    name: str | None = None
+    """The aligned policy becomes RUN/policy-NAME; the objective's name if not given."""
+
+    def __call__(self) -> None:
+        run = pipeline.open_run(self.run)
+        name = pipeline.align(run, self.align, name=self.name)
+        if parallel.rank() == 0:
+            write_plots(run.folder / name)
+            print_alignment(run, name)
