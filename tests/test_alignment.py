@@ -23,6 +23,7 @@ from sagerec.catalogue.simulate import simulate
 from sagerec.catalogue.splits import SplitSettings
 from sagerec.catalogue.store import StoreSettings, write_store
 from sagerec.core.metrics import first_rank, recall_at
+from sagerec.core.objectives import policy_loss
 from sagerec.core.rewards import parse_rewards
 from sagerec.errors import ArtifactError, RewardError, SettingsError, TrainingError
 from sagerec.policies.lazy_decoder import LazyDecoderSettings
@@ -398,3 +399,20 @@ def test_logged_feedback_is_keyed_by_event_and_missing_columns_are_named(tmp_pat
     assert 0 < sum(value == 1 for value in watched[0]) < len(watched[0])
     with pytest.raises(RewardError, match="the reward 'category' needs categories, and no item has one"):
         align(run, replace(QUICK, reward=("category=1",)))
+
+
+def test_figures_of_token_ratios_are_of_counted_tokens() -> None:
+    """Ratios 2 of the two counted tokens, one of them at the bound of a clip; what stands elsewhere counts nowhere."""
+    old = torch.full((1, 2, 3), -2.0)
+    mask = torch.tensor([[[True, False, False], [True, False, False]]])
+    found = policy_loss(
+        "grpo",
+        logprobs=(old + torch.tensor(2.0).log()).masked_fill(~mask, -7.0).requires_grad_(),
+        old_logprobs=old,
+        mask=mask,
+        rewards=torch.tensor([[[1.0], [0.0]]]),
+    )
+    figures = rounds.bound_figures(found, mask)
+    assert [figures[f"ratio_q{q}"].item() for q in ("05", "50", "95")] == pytest.approx([2.0] * 3)
+    assert (figures["share_at_upper"].item(), figures["share_at_lower"].item()) == (0.5, 0.0)
+    assert (figures["coefficient_positive"].item(), figures["coefficient_negative"].item()) == pytest.approx((0, 2))

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sagerec.catalogue.splits import Cases
-from sagerec.core.objectives import compute_advantages, policy_loss
+from sagerec.core.objectives import PolicyLoss, compute_advantages, policy_loss
 from sagerec.core.rewards import Facts, RewardInputs, compute_rewards, slate_coldness, slate_diversity
 from sagerec.errors import NumericalError, TrainingError
 from sagerec.policies.lazy_decoder import LazyDecoder
@@ -270,7 +270,7 @@ def losses(stage: Stage, batch: Minibatch, step: int) -> tuple[Tensor, dict[str,
             denominator=parallel.add_up(sizes[row.aggregation]),
         )
         total = total + settings.policy_weight * found.loss
-        logged |= bound_figures(found.diagnostics, found.coefficient, batch.advantages)
+        logged |= bound_figures(found, mask)
         logged |= {"policy_loss": found.loss.detach(), "entropy_nats": entropy.detach()}
         if settings.kl_weight:
             assert batch.rollouts.reference is not None
@@ -290,12 +290,17 @@ def losses(stage: Stage, batch: Minibatch, step: int) -> tuple[Tensor, dict[str,
     return total, logged
 
 
-def bound_figures(diagnostics: dict[str, Tensor], coefficient: Tensor, advantages: Tensor) -> dict[str, Tensor]:
-    """Quantiles of the ratio, shares of units at each bound, and mean coefficients of both signs."""
-    ratio, at_bound = diagnostics["ratio"], diagnostics["at_bound"]
-    positive, negative = advantages > 0, advantages < 0
+def bound_figures(found: PolicyLoss, mask: Tensor) -> dict[str, Tensor]:
+    """Quantiles of the ratio, shares of units at each bound, and mean coefficients of both signs.
+
+    Units are slates, or, for token ratios, the tokens that `mask` (B, G, T) counts.
+    """
+    ratio, at_bound = found.diagnostics["ratio"], found.diagnostics["at_bound"]
+    coefficient, advantages = found.coefficient, found.advantages
     if ratio.ndim == 3:
-        positive, negative = (x.unsqueeze(2).expand_as(ratio) for x in (positive, negative))
+        advantages = advantages.unsqueeze(2).expand_as(ratio)[mask]
+        ratio, at_bound, coefficient = ratio[mask], at_bound[mask], coefficient[mask]
+    positive, negative = advantages > 0, advantages < 0
     sample = ratio.flatten()[:: max(1, ratio.numel() // 4096)].float()
     low, middle, high = torch.quantile(sample, sample.new_tensor([0.05, 0.5, 0.95])).unbind()
     return {
