@@ -246,6 +246,13 @@ def test_sasrec_is_tuned_on_validation_and_learns_from_the_reserved_events(store
     again = evaluate_baseline(run, "sasrec", SMALL_RUN.evaluate, model=TINY_SASREC, training=SMALL_TRAIN, trials=3)
     assert again == report
     assert {path: path.stat().st_mtime_ns for path in times} == times
+    refit = evaluate_baseline(
+        run, "sasrec", SMALL_RUN.evaluate, model=TINY_SASREC, training=SMALL_TRAIN, trials=3, refit=True
+    )
+    assert refit["made_from"].keys() == {"sasrec-refit"}
+    assert {f.stage: f.counts for f in audit(run)}["sasrec-refit"] == run.split.counts() | {"test": 0}
+    with pytest.raises(SettingsError, match="refit is set for item-knn"):
+        evaluate_baseline(run, "item-knn", SMALL_RUN.evaluate, refit=True)
     with pytest.raises(SettingsError, match="trials is 9; expected 1 to"):
         sasrec_grid(TINY_SASREC, SMALL_TRAIN, 9)
 

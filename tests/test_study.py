@@ -22,6 +22,7 @@ from sagerec.core.objectives import OBJECTIVES
 from sagerec.errors import SettingsError
 from sagerec.evaluation.compare import Measured, differences, holm, judge, measure, seed_variances, summarise
 from sagerec.evaluation.evaluate import EvaluateSettings
+from sagerec.report.markdown import BY_HAND
 from sagerec.study import CompareSettings, StudySettings, compare
 from sagerec.study.jobs import grid, read_trials
 from tests.conftest import SMALL_RUN
@@ -198,6 +199,9 @@ def test_results_are_tables_of_the_record(tmp_path: Path, capsys: pytest.Capture
     text = page.read_text(encoding="utf-8")
     assert "## A store" in text
     assert "(results-a-store.svg)" in text
+    page.write_text(f"old\n{BY_HAND}\n\n## Why\n\nBecause.\n", encoding="utf-8")
+    assert main(["results", f"A store={tmp_path / 'study'}", "--out", str(page)]) == 0
+    assert page.read_text(encoding="utf-8") == f"{text.rstrip()}\n\n{BY_HAND}\n\n## Why\n\nBecause.\n"
     assert ">sage<" in (tmp_path / "results-a-store.svg").read_text(encoding="utf-8")
     assert "| sage | 2 | 0.1000 [0.0900 – 0.1100] | 0.1000 [0.0900 – 0.1100] | 1.5 |" in text
     assert "| sage | sft | +25.0% (p 0.004) | +25.0% (p 0.004) |" in text

@@ -21,7 +21,7 @@ from sagerec.evaluation.baselines import item_knn_lists, popularity_lists
 from sagerec.evaluation.evaluate import EvaluateSettings, excludes_history
 from sagerec.evaluation.sasrec import TUNED, SasRecSettings, read_sasrec, train_sasrec
 from sagerec.run import Run, is_needed, report_lists
-from sagerec.settings import to_json
+from sagerec.settings import from_json, to_json
 from sagerec.training.loop import TrainSettings
 
 logger = logging.getLogger(__name__)
@@ -42,26 +42,32 @@ def evaluate_baseline(
     model: SasRecSettings | None = None,
     training: TrainSettings | None = None,
     trials: int = 1,
+    refit: bool = False,
 ) -> dict[str, Any]:
     """Fit and evaluate a baseline on the split of the run; writes and returns its report.
 
     `model` and `training` are those of SASRec. With `trials` above 1 it is trained with so many points of SASREC_GRID,
-    the first the given settings, and the best on validation is kept.
+    the first the given settings, and the best on validation is kept. With `refit` it is trained once more, on the
+    validation events too, for as many epochs as were best: a row of its own, `sasrec-refit`.
 
-    Raises: SettingsError for more trials than the grid has points.
+    Raises: SettingsError for more trials than the grid has points, or `refit` of another baseline.
     """
     data, events = run.data, run.split.sequences(run.data, "train", "align")
     exclude = excludes_history(run.split.sequences(data, "train"), settings)
-    made_from, k = run.hashes("dataset", "split"), max(settings.k)
+    made_from, k, folder = run.hashes("dataset", "split"), max(settings.k), run.folder / "sasrec"
+    if refit and name != "sasrec":
+        raise SettingsError(f"refit is set for {name}; expected it for sasrec alone")
     if name == "sasrec":
         tune_sasrec(run, events, model or SasRecSettings(), training or TUNED, trials, exclude_history=exclude)
-        made_from = run.hashes("sasrec")
+        if refit:
+            folder = refit_sasrec(run, exclude_history=exclude)
+        made_from = {folder.name: artifacts.read_manifest(folder, "sasrec").content_hash}
 
     def lists() -> tuple[np.ndarray, float]:
         cases = run.split.cases(data, settings.split)
         shared: dict[str, Any] = {"n_items": data.n_items, "k": k, "exclude_history": exclude, "max_items": 50}
         if name == "sasrec":
-            found = read_sasrec(run.folder / "sasrec", data.n_items).lists(cases, k=k, exclude_history=exclude)
+            found = read_sasrec(folder, data.n_items).lists(cases, k=k, exclude_history=exclude)
         elif name == "popularity":
             found = popularity_lists(events, cases, **shared)
         else:
@@ -69,7 +75,8 @@ def evaluate_baseline(
             found = _tuned_knn(events, sample, shared)(cases)
         return found, 1.0
 
-    return report_lists(run, f"evaluation-{name}", settings, lists, run.ids(), made_from)
+    stem = f"evaluation-{name}-refit" if refit else f"evaluation-{name}"
+    return report_lists(run, stem, settings, lists, run.ids(), made_from)
 
 
 def _tuned_knn(events: Sequences, sample: Cases, shared: dict[str, Any]) -> Lists:
@@ -111,25 +118,53 @@ def tune_sasrec(
     """Train RUN/sasrec-N for each point of the grid, and copy the best to RUN/sasrec; one alone is trained there."""
     points, made_from = sasrec_grid(model, training, trials), run.hashes("dataset", "split")
     folders = [run.folder / (f"sasrec-{number}" if trials > 1 else "sasrec") for number in range(trials)]
+    validation = run.split.cases(run.data, "valid")
     for folder, point in zip(folders, points, strict=True):
         own_model = replace(model, dropout=point["dropout"])
         own_training = replace(training, learning_rate=point["learning_rate"])
-        resolved = {"model": to_json(own_model), "train": to_json(own_training)}
-        if is_needed(folder, "sasrec", made_from=made_from, settings=resolved, seed=own_training.seed):
-            train_sasrec(
-                folder,
-                run.data.n_items,
-                events,
-                run.split.cases(run.data, "valid"),
-                own_model,
-                own_training,
-                exclude_history=exclude_history,
-                made_from=made_from,
-            )
+        fit_sasrec(folder, run, events, validation, own_model, own_training, made_from, exclude_history=exclude_history)
     if trials > 1:
         best = max(folders, key=lambda folder: _validated(folder)["best_valid_recall@10"] or 0.0)
         logger.info("SASRec: validation chose %s", dict(points[folders.index(best)]))
         _copy(best, run.folder / "sasrec")
+
+
+def refit_sasrec(run: Run, *, exclude_history: bool) -> Path:
+    """Train RUN/sasrec-refit with the settings of RUN/sasrec, on every event but the test's; returns the folder."""
+    manifest, folder = artifacts.read_manifest(run.folder / "sasrec", "sasrec"), run.folder / "sasrec-refit"
+    model = from_json(SasRecSettings, manifest.settings["model"])
+    training = from_json(TrainSettings, manifest.settings["train"])
+    training = replace(training, epochs=int(manifest.sizes["best_epoch"]), validate_every=0)
+    events = run.split.sequences(run.data, "train", "align", "valid")
+    made_from = run.hashes("dataset", "split") | {"sasrec": manifest.content_hash}
+    fit_sasrec(folder, run, events, None, model, training, made_from, exclude_history=exclude_history)
+    return folder
+
+
+def fit_sasrec(
+    folder: Path,
+    run: Run,
+    events: Sequences,
+    validation: Cases | None,
+    model: SasRecSettings,
+    training: TrainSettings,
+    made_from: dict[str, str],
+    *,
+    exclude_history: bool,
+) -> None:
+    """Train SASRec into `folder`, unless what is there fits."""
+    resolved = {"model": to_json(model), "train": to_json(training)}
+    if is_needed(folder, "sasrec", made_from=made_from, settings=resolved, seed=training.seed):
+        train_sasrec(
+            folder,
+            run.data.n_items,
+            events,
+            validation,
+            model,
+            training,
+            exclude_history=exclude_history,
+            made_from=made_from,
+        )
 
 
 def _validated(folder: Path) -> dict[str, Any]:

@@ -53,6 +53,7 @@ AUDITED: dict[str, tuple[Part, ...]] = {
     "policy": ("train",),
     "sasrec": ("train", "align"),
     "policy-refit": ("train", "align", "valid"),
+    "sasrec-refit": ("train", "align", "valid"),
 }
 """Stages that learn from the log, and the parts that each may see."""
 ALIGNED_SEES: tuple[Part, ...] = ("train", "align")
@@ -88,7 +89,7 @@ class Run:
 
     def manifest(self, name: str) -> artifacts.Manifest:
         """Manifest of one artefact of the run. Raises: ArtifactError."""
-        kind = "policy" if name.startswith("policy") else name
+        kind = next((kind for kind in ("policy", "sasrec") if name.startswith(kind)), name)
         return artifacts.read_manifest(self.folder / name, kind)
 
     def hashes(self, *names: str) -> dict[str, str]:

@@ -112,11 +112,13 @@ class Baseline:
     """How SASRec is trained."""
     trials: int = 1
     """Learning rates and dropouts that SASRec is trained with; the best on validation is kept."""
+    refit: bool = False
+    """Train SASRec once more, on the validation events too; a row of its own."""
 
     def __call__(self) -> None:
         run = pipeline.open_run(self.run)
         report = evaluate_baseline(
-            run, self.name, self.evaluate, model=self.sasrec, training=self.train, trials=self.trials
+            run, self.name, self.evaluate, model=self.sasrec, training=self.train, trials=self.trials, refit=self.refit
         )
         print_reports({self.name: report})
 

@@ -25,6 +25,7 @@ NAMES = {
     "dislikes@10": "dislikes",
     "watch_seconds@10": "seconds watched",
 }
+BY_HAND = "<!-- What follows is written by hand; `sagerec results` keeps it. -->"
 PUBLISHED = """| published, not measured here | Recall@10 | NDCG@10 | Cold-Recall@10 | Entropy@10 | source |
 |---|---|---|---|---|---|
 | SAGE | | | .0619 | 2.551 | arXiv 2601.21452 |
@@ -32,6 +33,8 @@ PUBLISHED = """| published, not measured here | Recall@10 | NDCG@10 | Cold-Recal
 | TIGER | .0648 | .0384 | | | arXiv 2305.05065 |
 | LC-Rec | .0764 | | | | arXiv 2311.09049 |
 | RPG | .0809 | .0464 | | | arXiv 2506.05781 |
+| SASRec, sampled softmax, by eSASRec's authors | .0921 | .0531 | | | github.com/blondered/transformer_benchmark |
+| eSASRec | .0928 | .0523 | | | arXiv 2508.06450 and there |
 """
 
 
@@ -49,7 +52,9 @@ def study_markdown(record: dict[str, Any], title: str, plot: str) -> str:
 def write_results(out: Path, folders: dict[str, Path]) -> list[Path]:
     """Write the whole page, a study under each title and what others published, and an SVG a study beside it.
 
-    Returns what was written. Raises: ArtifactError where a folder has no study.json.
+    What stands after the mark BY_HAND in a page that is there is kept. Returns what was written.
+
+    Raises: ArtifactError where a folder has no study.json.
     """
     records = {title: read_json(folder / STUDY) for title, folder in folders.items()}
     plots = {t: out.with_name(f"{out.stem}-{re.sub(r'[^a-z0-9]+', '-', t.lower()).strip('-')}.svg") for t in records}
@@ -58,7 +63,7 @@ def write_results(out: Path, folders: dict[str, Path]) -> list[Path]:
     parts = [
         "# Results",
         "",
-        "Written by `sagerec results`; do not edit. How to repeat each table: [reproduce](reproduce.md).",
+        "Written by `sagerec results`, down to the mark. How to repeat each table: [reproduce](reproduce.md).",
         "",
         *(study_markdown(record, title, plots[title].name) for title, record in records.items()),
         "## What others published on Amazon Beauty",
@@ -67,6 +72,9 @@ def write_results(out: Path, folders: dict[str, Path]) -> list[Path]:
         "",
         PUBLISHED,
     ]
+    if out.is_file():
+        mark, notes = out.read_text(encoding="utf-8").partition(BY_HAND)[1:]
+        parts += [mark + notes] if mark else []
     write_text(out, "\n".join(parts).rstrip() + "\n")
     return [out, *plots.values()]
 
