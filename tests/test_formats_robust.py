@@ -12,10 +12,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from sagerec.catalogue.dataset import TIMESTAMP
 from sagerec.catalogue.formats import delimited, json_lines
 from sagerec.catalogue.formats.amazon import LOG_FIELDS
 from sagerec.catalogue.formats.blocks import BadRows, Block, read_blocks
 from sagerec.catalogue.formats.delimited import Dialect, slow_chunk
+from sagerec.catalogue.formats.event_log import LINE, USER, Codes, in_order
 from sagerec.catalogue.formats.fields import Field, log_fields
 from sagerec.catalogue.formats.importer import Format, import_dataset
 from sagerec.catalogue.formats.writer import ImportSettings
@@ -143,6 +145,7 @@ BAD_LINES: list[tuple[Any, str]] = [
         GOOD | {"timestamp": 10**30},
         "wrong type: 'timestamp' is 1000000000000000000000000000000; expected a whole number",
     ),
+    (GOOD | {"rating": 10**400}, f"wrong type: 'rating' is 1{'0' * 56}...; expected a number"),
     (GOOD | {"rating": "good"}, "wrong type: 'rating' is 'good'; expected a number"),
     (GOOD | {"verified_purchase": 1}, "wrong type: 'verified_purchase' is 1; expected true or false"),
     (GOOD | {"helpful_vote": True}, "wrong type: 'helpful_vote' is True; expected a number"),
@@ -206,20 +209,65 @@ RECORDS = st.lists(
 )
 
 
-@given(records=RECORDS, escape=st.booleans())
-@settings(max_examples=150, deadline=None)
-def test_json_fast_path_equals_its_twin(records: list[dict[str, Any]], escape: bool) -> None:
-    """Where the fast path answers, the slow one finds no bad row and the same table."""
-    text = "".join(json.dumps(r, ensure_ascii=escape) + "\n" for r in records).encode()
-    block = Block(Path("x"), text, 5, len(records), 0)
+def check_json_twins(text: bytes) -> bool:
+    """Whether the fast path answers; where it does, the slow one finds no bad row and the same table."""
+    block = Block(Path("x"), text, 5, text.count(b"\n"), 0)
     fast = json_lines.fast_chunk(block, FIELDS)
     bad = BadRows(skip=True)
     slow = json_lines.slow_chunk(block, FIELDS, bad, json_lines.parse_json)
-    assert len(slow.table) + bad.counts.total() == len(records)
     if fast is not None:
         assert bad.counts.total() == 0
         assert fast.table.equals(slow.table)
-        assert fast.lines.tolist() == slow.lines.tolist() == list(range(5, 5 + len(records)))
+        assert fast.lines.tolist() == slow.lines.tolist() == list(range(5, 5 + block.line_count))
+    return fast is not None
+
+
+@given(records=RECORDS, escape=st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_json_fast_path_equals_its_twin(records: list[dict[str, Any]], escape: bool) -> None:
+    check_json_twins("".join(json.dumps(r, ensure_ascii=escape) + "\n" for r in records).encode())
+
+
+RAW_VALUES = [
+    "null", "true", "0", "-0", "-0.0", "01", "1.", "1.0", "1.5", "1e3", "1e", "1e400", "5e-324", "0.30000000000000004",
+    "NaN", "-Infinity", str(2**53 + 1), str(2**63 - 1), str(2**63), str(-(2**63)), str(1 - 2**63), "9.3e18", "1" * 400,
+    '""', '"1"', '"[1]"', '"\\ud800"', '"\\ud83d\\ude00"', '"\\ud800\\u0041"', '"\\u0000"', '"a\tb"', '"\\x"', '"\xff"',
+    '"\\"', "[]", '{"user_id": "v"}', "[1,]", "nul", "[" * 300 + "]" * 300, "[" * 5000,
+]  # fmt: skip
+GOOD_LINE = json.dumps(GOOD).encode()
+
+
+@pytest.mark.parametrize("value", RAW_VALUES)
+@pytest.mark.parametrize("name", [*GOOD_VALUES, "text"])
+def test_json_twins_on_values_at_the_edge(name: str, value: str) -> None:
+    """In place of the good value, and behind it under the same name: of two, both take the last."""
+    raw = value.encode("latin1")
+    check_json_twins(json.dumps(GOOD | {name: "@"}).encode().replace(b'"@"', raw) + b"\n")
+    check_json_twins(GOOD_LINE + b"\n" + GOOD_LINE[:-1] + b', "' + name.encode() + b'": ' + raw + b"}\n")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"\n",
+        b"{}\n",
+        b"[1]\n",
+        GOOD_LINE + b"\n \n" + GOOD_LINE + b"\n",
+        GOOD_LINE + b" " + GOOD_LINE + b"\n",
+        GOOD_LINE + b", " + GOOD_LINE + b"\n",
+        GOOD_LINE + GOOD_LINE + b"\n" + GOOD_LINE.replace(b": 1,", b":\n1,") + b"\n",  # three objects on three lines
+        GOOD_LINE + GOOD_LINE[:-1] + b', "more": [{}\n, {}]}\n',  # two on two
+        b"\xef\xbb\xbf" + GOOD_LINE + b"\n",
+        GOOD_LINE[:-1] + b"\n",
+    ],
+)
+def test_json_twins_on_lines_that_are_not_an_object(text: bytes) -> None:
+    assert not check_json_twins(text)
+
+
+def test_the_json_fast_path_takes_what_files_hold() -> None:
+    for line in (GOOD_LINE, json.dumps(GOOD, ensure_ascii=False).encode(), GOOD_LINE.replace(b"_id", b"\\u005fid")):
+        assert check_json_twins((line + b"\n") * 3)
 
 
 CELLS = st.one_of(
@@ -256,6 +304,32 @@ def test_delimited_fast_path_equals_its_twin(rows: list[tuple[str, ...]]) -> Non
         assert bad.counts.total() == 0
         assert fast.table.equals(slow.table)
         assert fast.lines.tolist() == slow.lines.tolist()
+
+
+# --- the order of the log ---------------------------------------------------------------------------------------------
+
+IDS = st.builds(str.__add__, st.sampled_from(["", "user_000", "é"]), st.text("a\0bé\U0001f600", max_size=10))
+
+
+@given(prefix=st.text("aé", max_size=9), rows=st.lists(st.tuples(IDS, st.integers(-2, 2)), min_size=1, max_size=20))
+@settings(max_examples=100, deadline=None)
+def test_the_order_of_events_is_that_of_a_stable_sort(prefix: str, rows: list[tuple[str, int]]) -> None:
+    """The twin is `sorted`; ids differ before, within and behind the eight bytes that are compared first."""
+    users = Codes()
+    named = [(prefix + user, time, line) for line, (user, time) in enumerate(rows)]
+    log = pl.DataFrame(named, schema={"user": pl.String, TIMESTAMP: pl.Int64, LINE: pl.UInt32}, orient="row")
+    events = log.select(users.encode(log["user"]).alias(USER), TIMESTAMP, LINE)
+    expected = sorted(range(len(named)), key=lambda line: named[line][:2])
+    assert in_order(events, users)[LINE].to_list() == expected
+
+
+def test_merged_parts_of_the_log_make_the_same_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logs = [put(tmp_path / f"{i}.jsonl", [review_2023(f"u{i * 7 % 3}", f"P{i}", i)] * 2) for i in range(5)]
+    expected, _ = imported("amazon-2023", *logs)
+    monkeypatch.setattr("sagerec.catalogue.formats.event_log.MERGED_ROWS", 3)
+    data, figures = imported("amazon-2023", *logs)
+    assert data.events.equals(expected.events)
+    assert (data.n_events, figures["duplicate_events"]) == (5, 5)
 
 
 # --- every importer fed broken bytes --------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from sagerec.errors import DatasetError
 
 logger = logging.getLogger(__name__)
 BLOCK_BYTES = 4 << 20
-PACKED_BYTES = 256 << 10
+PACKED_BYTES = 1 << 20
 """Compressed bytes that are read at a time."""
 MAX_RECORD_BYTES = 64 << 20
 """A line, or a quoted cell, that does not end within this many bytes is a broken one."""

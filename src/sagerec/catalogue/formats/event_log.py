@@ -7,6 +7,7 @@ Shapes: E events, U users, N items.
 """
 
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from sagerec.errors import DatasetError
 
 USER, ITEM, FILE, LINE = "_user", "_item", "_file", "_line"
 """Columns of the log while it is made: codes of the ids, and where a row came from."""
+MERGED_ROWS = 1_000_000
+"""Rows whose parts become one: the memory of many small ones comes back in shreds that no large column fits into."""
 
 
 class Codes:
@@ -55,9 +58,16 @@ def read_log(chunks: Iterator[Chunk], files: tuple[Path, ...], users: Codes, ite
 
     Raises: DatasetError where no row is left, or the times of two files are of two kinds.
     """
+    merged: list[pl.DataFrame] = []
     parts: list[pl.DataFrame] = []
+    are_dates: set[bool] = set()
     for chunk in chunks:
         table = chunk.table
+        if table.is_empty():
+            continue
+        are_dates.add(isinstance(table.schema[TIMESTAMP], pl.Datetime))
+        if len(are_dates) > 1:
+            raise DatasetError("the times are numbers in some rows and dates in others; write them in one way")
         parts.append(
             table.drop(USER_ID, ITEM_ID).with_columns(
                 users.encode(table[USER_ID]).alias(USER),
@@ -67,27 +77,41 @@ def read_log(chunks: Iterator[Chunk], files: tuple[Path, ...], users: Codes, ite
                 pl.Series(LINE, chunk.lines),
             )
         )
-    parts = [part for part in parts if len(part)]
-    if not parts:
+        if sum(map(len, parts)) >= MERGED_ROWS:
+            merged.append(pl.concat(parts, how="diagonal_relaxed", rechunk=True))
+            parts.clear()
+    if not merged + parts:
         raise DatasetError(f"{', '.join(p.name for p in files)}: no row can be used; expected at least one event")
-    if len({isinstance(part.schema[TIMESTAMP], pl.Datetime) for part in parts}) > 1:
-        raise DatasetError("the times are numbers in some rows and dates in others; write them in one way")
-    return pl.concat(parts, how="diagonal_relaxed")
+    return pl.concat(merged + parts, how="diagonal_relaxed")
 
 
 def in_order(events: pl.DataFrame, users: Codes) -> pl.DataFrame:
     """The canonical order: by user id as text, by time, then as the files have it. Takes `events` apart."""
-    rank = _ranks(users.ids())
-    keys = pl.DataFrame([pl.Series("rank", rank[events[USER].to_numpy()]), events[TIMESTAMP].alias("time")])
-    order = keys.select(pl.arg_sort_by("rank", "time", maintain_order=True)).to_series()
-    del keys
-    return pl.DataFrame([events.drop_in_place(name).gather(order) for name in events.columns])
+    by_time = _stable_order(events[TIMESTAMP])
+    rank = pl.Series(_ranks(users.ids())[events[USER].to_numpy()])
+    order = by_time.gather(_stable_order(rank.gather(by_time)))  # two sorts by one key: half the time of one by two
+    del by_time, rank
+    return pl.DataFrame([events.drop_in_place(name).rechunk().gather(order) for name in events.columns])
+
+
+def _stable_order(keys: pl.Series) -> pl.Series:
+    """The rows in the order of their `keys`, equal ones as they stood."""
+    return keys.to_frame("key").select(pl.arg_sort_by("key", maintain_order=True)).to_series()
 
 
 def _ranks(ids: pl.Series) -> np.ndarray:
-    """The place of each id among all in the order of text."""
+    """The place of each id among all in the order of text.
+
+    They are sorted by the eight bytes behind their common beginning, as a number, and as text only where those are
+    equal; that is several times as fast.
+    """
+    ends = zip(str(ids.min()).encode(), str(ids.max()).encode(), strict=False)
+    common = len(list(takewhile(lambda pair: pair[0] == pair[1], ends)))
+    padded = pl.col("id").cast(pl.Binary).bin.slice(common, 8) + pl.lit(b"\0" * 8)
+    number = padded.bin.slice(0, 8).bin.reinterpret(dtype=pl.UInt64, endianness="big")
+    order = ids.to_frame("id").select(pl.arg_sort_by(number, "id")).to_series()
     rank = np.empty(len(ids), dtype=np.uint32)
-    rank[ids.arg_sort().to_numpy()] = np.arange(len(ids), dtype=np.uint32)
+    rank[order.to_numpy()] = np.arange(len(ids), dtype=np.uint32)
     return rank
 
 

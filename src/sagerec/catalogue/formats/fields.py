@@ -1,7 +1,7 @@
 """Fields of a file, and what becomes of a value that does not fit.
 
-Each reader has a fast path, polars on a whole block, and a slow one, row by row, that is taken for blocks in which the
-fast one found a fault: it finds the line, and says what is wrong with it.
+Each reader has a fast path, polars or msgspec on a whole block, and a slow one, row by row, that is taken for blocks in
+which the fast one found a fault: it finds the line, and says what is wrong with it.
 """
 
 import math
@@ -101,13 +101,21 @@ def json_value(field: Field, record: dict[str, Any]) -> Any:
         if not isinstance(value, bool):
             raise wrong(field, value, "true or false")
         return value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
         raise wrong(field, value, "a number")
     if field.kind == "number":
         return float(value)
     if not (float(value).is_integer() and abs(value) < 2**63):
         raise wrong(field, value, "a whole number")
     return int(value)
+
+
+def _is_finite(value: int | float) -> bool:
+    """Whether a float can hold a number; whole ones of JSON have any number of digits."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def text_value(field: Field, value: str | None) -> Any:
