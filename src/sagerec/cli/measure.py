@@ -46,9 +46,14 @@ class Compare:
     """What all alignments share."""
     run: RunSettings = field(default_factory=RunSettings)
     """The supervised stage."""
+    sasrec: SasRecSettings = field(default_factory=SasRecSettings)
+    """Shape of the baseline SASRec."""
+    sasrec_train: TrainSettings = TUNED
+    """How it is trained; learning rate and dropout are tried."""
 
     def __call__(self) -> None:
-        print_study(compare(self.dataset, self.out, CompareSettings(self.study, self.run, self.align)))
+        settings = CompareSettings(self.study, self.run, self.align, self.sasrec, self.sasrec_train)
+        print_study(compare(self.dataset, self.out, settings))
 
 
 @dataclass(frozen=True)

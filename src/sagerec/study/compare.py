@@ -47,7 +47,14 @@ def compare(dataset: Path, folder: Path, settings: CompareSettings) -> dict[str,
         rows += [Job("row", objective, replace(chosen, seed=seed), f"{objective}-s{seed}") for seed in range(n_seeds)]
     do_jobs(folder, rows, study, run_settings)
     for baseline in study.baselines:
-        evaluate_baseline(run, baseline, run_settings.evaluate, trials=max(study.trials, 1))
+        evaluate_baseline(
+            run,
+            baseline,
+            run_settings.evaluate,
+            model=settings.sasrec,
+            training=settings.sasrec_train,
+            trials=max(study.trials, 1),
+        )
     pipeline.audit(run)
     record = describe_study(folder, run, settings, run_settings)
     artifacts.write_json(folder / STUDY, record)

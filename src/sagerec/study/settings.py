@@ -9,6 +9,7 @@ from sagerec.evaluation.sasrec import TUNED, SasRecSettings
 from sagerec.run import RunSettings
 from sagerec.settings import require
 from sagerec.training.align_settings import AlignSettings
+from sagerec.training.loop import TrainSettings
 
 STUDY, CONTROL, REFERENCE = "study.json", "sft", "gbpo"
 ABLATIONS = ("sage_no_boost", "sage_no_penalty", "sage_coupled", "sage_token", "sage_bound")
@@ -80,6 +81,10 @@ class CompareSettings:
     """The supervised stage; its split reserves one event a user unless it says otherwise."""
     align: AlignSettings = field(default_factory=AlignSettings)
     """What all alignments share."""
+    sasrec: SasRecSettings = field(default_factory=SasRecSettings)
+    """Shape of the baseline SASRec."""
+    sasrec_train: TrainSettings = TUNED
+    """How it is trained; learning rate and dropout are tried."""
 
     def __post_init__(self) -> None:
         for name in ("boost", "boost_form", "boost_scope", "entropy_penalty", "clip_low", "clip_high", "cap"):
@@ -88,7 +93,7 @@ class CompareSettings:
                 f"{name} is set for all objectives, which would make one of another; leave it to the trials",
             )
         if "sasrec" in self.study.baselines:
-            sasrec_grid(SasRecSettings(), TUNED, max(self.study.trials, 1))
+            sasrec_grid(self.sasrec, self.sasrec_train, max(self.study.trials, 1))
         require(
             self.align.validations > 0 or self.study.trials < 2,
             "validations is 0, so that no trial could win; expected at least 1",
