@@ -1,11 +1,14 @@
 """Where lists miss, by hand; and the command on a run."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sagerec.artifacts import read_json
+from sagerec.artifacts import read_json, write_json
 from sagerec.baselines import evaluate_baseline
 from sagerec.cli import main
 from sagerec.evaluation.diagnose import HIT, UNSEEN, diagnose
@@ -54,8 +57,21 @@ def test_the_command_compares_systems(small_run: Run, capsys: pytest.CaptureFixt
         for name in ("", "-popularity")
     ]
     assert sum(gaps) == pytest.approx(recalls[1] - recalls[0], abs=5e-4)
+    assert main(["diagnose", str(small_run.folder), "--k", "50"]) == 1
+    assert "have 10 places; expected 50 or more" in " ".join(capsys.readouterr().err.split())
     assert main(["diagnose", str(small_run.folder), "policy-absent"]) == 1
     assert "evaluation-absent.lists.parquet is missing; make it with: sagerec evaluate" in capsys.readouterr().err
+
+
+def test_lists_of_an_earlier_artefact_are_refused(
+    small_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(small_run.folder, folder)
+    report = read_json(folder / "evaluation.json")
+    write_json(folder / "evaluation.json", report | {"made_from": report["made_from"] | {"policy": "0" * 64}})
+    assert main(["diagnose", str(folder)]) == 1
+    assert "measures another split or an earlier artefact; evaluate policy again" in capsys.readouterr().err
 
 
 def test_no_places_are_an_error(small_run: Run) -> None:

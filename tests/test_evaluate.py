@@ -3,23 +3,26 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
 
+from sagerec import baselines
 from sagerec.artifacts import read_json
-from sagerec.baselines import evaluate_baseline, sasrec_grid, sasrec_trials
+from sagerec.baselines import BaselineName, evaluate_baseline, sasrec_grid, sasrec_trials
 from sagerec.catalogue.dataset import Dataset, assemble, check_interactions, check_items
 from sagerec.catalogue.similarity import item_similarities
 from sagerec.catalogue.splits import Sequences, SplitSettings, make_split
 from sagerec.core.trie import build_trie
-from sagerec.errors import DatasetError, SettingsError
+from sagerec.errors import DatasetError, SettingsError, TrainingError
+from sagerec.evaluation import sasrec as sasrec_module
 from sagerec.evaluation.baselines import item_knn_lists, popularity_lists, top_k
 from sagerec.evaluation.evaluate import EvaluateSettings, evaluate_lists, excludes_history
 from sagerec.evaluation.sasrec import SasRec, SasRecSettings
-from sagerec.run import Run, audit, evaluate, make_ids, prepare
+from sagerec.run import Run, audit, evaluate, make_ids, prepare, read_lists
 from sagerec.semantic_ids.build import SemanticIds
 from sagerec.semantic_ids.clusters import item_clusters
 from tests.conftest import SMALL_RUN, SMALL_TRAIN
@@ -232,7 +235,7 @@ def test_sasrec_is_tuned_on_validation_and_learns_from_the_reserved_events(store
     run = prepare(store_folder, tmp_path / "run", SplitSettings(reserve="event"))
     make_ids(run, SMALL_RUN.ids)
     report = evaluate_baseline(run, "sasrec", SMALL_RUN.evaluate, model=TINY_SASREC, training=SMALL_TRAIN, trials=3)
-    trials = sasrec_trials(run, 3)
+    trials = sasrec_trials(run, TINY_SASREC, SMALL_TRAIN, 3)
     assert [trial["settings"] for trial in trials] == sasrec_grid(TINY_SASREC, SMALL_TRAIN, 3)
     best = max(range(3), key=lambda number: trials[number]["criterion"])
     assert [trial["chosen"] for trial in trials] == [number == best for number in range(3)]
@@ -249,12 +252,50 @@ def test_sasrec_is_tuned_on_validation_and_learns_from_the_reserved_events(store
     refit = evaluate_baseline(
         run, "sasrec", SMALL_RUN.evaluate, model=TINY_SASREC, training=SMALL_TRAIN, trials=3, refit=True
     )
-    assert refit["made_from"].keys() == {"sasrec-refit"}
+    assert refit["made_from"].keys() == {"sasrec-refit", "semantic_ids"}
     assert {f.stage: f.counts for f in audit(run)}["sasrec-refit"] == run.split.counts() | {"test": 0}
-    with pytest.raises(SettingsError, match="refit is set for item-knn"):
+    with pytest.raises(SettingsError, match="trials is 1 and refit True for item-knn; expected them for sasrec alone"):
         evaluate_baseline(run, "item-knn", SMALL_RUN.evaluate, refit=True)
+    with pytest.raises(SettingsError, match="learns from the validation events, and the split is valid; expected test"):
+        evaluate_baseline(run, "sasrec", replace(SMALL_RUN.evaluate, split="valid"), refit=True)
     with pytest.raises(SettingsError, match="trials is 9; expected 1 to"):
         sasrec_grid(TINY_SASREC, SMALL_TRAIN, 9)
+
+
+@pytest.mark.parametrize("name", ["popularity", "item-knn"])
+def test_baselines_learn_from_the_reserved_events(name: BaselineName, store_folder: Path, tmp_path: Path) -> None:
+    """A run that reserves events gives the lists of one whose training holds them."""
+    lists = []
+    for reserve in ("event", "none"):
+        run = prepare(store_folder, tmp_path / reserve, SplitSettings(reserve=reserve))
+        make_ids(run, SMALL_RUN.ids)
+        evaluate_baseline(run, name, SMALL_RUN.evaluate)
+        lists.append(read_lists(run, f"-{name}"))
+    assert np.array_equal(lists[0], lists[1])
+
+
+def test_a_trial_of_sasrec_that_diverges_loses(
+    store_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = prepare(store_folder, tmp_path / "run", SplitSettings())
+    make_ids(run, SMALL_RUN.ids)
+    train = sasrec_module.train_sasrec
+
+    def diverge(folder: Path, *others: Any, **named: Any) -> Any:
+        if folder.name == "sasrec-1":
+            raise TrainingError("loss nan")
+        return train(folder, *others, **named)
+
+    monkeypatch.setattr(baselines, "train_sasrec", diverge)
+    evaluate_baseline(run, "sasrec", SMALL_RUN.evaluate, model=TINY_SASREC, training=SMALL_TRAIN, trials=2)
+    trials = sasrec_trials(run, TINY_SASREC, SMALL_TRAIN, 2)
+    assert [trial["chosen"] for trial in trials] == [True, False]
+    assert trials[1]["criterion"] == 0
+    monkeypatch.setattr(baselines, "train_sasrec", lambda *_, **__: diverge(tmp_path / "sasrec-1"))
+    with pytest.raises(TrainingError, match="all 2 trials of SASRec failed, the last: loss nan"):
+        evaluate_baseline(
+            run, "sasrec", SMALL_RUN.evaluate, model=replace(TINY_SASREC, layers=1), training=SMALL_TRAIN, trials=2
+        )
 
 
 def test_an_empty_part_and_bad_settings_are_errors(small_run: Run) -> None:
@@ -264,6 +305,13 @@ def test_an_empty_part_and_bad_settings_are_errors(small_run: Run) -> None:
         evaluate_lists(
             np.zeros((0, 5), int), split.cases(data, "test"), data, split, small_run.ids(), EvaluateSettings()
         )
+    for wrong, said in (
+        ({"heads": 3}, "heads 3"),
+        ({"layers": 0}, "layers is 0"),
+        ({"dropout": 1.5}, "dropout is 1.5"),
+    ):
+        with pytest.raises(SettingsError, match=said):
+            SasRecSettings(**wrong)
     with pytest.raises(SettingsError, match=r"k is \(0,\)"):
         EvaluateSettings(k=(0,))
     with pytest.raises(SettingsError, match="at least 100"):

@@ -225,7 +225,11 @@ def check_json_twins(text: bytes) -> bool:
 @given(records=RECORDS, escape=st.booleans())
 @settings(max_examples=150, deadline=None)
 def test_json_fast_path_equals_its_twin(records: list[dict[str, Any]], escape: bool) -> None:
-    check_json_twins("".join(json.dumps(r, ensure_ascii=escape) + "\n" for r in records).encode())
+    text = "".join(json.dumps(r, ensure_ascii=escape) + "\n" for r in records).encode()
+    check_json_twins(text)
+    bad = BadRows(skip=True)
+    slow = json_lines.slow_chunk(Block(Path("x"), text, 5, len(records), 0), FIELDS, bad, json_lines.parse_json)
+    assert len(slow.table) + bad.counts.total() == len(records)
 
 
 RAW_VALUES = [

@@ -22,18 +22,21 @@ from sagerec.core.objectives import OBJECTIVES
 from sagerec.errors import SettingsError
 from sagerec.evaluation.compare import Measured, differences, holm, judge, measure, seed_variances, summarise
 from sagerec.evaluation.evaluate import EvaluateSettings
+from sagerec.evaluation.sasrec import SasRecSettings
 from sagerec.report.markdown import BY_HAND
 from sagerec.study import CompareSettings, StudySettings, compare
 from sagerec.study.jobs import grid, read_trials
-from tests.conftest import SMALL_RUN
+from tests.conftest import SMALL_RUN, SMALL_TRAIN
 from tests.test_alignment import ENVIRONMENT, QUICK
 
 SMALL_STUDY = CompareSettings(
     StudySettings(
-        objectives=("sage,gbpo",), ablations=("sage_no_boost",), baselines=("popularity",), seeds=2, trials=1
+        objectives=("sage,gbpo",), ablations=("sage_no_boost",), baselines=("popularity", "sasrec"), seeds=2, trials=1
     ),
     replace(SMALL_RUN, evaluate=EvaluateSettings(k=(10,), beams=20, bootstrap_samples=100)),
     replace(QUICK, epochs=1),
+    SasRecSettings(width=16, heads=2),
+    replace(SMALL_TRAIN, learning_rate=2e-3),
 )
 
 
@@ -127,7 +130,9 @@ def test_trials_begin_with_what_is_given_and_are_as_many_for_each() -> None:
         grid("sft", 9, QUICK)
 
 
-def test_a_study_that_is_killed_goes_on_to_the_same_table(store_folder: Path, tmp_path: Path) -> None:
+def test_a_study_that_is_killed_goes_on_to_the_same_table(
+    store_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script = "import sys; from pathlib import Path; from sagerec.study import compare; from tests.test_study import *\n"
     script += "if __name__ == '__main__': compare(Path(sys.argv[1]), Path(sys.argv[2]), SMALL_STUDY)"
     (tmp_path / "study.py").write_text(script)
@@ -147,7 +152,7 @@ def test_a_study_that_is_killed_goes_on_to_the_same_table(store_folder: Path, tm
     assert {name: (out / "trials" / name).stat().st_mtime_ns for name in kept} == kept
     assert read_json(out / "study.json") == record
     names = [row["name"] for row in record["rows"]]
-    assert names == ["supervised", "sft", "sage", "gbpo", "sage_no_boost", "popularity"]
+    assert names == ["supervised", "sft", "sage", "gbpo", "sage_no_boost", "popularity", "sasrec"]
     rows = {row["name"]: row for row in record["rows"]}
     assert rows["sage"]["seeds"] == rows["sft"]["seeds"] == [0, 1]
     assert rows["sage_no_boost"]["seeds"] == [0]
@@ -157,11 +162,17 @@ def test_a_study_that_is_killed_goes_on_to_the_same_table(store_folder: Path, tm
     assert rows["sage"]["settings"]["objective"] == "sage"
     assert rows["sage_no_boost"]["settings"]["boost"] is None
     assert {len(read_trials(out, objective)) for objective in ("sft", "sage", "gbpo")} == {1}
-    assert sum(trial["chosen"] for trial in record["trials"]) == 3
+    assert sum(trial["chosen"] for trial in record["trials"]) == 4
     assert all(
         "p_holm" in test for row in record["rows"] for tests in row["against"].values() for test in tests.values()
     )
     assert rows["popularity"]["metrics"]["clicks@10"]["value"] > rows["popularity"]["metrics"]["likes@10"]["value"] > 0
+    assert rows["sasrec"]["kind"] == "baseline"
+    assert [t["settings"] for t in record["trials"] if t["objective"] == "sasrec"] == [
+        {"learning_rate": 2e-3, "dropout": 0.5}
+    ]
+    # Every job is done, so that no process is started.
+    monkeypatch.setattr("sagerec.study.jobs.ProcessPoolExecutor", None)
     again = compare(store_folder, out, SMALL_STUDY)
     assert {k: v for k, v in again.items() if k != "date"} == {k: v for k, v in record.items() if k != "date"}
 
@@ -199,9 +210,10 @@ def test_results_are_tables_of_the_record(tmp_path: Path, capsys: pytest.Capture
     text = page.read_text(encoding="utf-8")
     assert "## A store" in text
     assert "(results-a-store.svg)" in text
+    assert text.endswith(f"{BY_HAND}\n")
     page.write_text(f"old\n{BY_HAND}\n\n## Why\n\nBecause.\n", encoding="utf-8")
     assert main(["results", f"A store={tmp_path / 'study'}", "--out", str(page)]) == 0
-    assert page.read_text(encoding="utf-8") == f"{text.rstrip()}\n\n{BY_HAND}\n\n## Why\n\nBecause.\n"
+    assert page.read_text(encoding="utf-8") == f"{text}\n## Why\n\nBecause.\n"
     assert ">sage<" in (tmp_path / "results-a-store.svg").read_text(encoding="utf-8")
     assert "| sage | 2 | 0.1000 [0.0900 – 0.1100] | 0.1000 [0.0900 – 0.1100] | 1.5 |" in text
     assert "| sage | sft | +25.0% (p 0.004) | +25.0% (p 0.004) |" in text

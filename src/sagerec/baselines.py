@@ -14,18 +14,19 @@ from typing import Any, Literal
 import numpy as np
 
 from sagerec import artifacts
-from sagerec.catalogue.splits import Cases, Sequences
+from sagerec.catalogue.splits import Cases, Part, Sequences
 from sagerec.core.metrics import first_rank, recall_at
-from sagerec.errors import SettingsError
+from sagerec.errors import SettingsError, TrainingError
 from sagerec.evaluation.baselines import item_knn_lists, popularity_lists
 from sagerec.evaluation.evaluate import EvaluateSettings, excludes_history
-from sagerec.evaluation.sasrec import TUNED, SasRecSettings, read_sasrec, train_sasrec
+from sagerec.evaluation.sasrec import TUNED, SasRecSettings, read_sasrec, resolved_settings, train_sasrec
 from sagerec.run import Run, is_needed, report_lists
-from sagerec.settings import from_json, to_json
+from sagerec.settings import from_json
 from sagerec.training.loop import TrainSettings
 
 logger = logging.getLogger(__name__)
 BaselineName = Literal["popularity", "item-knn", "sasrec"]
+LEARNS_FROM: tuple[Part, ...] = ("train", "align")
 Lists = Callable[[Cases], np.ndarray]
 """Cases -> lists (n, K) of items."""
 KNN_GRID = [{"neighbours": neighbours, "decay": decay} for neighbours in (50, 200) for decay in (1.0, 0.7, 0.4)]
@@ -48,17 +49,22 @@ def evaluate_baseline(
 
     `model` and `training` are those of SASRec. With `trials` above 1 it is trained with so many points of SASREC_GRID,
     the first the given settings, and the best on validation is kept. With `refit` it is trained once more, on the
-    validation events too, for as many epochs as were best: a row of its own, `sasrec-refit`.
+    validation events too, for as many epochs as were best: a row of its own, `sasrec-refit`, on test alone.
 
-    Raises: SettingsError for more trials than the grid has points, or `refit` of another baseline.
+    Raises: SettingsError for more trials than the grid has points, `trials` or `refit` of another baseline, `trials`
+    without validation cases, or `refit` with another split than test.
     """
-    data, events = run.data, run.split.sequences(run.data, "train", "align")
+    if name != "sasrec" and (refit or trials != 1):
+        raise SettingsError(f"trials is {trials} and refit {refit} for {name}; expected them for sasrec alone")
+    if refit and settings.split != "test":
+        raise SettingsError(
+            f"refit learns from the validation events, and the split is {settings.split}; expected test"
+        )
+    data, events = run.data, run.split.sequences(run.data, *LEARNS_FROM)
     exclude = excludes_history(run.split.sequences(data, "train"), settings)
     made_from, k, folder = run.hashes("dataset", "split"), max(settings.k), run.folder / "sasrec"
-    if refit and name != "sasrec":
-        raise SettingsError(f"refit is set for {name}; expected it for sasrec alone")
     if name == "sasrec":
-        tune_sasrec(run, events, model or SasRecSettings(), training or TUNED, trials, exclude_history=exclude)
+        tune_sasrec(run, model or SasRecSettings(), training or TUNED, trials, exclude_history=exclude)
         if refit:
             folder = refit_sasrec(run, exclude_history=exclude)
         made_from = {folder.name: artifacts.read_manifest(folder, "sasrec").content_hash}
@@ -76,7 +82,7 @@ def evaluate_baseline(
         return found, 1.0
 
     stem = f"evaluation-{name}-refit" if refit else f"evaluation-{name}"
-    return report_lists(run, stem, settings, lists, run.ids(), made_from)
+    return report_lists(run, stem, settings, lists, run.ids(), made_from | run.hashes("semantic_ids"))
 
 
 def _tuned_knn(events: Sequences, sample: Cases, shared: dict[str, Any]) -> Lists:
@@ -108,25 +114,53 @@ def sasrec_grid(model: SasRecSettings, training: TrainSettings, trials: int) -> 
 
 def tune_sasrec(
     run: Run,
-    events: Sequences,
     model: SasRecSettings,
     training: TrainSettings,
     trials: int,
     *,
     exclude_history: bool,
 ) -> None:
-    """Train RUN/sasrec-N for each point of the grid, and copy the best to RUN/sasrec; one alone is trained there."""
+    """Train RUN/sasrec-N for each point of the grid, and copy the best to RUN/sasrec; one alone is trained there.
+
+    A trial that diverges loses. Raises: TrainingError where all do; SettingsError where nothing could choose.
+    """
     points, made_from = sasrec_grid(model, training, trials), run.hashes("dataset", "split")
     folders = [run.folder / (f"sasrec-{number}" if trials > 1 else "sasrec") for number in range(trials)]
     validation = run.split.cases(run.data, "valid")
+    if trials > 1 and not len(validation):
+        raise SettingsError(f"trials is {trials}, and no validation case is there that could choose; expected 1")
+    failed: TrainingError | None = None
     for folder, point in zip(folders, points, strict=True):
         own_model = replace(model, dropout=point["dropout"])
         own_training = replace(training, learning_rate=point["learning_rate"])
-        fit_sasrec(folder, run, events, validation, own_model, own_training, made_from, exclude_history=exclude_history)
+        try:
+            fit_sasrec(
+                folder,
+                run,
+                LEARNS_FROM,
+                validation,
+                own_model,
+                own_training,
+                made_from,
+                exclude_history=exclude_history,
+            )
+        except TrainingError as error:
+            if trials == 1:
+                raise
+            logger.warning("%s failed: %s", folder.name, error)
+            shutil.rmtree(folder, ignore_errors=True)
+            failed = error
     if trials > 1:
-        best = max(folders, key=lambda folder: _validated(folder)["best_valid_recall@10"] or 0.0)
-        logger.info("SASRec: validation chose %s", dict(points[folders.index(best)]))
-        _copy(best, run.folder / "sasrec")
+        tried = {folder: found for folder in folders if (found := _manifest(folder)) is not None}
+        if not tried:
+            raise TrainingError(f"all {trials} trials of SASRec failed, the last: {failed}")
+        best = max(tried, key=lambda folder: float(tried[folder].sizes["best_valid_recall@10"]))
+        logger.info("SASRec: validation chose %s", points[folders.index(best)])
+        target = run.folder / "sasrec"
+        kept = _manifest(target)
+        if kept is None or kept.content_hash != tried[best].content_hash:
+            with artifacts.replace_folder(target) as fresh:
+                shutil.copytree(best, fresh, dirs_exist_ok=True)
 
 
 def refit_sasrec(run: Run, *, exclude_history: bool) -> Path:
@@ -135,16 +169,15 @@ def refit_sasrec(run: Run, *, exclude_history: bool) -> Path:
     model = from_json(SasRecSettings, manifest.settings["model"])
     training = from_json(TrainSettings, manifest.settings["train"])
     training = replace(training, epochs=int(manifest.sizes["best_epoch"]), validate_every=0)
-    events = run.split.sequences(run.data, "train", "align", "valid")
     made_from = run.hashes("dataset", "split") | {"sasrec": manifest.content_hash}
-    fit_sasrec(folder, run, events, None, model, training, made_from, exclude_history=exclude_history)
+    fit_sasrec(folder, run, (*LEARNS_FROM, "valid"), None, model, training, made_from, exclude_history=exclude_history)
     return folder
 
 
 def fit_sasrec(
     folder: Path,
     run: Run,
-    events: Sequences,
+    parts: tuple[Part, ...],
     validation: Cases | None,
     model: SasRecSettings,
     training: TrainSettings,
@@ -153,54 +186,42 @@ def fit_sasrec(
     exclude_history: bool,
 ) -> None:
     """Train SASRec into `folder`, unless what is there fits."""
-    resolved = {"model": to_json(model), "train": to_json(training)}
+    resolved = resolved_settings(model, training, parts=parts, exclude_history=exclude_history)
     if is_needed(folder, "sasrec", made_from=made_from, settings=resolved, seed=training.seed):
         train_sasrec(
             folder,
             run.data.n_items,
-            events,
+            run.split.sequences(run.data, *parts),
             validation,
             model,
             training,
+            parts=parts,
             exclude_history=exclude_history,
             made_from=made_from,
         )
 
 
-def _validated(folder: Path) -> dict[str, Any]:
-    return artifacts.read_manifest(folder, "sasrec").sizes
+def _manifest(folder: Path) -> artifacts.Manifest | None:
+    """The manifest of an artefact, None where there is none."""
+    return artifacts.read_manifest(folder, "sasrec") if (folder / artifacts.MANIFEST).is_file() else None
 
 
-def _copy(source: Path, target: Path) -> None:
-    """Copy an artefact beside its new place, then put it there."""
-    fresh = target.with_name(target.name + ".copy")
-    shutil.rmtree(fresh, ignore_errors=True)
-    shutil.copytree(source, fresh)
-    shutil.rmtree(target, ignore_errors=True)
-    fresh.rename(target)
-
-
-def sasrec_trials(run: Run, trials: int) -> list[dict[str, Any]]:
-    """What `tune_sasrec` found, in the form of a study's trials; empty where it was not tuned."""
+def sasrec_trials(run: Run, model: SasRecSettings, training: TrainSettings, trials: int) -> list[dict[str, Any]]:
+    """What `tune_sasrec` found, in the form of a study's trials; the criterion is Recall@10, 0 of one that diverged."""
     found = []
-    for number in range(trials if trials > 1 else 0):
-        folder = run.folder / f"sasrec-{number}"
-        if not (folder / artifacts.MANIFEST).is_file():
-            return []
-        manifest = artifacts.read_manifest(folder, "sasrec")
-        recall = manifest.sizes["best_valid_recall@10"] or 0.0
+    kept = run.manifest("sasrec").content_hash
+    for number, point in enumerate(sasrec_grid(model, training, trials)):
+        manifest = _manifest(run.folder / (f"sasrec-{number}" if trials > 1 else "sasrec"))
+        recall = 0.0 if manifest is None else float(manifest.sizes["best_valid_recall@10"] or 0.0)
         found.append(
             {
                 "objective": "sasrec",
-                "settings": {
-                    "learning_rate": manifest.settings["train"]["learning_rate"],
-                    "dropout": manifest.settings["model"]["dropout"],
-                },
+                "settings": point,
                 "metrics": {"recall@10": recall},
                 "criterion": recall,
-                "seconds": manifest.sizes["seconds"],
+                "seconds": 0.0 if manifest is None else manifest.sizes["seconds"],
                 "split": "valid",
-                "chosen": manifest.content_hash == run.manifest("sasrec").content_hash,
+                "chosen": manifest is not None and manifest.content_hash == kept,
             }
         )
     return found

@@ -331,14 +331,19 @@ def read_lists(run: Run, name: str = "") -> np.ndarray:
 def diagnose_lists(run: Run, names: Sequence[str], k: int = 10) -> dict[str, Diagnosis]:
     """Where the saved test lists of some systems miss; a name is that of a policy, or of a baseline.
 
-    Raises: ArtifactError where a system has no saved lists.
+    Raises: ArtifactError where a system has no saved test lists of at least k places that fit the run of today.
     """
     cases, counts = run.split.cases(run.data, "test"), train_counts(run.data, run.split)
     found = {}
     for name in names:
         suffix = "" if name == "policy" else f"-{name.removeprefix('policy-')}"
-        lists = read_lists(run, suffix)[:, :k]
-        found[name] = diagnose(lists, cases.targets, run.ids().codes, counts, BUCKET_EDGES)
+        lists, path = read_lists(run, suffix), run.folder / f"evaluation{suffix}.json"
+        report = artifacts.read_json(path)
+        if report["split"] != "test" or report["made_from"] != run.hashes(*report["made_from"]):
+            raise ArtifactError(f"{path} measures another split or an earlier artefact; evaluate {name} again")
+        if lists.shape[1] < k:
+            raise ArtifactError(f"the lists of {path} have {lists.shape[1]} places; expected {k} or more: lower --k")
+        found[name] = diagnose(lists[:, :k], cases.targets, run.ids().codes, counts, BUCKET_EDGES)
     return found
 
 

@@ -3,12 +3,9 @@
 import json
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from sagerec.catalogue.splits import train_counts
-from sagerec.core.metrics import popularity_buckets
 from sagerec.evaluation.diagnose import Diagnosis
 from sagerec.evaluation.evaluate import BUCKET_EDGES
 from sagerec.recommend import Recommender
@@ -119,23 +116,23 @@ def _cell(value: dict[str, float] | None) -> str:
     return "" if value is None else f"{value['value']:.4f}\n[dim]{value['low']:.4f}–{value['high']:.4f}[/]"
 
 
-def print_diagnoses(run: Run, found: dict[str, Diagnosis], k: int) -> None:
+def print_diagnoses(found: dict[str, Diagnosis], k: int) -> None:
     """Outcomes, and Recall by popularity with what each bucket adds to the difference from the first system."""
     first, *others = found.values()
     table = Table("share of the cases", *found, title="what became of the targets")
     for outcome in dict.fromkeys(outcome for diagnosis in found.values() for outcome in diagnosis.outcomes):
         table.add_row(outcome, *(f"{diagnosis.outcomes.get(outcome, 0.0):.4f}" for diagnosis in found.values()))
     console.print(table)
-    cases, counts = run.split.cases(run.data, "test"), train_counts(run.data, run.split)
-    sizes = np.bincount(popularity_buckets(counts[cases.targets], BUCKET_EDGES), minlength=len(BUCKET_EDGES) + 1)
     by = Table("target's training interactions", "cases", *found, title=f"Recall@{k}; (what adds to the difference)")
     ends = [*map(str, BUCKET_EDGES), ""]
     for b, (low, high) in enumerate(zip((0, *(edge + 1 for edge in BUCKET_EDGES)), ends, strict=True)):
+        if not first.cases[b]:
+            continue
         cells = [f"{first.by_popularity[b]:.4f}"]
         for other in others:
-            gap = (other.by_popularity[b] - first.by_popularity[b]) * sizes[b] / sizes.sum()
+            gap = (other.by_popularity[b] - first.by_popularity[b]) * first.cases[b] / first.cases.sum()
             cells.append(f"{other.by_popularity[b]:.4f} ({gap:+.4f})")
-        by.add_row(f"{low}–{high}", f"{sizes[b]:,}", *cells)
+        by.add_row(f"{low}–{high}", f"{first.cases[b]:,}", *cells)
     console.print(by)
 
 

@@ -58,7 +58,7 @@ class Compare:
 
 @dataclass(frozen=True)
 class Results:
-    """Write the tables of study folders as a page of Markdown, each under its title.
+    """Write the tables of study folders as a page of Markdown, each under its title; notes below its mark are kept.
 
     Example: sagerec results "Amazon Beauty=STUDY" --out docs/results.md
     """
@@ -118,7 +118,7 @@ class Baseline:
     trials: int = 1
     """Learning rates and dropouts that SASRec is trained with; the best on validation is kept."""
     refit: bool = False
-    """Train SASRec once more, on the validation events too; a row of its own."""
+    """Train SASRec once more, on the validation events too, after the same flags without this one; a row of its own."""
 
     def __call__(self) -> None:
         run = pipeline.open_run(self.run)
@@ -144,8 +144,7 @@ class Diagnose:
 
     def __call__(self) -> None:
         require(self.k >= 1, f"k is {self.k}; expected at least 1")
-        run = pipeline.open_run(self.run)
-        print_diagnoses(run, pipeline.diagnose_lists(run, self.names, self.k), self.k)
+        print_diagnoses(pipeline.diagnose_lists(pipeline.open_run(self.run), self.names, self.k), self.k)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Where lists miss: by the target's popularity, and at which code of its Semantic ID.
 
 A target that is not in its list is missed at one place: it was never trained on; or no listed item shares its first
-code; or some item shares that, but none its second; and so on, to the last code. The shares of hits and misses add up
-to 1.
+code; or some item shares that, but none its second; and so on, to the last code; or, where items share IDs, a listed
+item has all its codes. The shares of hits and misses add up to 1. A hit is the target itself: where items share IDs,
+Recall is lower here than the expected value of `evaluate`.
 
 Shapes: n cases, K places, N items, L codes, B buckets.
 """
@@ -24,6 +25,8 @@ class Diagnosis:
     """Outcome -> share of the cases; the shares add up to 1."""
     by_popularity: np.ndarray
     """(B,) Recall@K of the targets of each popularity bucket, NaN where there is none."""
+    cases: np.ndarray
+    """(B,) targets in each bucket."""
 
 
 def diagnose(
@@ -48,4 +51,4 @@ def diagnose(
         outcomes["shares its ID with a listed item"] = float(left.mean())
     bucket = metrics.popularity_buckets(counts[targets], edges)
     recalls = [hit[bucket == b].mean() if (bucket == b).any() else np.nan for b in range(len(edges) + 1)]
-    return Diagnosis(outcomes, np.array(recalls))
+    return Diagnosis(outcomes, np.array(recalls), np.bincount(bucket, minlength=len(edges) + 1))

@@ -6,8 +6,10 @@ Kang and McAuley (2018) with the softmax loss that makes it strong (Klenitskiy a
 Shapes: B users, T history items, N items, D width, P targets, S sampled items.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 from sagerec.artifacts import read_manifest, write_artifact
 from sagerec.catalogue.audit import write_events_used
-from sagerec.catalogue.splits import Cases, Sequences
+from sagerec.catalogue.splits import Cases, Part, Sequences
 from sagerec.core.metrics import first_rank, ndcg_at, recall_at
 from sagerec.errors import ArtifactError
 from sagerec.policies.lazy_decoder import FastDropout, Layer, LazyDecoderSettings
@@ -47,7 +49,13 @@ class SasRecSettings:
     """Negatives of a sampled softmax, shared by the batch; 0 scores the whole catalogue."""
 
     def __post_init__(self) -> None:
+        self.encoder()
+        require(self.layers >= 1, f"layers is {self.layers}; expected at least 1")
         require(self.sampled >= 0, f"sampled is {self.sampled}; expected 0 (all items) or above")
+
+    def encoder(self) -> LazyDecoderSettings:
+        """The shape of the causal layers, which the LazyDecoder's settings check."""
+        return LazyDecoderSettings(width=self.width, heads=self.heads, dropout=self.dropout, max_items=self.max_items)
 
 
 TUNED = TrainSettings(epochs=40)
@@ -60,7 +68,7 @@ class SasRec(nn.Module):
     def __init__(self, settings: SasRecSettings, n_items: int) -> None:
         super().__init__()
         self.settings = settings
-        shape = LazyDecoderSettings(width=settings.width, heads=settings.heads, dropout=settings.dropout)
+        shape = settings.encoder()
         self.items = nn.Embedding(n_items, settings.width)
         nn.init.normal_(self.items.weight, std=0.02)
         self.layers = nn.ModuleList(Layer(shape) for _ in range(settings.layers))
@@ -118,6 +126,18 @@ class SasRec(nn.Module):
         return lists
 
 
+def resolved_settings(
+    model: SasRecSettings, training: TrainSettings, *, parts: Sequence[Part], exclude_history: bool
+) -> dict[str, Any]:
+    """What the artefact hangs on beside its inputs, for its manifest."""
+    return {
+        "model": to_json(model),
+        "train": to_json(training),
+        "parts": list(parts),
+        "exclude_history": exclude_history,
+    }
+
+
 def train_sasrec(
     folder: Path,
     n_items: int,
@@ -126,12 +146,16 @@ def train_sasrec(
     model_settings: SasRecSettings,
     settings: TrainSettings,
     *,
+    parts: Sequence[Part],
     exclude_history: bool,
     made_from: dict[str, str],
 ) -> SasRec:
-    """Train the baseline with the loop of the supervised stage; the artefact goes to `folder`."""
+    """Train the baseline with the loop of the supervised stage; the artefact goes to `folder`.
+
+    `train` holds the events of `parts`.
+    """
     work = folder.with_name(folder.name + ".training")
-    resolved = {"model": to_json(model_settings), "train": to_json(settings)}
+    resolved = resolved_settings(model_settings, settings, parts=parts, exclude_history=exclude_history)
     with torch.random.fork_rng(devices=[0] if torch.cuda.is_available() else []):
         torch.manual_seed(settings.seed)
         model = SasRec(model_settings, n_items).to(choose_device(settings.device))
@@ -149,7 +173,7 @@ def train_sasrec(
             settings,
             loss=model.loss,
             validate=None if cases is None else validate,
-            fingerprint=[resolved, made_from, exclude_history],
+            fingerprint=[resolved, made_from],
             layers=model.layers,
         )
     sizes = {"parameters": sum(p.numel() for p in model.parameters())} | summary

@@ -45,14 +45,15 @@ def study_markdown(record: dict[str, Any], title: str, plot: str) -> str:
     lines = [f"## {title}", "", _what(record), "", picture, "", _table(record, metrics), ""]
     lines += ["What the tests say (p corrected by Holm over all tests of the study):", "", _tests(record, metrics), ""]
     if record["trials"]:
-        lines += ["Chosen on validation, each from as many trials:", "", _chosen(record), ""]
+        said = "Chosen on validation, each from as many trials (criterion: relative to the start; SASRec's: Recall@10):"
+        lines += [said, "", _chosen(record), ""]
     return "\n".join(lines)
 
 
 def write_results(out: Path, folders: dict[str, Path]) -> list[Path]:
     """Write the whole page, a study under each title and what others published, and an SVG a study beside it.
 
-    What stands after the mark BY_HAND in a page that is there is kept. Returns what was written.
+    The page ends with the mark BY_HAND; what stands after it in a page that is there is kept. Returns what was written.
 
     Raises: ArtifactError where a folder has no study.json.
     """
@@ -72,9 +73,8 @@ def write_results(out: Path, folders: dict[str, Path]) -> list[Path]:
         "",
         PUBLISHED,
     ]
-    if out.is_file():
-        mark, notes = out.read_text(encoding="utf-8").partition(BY_HAND)[1:]
-        parts += [mark + notes] if mark else []
+    notes = out.read_text(encoding="utf-8").partition(BY_HAND)[2] if out.is_file() else ""
+    parts.append(BY_HAND + notes)
     write_text(out, "\n".join(parts).rstrip() + "\n")
     return [out, *plots.values()]
 

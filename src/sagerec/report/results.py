@@ -256,12 +256,13 @@ def trial_tradeoffs(material: Material) -> list[Html]:
     accuracy = f"recall@{material.k}"
     trials = [t for t in material.study.get("trials", []) if isinstance(t, dict) and isinstance(t.get("metrics"), dict)]
     plots = []
-    objectives = list(dict.fromkeys(str(trial.get("objective")) for trial in trials))
+    drawn: dict[str, None] = {}
     for name, title in TRADEOFFS:
         metric = f"{name}@{material.k}"
         chosen = [t for t in trials if t["metrics"].get(accuracy) is not None and t["metrics"].get(metric) is not None]
         if len(chosen) < 2:
             continue
+        drawn |= dict.fromkeys(str(t.get("objective")) for t in chosen)
         points = [
             Point(
                 str(t.get("objective")),
@@ -290,7 +291,7 @@ def trial_tradeoffs(material: Material) -> list[Html]:
         plots.append(figure(svg, spoken, said, data))
     if not plots:
         return []
-    legend = legend_of(material, objectives, kind="marker", name="trials")
+    legend = legend_of(material, list(drawn), kind="marker", name="trials")
     return [tag("div", tag("h3", "Settings tried, on validation"), legend, tag("div", *plots, class_="plots wide"))]
 
 

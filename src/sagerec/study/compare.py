@@ -39,6 +39,13 @@ def compare(dataset: Path, folder: Path, settings: CompareSettings) -> dict[str,
     )
     pipeline.train(run, run_settings.policy, run_settings.train)
     pipeline.evaluate(run, run_settings.evaluate, device=run_settings.train.device)
+    for baseline in study.baselines:
+        tuned: dict[str, Any] = {
+            "model": settings.sasrec,
+            "training": settings.sasrec_train,
+            "trials": max(study.trials, 1),
+        }
+        evaluate_baseline(run, baseline, run_settings.evaluate, **(tuned if baseline == "sasrec" else {}))
     (folder / "trials").mkdir(exist_ok=True)
     do_jobs(folder, tuning_jobs(study, settings.align), study, run_settings)
     rows = []
@@ -46,15 +53,6 @@ def compare(dataset: Path, folder: Path, settings: CompareSettings) -> dict[str,
         chosen = chosen_settings(folder, objective, study, settings.align)
         rows += [Job("row", objective, replace(chosen, seed=seed), f"{objective}-s{seed}") for seed in range(n_seeds)]
     do_jobs(folder, rows, study, run_settings)
-    for baseline in study.baselines:
-        evaluate_baseline(
-            run,
-            baseline,
-            run_settings.evaluate,
-            model=settings.sasrec,
-            training=settings.sasrec_train,
-            trials=max(study.trials, 1),
-        )
     pipeline.audit(run)
     record = describe_study(folder, run, settings, run_settings)
     artifacts.write_json(folder / STUDY, record)
@@ -101,7 +99,8 @@ def describe_study(folder: Path, run: Run, settings: CompareSettings, run_settin
         for objective in study.rows()
         for trial in read_trials(folder, objective)[: study.trials]
     ]
-    trials += sasrec_trials(run, study.trials) if "sasrec" in study.baselines else []
+    if "sasrec" in study.baselines:
+        trials += sasrec_trials(run, settings.sasrec, settings.sasrec_train, max(study.trials, 1))
     return {
         "title": f"{', '.join(study.objectives)} and the control {CONTROL}",
         "dataset": run.manifest("dataset").sizes,
@@ -115,6 +114,8 @@ def describe_study(folder: Path, run: Run, settings: CompareSettings, run_settin
         "settings": {
             "study": to_json(study),
             "align": to_json(settings.align.resolved()),
+            "sasrec": to_json(settings.sasrec),
+            "sasrec_train": to_json(settings.sasrec_train),
             **{name: to_json(getattr(run_settings, name)) for name in ("split", "ids", "policy", "train", "evaluate")},
         },
         "hashes": run.hashes("dataset", "split", "semantic_ids", "policy"),

@@ -39,7 +39,7 @@ class StudySettings:
     ablations: tuple[str, ...] = ()
     """Rows that take the settings that won for sage, with the first seed alone; `all` for the paper's."""
     baselines: tuple[BaselineName, ...] = ("popularity", "item-knn")
-    """Baselines beside them."""
+    """Baselines beside them; SASRec is tuned with as many trials, at most 4."""
     seeds: int = 3
     """Seeds 0, 1, … of the alignments."""
     trials: int = 3

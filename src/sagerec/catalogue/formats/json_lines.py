@@ -7,7 +7,6 @@ only and runs nothing.
 import ast
 import json
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
@@ -22,8 +21,6 @@ import polars as pl
 from sagerec.catalogue.formats.blocks import BadRows, Block, Chunk, read_blocks
 from sagerec.catalogue.formats.fields import DTYPES, BadValueError, Field, Kind, as_lines, json_value
 
-PARSERS = 1
-"""Blocks that are parsed at once, while a further one is read; msgspec holds Python's lock, so more would wait."""
 Parse = Callable[[str], Any]
 WHOLE = Annotated[int, msgspec.Meta(gt=-(2**63), le=2**63 - 1)]
 TYPES: dict[Kind, Any] = {"text": str, "number": float, "integer": WHOLE, "flag": bool, "time": WHOLE}
@@ -85,19 +82,18 @@ def block_records(block: Block, bad: BadRows, parse: Parse) -> Iterator[tuple[in
 
 
 def read_json_lines(path: Path, fields: Sequence[Field], bad: BadRows, *, parse: Parse = parse_json) -> Iterator[Chunk]:
-    """The named fields of every object, in chunks, some of which are parsed at once; bad rows are told in their order.
+    """The named fields of every object, in chunks; one is parsed while the last is taken in.
 
-    Bad rows: broken lines, missing values, wrong types.
+    Bad rows, which are told in their order: broken lines, missing values, wrong types.
     """
-    with ThreadPoolExecutor(PARSERS) as pool:
-        parsing: deque[tuple[Block, Future[Chunk | None]]] = deque()
+    waiting: tuple[Block, Future[Chunk | None]] | None = None
+    with ThreadPoolExecutor(1) as pool:
         for block in read_blocks(path, bad):
-            parsing.append((block, pool.submit(fast_chunk, block, fields)))
-            if len(parsing) > PARSERS:
-                block, chunk = parsing.popleft()
-                yield chunk.result() or slow_chunk(block, fields, bad, parse)
-        for block, chunk in parsing:
-            yield chunk.result() or slow_chunk(block, fields, bad, parse)
+            waiting, parsed = (block, pool.submit(fast_chunk, block, fields)), waiting
+            if parsed is not None:
+                yield parsed[1].result() or slow_chunk(parsed[0], fields, bad, parse)
+        if waiting is not None:
+            yield waiting[1].result() or slow_chunk(waiting[0], fields, bad, parse)
 
 
 def fast_chunk(block: Block, fields: Sequence[Field]) -> Chunk | None:
