@@ -32,8 +32,10 @@ from sagerec.semantic_ids.build import SemanticIdSettings
 from sagerec.slates.cases import list_cases
 from sagerec.training import rounds
 from sagerec.training.align_settings import AlignSettings, parse_criterion
+from sagerec.training.batches import Windows, make_windows
 from sagerec.training.feedback import gather_facts, gather_feedback
 from sagerec.training.loop import TrainSettings, make_optimizer
+from sagerec.training.supervised import next_item_loss
 from tests.conftest import SMALL_IDS, SMALL_POLICY, SMALL_TRAIN
 
 QUICK = AlignSettings(
@@ -212,7 +214,7 @@ def test_an_alignment_killed_at_any_moment_resumes_to_the_same_weights(base_run:
     """SIGKILL at three moments, then to the end: weights and metrics equal those of an uninterrupted run."""
     for name in ("whole", "killed"):
         shutil.copytree(base_run, tmp_path / name)
-    arguments = "dict(epochs=4, beam_slates=4)"
+    arguments = "dict(epochs=4, beam_slates=4, replay_weight=0.5)"
 
     def start(name: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-c", ALIGN_SCRIPT, str(tmp_path / name), arguments]
@@ -240,6 +242,44 @@ def test_an_alignment_killed_at_any_moment_resumes_to_the_same_weights(base_run:
         records.append([{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines])
     assert records[0] == records[1]
     assert not work.exists()
+
+
+def test_replay_keeps_what_supervised_training_knew(base_run: Path, tmp_path: Path) -> None:
+    """The control at a high rate forgets the training sequences; with replay it fits them better, and says so."""
+    shutil.copytree(base_run, tmp_path / "run")
+    run = open_run(tmp_path / "run")
+    windows = make_windows(run.split.sequences(run.data, "train"), SMALL_POLICY.max_items)
+    batch = [torch.from_numpy(x) for x in windows.batch(np.arange(len(windows)))]
+    losses = {}
+    for weight in (0.0, 1.0):
+        name = align(run, replace(QUICK, objective="sft", replay_weight=weight, validations=0), name=f"w{weight:.0f}")
+        with torch.no_grad():
+            losses[weight] = float(next_item_loss(run.policy(name, device="cpu"), *batch))
+        last = json.loads((run.folder / name / "metrics.jsonl").read_text().splitlines()[-1])
+        assert ("replay_loss_nats" in last) == (weight > 0)
+    assert losses[1.0] < losses[0.0] - 0.05
+    counts = {finding.stage: finding.counts for finding in audit(run)}
+    assert counts["policy-w1"] == run.split.counts() | {"valid": 0, "test": 0}
+
+
+def test_replay_goes_through_all_sequences_once_an_epoch(base_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = open_run(base_run)
+    windows = make_windows(run.split.sequences(run.data, "train"), SMALL_POLICY.max_items)
+    policy, settings, seen = run.policy(device="cpu"), replace(QUICK, replay_weight=1.0), []
+    batch = Windows.batch
+
+    def watched(self: Windows, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        seen.append(index)
+        return batch(self, index)
+
+    monkeypatch.setattr(Windows, "batch", watched)
+    steps = -(-len(windows) // settings.batch_users)
+    with torch.no_grad():
+        for step in range(2 * steps):
+            rounds.replay_loss(policy, windows, step, settings)
+    first, second = np.concatenate(seen[:steps]), np.concatenate(seen[steps:])
+    assert sorted(first) == sorted(second) == list(range(len(windows)))
+    assert not np.array_equal(first, second)
 
 
 def test_two_ranks_make_the_updates_of_one(base_run: Path, tmp_path: Path) -> None:

@@ -81,6 +81,9 @@ class AlignSettings:
     """Weight of the policy loss."""
     sft_weight: float = 0.7
     """Weight of the next-item loss on the reserved events, the anchor."""
+    replay_weight: float = 0.0
+    """Weight of the next-item loss on training sequences, as many of them beside each update as users: the policy keeps
+    more of the catalogue that it knew."""
     kl_weight: float = 0.0
     """Weight of the KL divergence to the policy that alignment started from (k3 estimator)."""
     entropy_weight: float = 0.0
@@ -120,6 +123,7 @@ class AlignSettings:
             "policy_weight",
             "max_contexts",
             "sft_weight",
+            "replay_weight",
             "kl_weight",
             "entropy_weight",
             "validations",

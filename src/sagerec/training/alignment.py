@@ -46,7 +46,7 @@ from sagerec.settings import require
 from sagerec.slates.cases import list_cases
 from sagerec.training import parallel
 from sagerec.training.align_settings import STORE_METRICS, AlignSettings, parse_criterion
-from sagerec.training.batches import shuffled_batches
+from sagerec.training.batches import make_windows, shuffled_batches
 from sagerec.training.checkpoints import load_checkpoint, newest_checkpoint, read_progress, save_checkpoint
 from sagerec.training.feedback import gather_facts, gather_feedback, to_device
 from sagerec.training.loop import choose_device, make_optimizer
@@ -132,6 +132,7 @@ def align_policy(
     parallel.join_ranks(device)
     weights = parse_rewards(settings.reward)
     facts = gather_facts(data, split, ids, clusters=settings.clusters, cold_max_count=settings.cold_max_count)
+    train = split.sequences(data, "train")
     stage = Stage(
         settings=settings,
         policy=start.move(device),
@@ -139,10 +140,11 @@ def align_policy(
         cases=cases,
         feedback=gather_feedback(data, split, cases, store, list(weights), facts),
         facts=to_device(facts, device),
-        exclude_history=split.sequences(data, "train").excludes_history(settings.history),
+        exclude_history=train.excludes_history(settings.history),
         optimizer=make_optimizer(start, settings.learning_rate, settings.weight_decay),
         work=work,
         rewards=weights,
+        replay=make_windows(train, start.settings.max_items) if settings.replay_weight else None,
     )
     validation = split.cases(data, "valid").sample(settings.validation_users, np.random.default_rng(settings.seed))
     cold = train_counts(data, split) <= settings.cold_max_count
@@ -167,6 +169,7 @@ def align_policy(
     if parallel.rank() == 0:
         opened, closed = (np.bincount(rows, minlength=data.n_events + 1) for rows in (cases.starts, cases.rows + 1))
         seen = np.flatnonzero((opened - closed).cumsum() > 0)  # from the start of each history to its target
+        seen = seen if stage.replay is None else np.union1d(seen, train.rows)
         resolved = {"policy": policy_settings, "align": settings.what()}
         with write_artifact(
             folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed, sizes=summary

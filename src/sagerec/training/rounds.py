@@ -25,8 +25,13 @@ from sagerec.slates.legal import NO_ITEM
 from sagerec.slates.rollouts import counted_codes, roll_out
 from sagerec.training import parallel
 from sagerec.training.align_settings import AlignSettings
+from sagerec.training.batches import Windows, shuffled_batches
 from sagerec.training.feedback import Feedback
 from sagerec.training.loop import learning_rate_at
+from sagerec.training.supervised import next_item_loss
+
+REPLAY = 1
+"""Tells the replay's random order from that of the contexts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,8 @@ class Stage:
     """Who answers for the users."""
     work: Path
     """Where a bad batch is saved."""
+    replay: Windows | None = None
+    """Training sequences for the replay, None without one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,16 +285,35 @@ def losses(stage: Stage, batch: Minibatch, step: int) -> tuple[Tensor, dict[str,
             total = total + settings.kl_weight * k3(new, batch.rollouts.reference, counted, n_codes)
         if settings.entropy_weight:
             total = total - settings.entropy_weight * share * entropy
+    # Dropout hangs on seed, update and rank alone, so that a resumed run draws the same masks.
+    torch.manual_seed(settings.seed * 7_368_787 + step + parallel.rank() * 1_000_000_007)
+    policy.train()
     if weight := 1.0 if row.trains_on_targets else settings.sft_weight:
-        # Dropout hangs on seed, update and rank alone, so that a resumed run draws the same masks.
-        torch.manual_seed(settings.seed * 7_368_787 + step + parallel.rank() * 1_000_000_007)
-        policy.train()
         hidden = policy.encode(contexts.items, contexts.lengths).hidden[:, 0]
         sft = -policy.target_logprobs(hidden, contexts.targets).sum() / contexts.total
         total = total + weight * sft
         logged["sft_loss_nats"] = sft.detach()
-        policy.eval()
+    if stage.replay is not None:
+        replayed = replay_loss(policy, stage.replay, step, settings)
+        total = total + settings.replay_weight * replayed
+        logged["replay_loss_nats"] = replayed.detach()
+    policy.eval()
     return total, logged
+
+
+def replay_loss(policy: LazyDecoder, windows: Windows, step: int, settings: AlignSettings) -> Tensor:
+    """The rank's part of the mean next-item loss over the training sequences of update `step`, in nats an item."""
+    per_epoch = math.ceil(len(windows) / settings.batch_users)
+    epoch, number = divmod(step, per_epoch)
+    rng = np.random.default_rng([settings.seed, epoch, REPLAY])
+    index = shuffled_batches(windows.lengths, settings.batch_users, rng)[number]
+    own = index[parallel.own_share(len(index))]
+    if not len(own):  # fewer sequences than ranks
+        parallel.add_up(torch.zeros((), device=policy.device))
+        return torch.zeros((), device=policy.device)
+    inputs, targets, counted = (torch.from_numpy(x).to(policy.device) for x in windows.batch(own))
+    n_own = counted.sum().float()
+    return next_item_loss(policy, inputs, targets, counted) * n_own / parallel.add_up(n_own.clone())
 
 
 def bound_figures(found: PolicyLoss, mask: Tensor) -> dict[str, Tensor]:
