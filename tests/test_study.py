@@ -194,7 +194,12 @@ def test_results_are_tables_of_the_record(tmp_path: Path, capsys: pytest.Capture
 
     higher = {"difference": 0.02, "p_holm": 0.004, "verdict": "higher"}
     record = {
-        "rows": [row("sft", 0.08, {}), row("sage", 0.1, {"sft": higher}), row("gbpo", 0.081, {"sft": NO_DIFFERENCE})],
+        "rows": [
+            row("sage_token", 0.09, {}) | {"kind": "ablation"},
+            row("sft", 0.08, {}),
+            row("sage", 0.1, {"sft": higher}),
+            row("gbpo", 0.081, {"sft": NO_DIFFERENCE}),
+        ],
         "trials": [{"objective": "sage", "chosen": True, "criterion": 2.5, "settings": {"boost": 4.0}}],
         "dataset": {"users": 10, "items": 20, "interactions": 30},
         "cases": 10,
@@ -214,7 +219,9 @@ def test_results_are_tables_of_the_record(tmp_path: Path, capsys: pytest.Capture
     page.write_text(f"old\n{BY_HAND}\n\n## Why\n\nBecause.\n", encoding="utf-8")
     assert main(["results", f"A store={tmp_path / 'study'}", "--out", str(page)]) == 0
     assert page.read_text(encoding="utf-8") == f"{text}\n## Why\n\nBecause.\n"
-    assert ">sage<" in (tmp_path / "results-a-store.svg").read_text(encoding="utf-8")
+    drawn = (tmp_path / "results-a-store.svg").read_text(encoding="utf-8")
+    assert ">sage<" in drawn
+    assert ">sage_token<" not in drawn
     assert "| sage | 2 | 0.1000 [0.0900 – 0.1100] | 0.1000 [0.0900 – 0.1100] | 1.5 |" in text
     assert "| sage | sft | +25.0% (p 0.004) | +25.0% (p 0.004) |" in text
     assert "| gbpo | sft | no difference | no difference |" in text

@@ -41,7 +41,7 @@ PUBLISHED = """| published, not measured here | Recall@10 | NDCG@10 | Cold-Recal
 def study_markdown(record: dict[str, Any], title: str, plot: str) -> str:
     """The tables of a study's record, and a link to its plot."""
     metrics = list(record["rows"][0]["metrics"])
-    picture = f"![Recall against Entropy and Cold-Recall of every row]({plot})"
+    picture = f"![Recall against Entropy and Cold-Recall of the rows but the ablations]({plot})"
     lines = [f"## {title}", "", _what(record), "", picture, "", _table(record, metrics), ""]
     lines += ["What the tests say (p corrected by Holm over all tests of the study):", "", _tests(record, metrics), ""]
     if record["trials"]:
@@ -80,20 +80,26 @@ def write_results(out: Path, folders: dict[str, Path]) -> list[Path]:
 
 
 def draw_study(record: dict[str, Any], title: str) -> str:
-    """Recall against Entropy and against Cold-Recall, a mark with 95 % intervals a row, as SVG on white."""
+    """Recall against Entropy and against Cold-Recall, a mark with 95 % intervals a row, as SVG on white.
+
+    Rows of less than half the best Recall are left out, and ablations, whose marks would hide those of the objectives.
+    """
     shown = [m for m in ("coarse_entropy@10", "cold_recall@10") if m in record["rows"][0]["metrics"]]
-    rows = [row for row in record["rows"] if row["metrics"]["recall@10"]["value"] > 0.5 * _best(record, "recall@10")]
+    least = 0.5 * _best(record, "recall@10")
+    rows = [r for r in record["rows"] if r["metrics"]["recall@10"]["value"] > least and r.get("kind") != "ablation"]
     with mpl.rc_context(STYLE | {"svg.hashsalt": title}):
         sheet = Figure(figsize=(4.4 * len(shown), 3.4), facecolor="white", layout="constrained")
         for metric, axes in zip(shown, np.atleast_1d(sheet.subplots(1, len(shown))), strict=True):
             for number, row in enumerate(rows):
                 x, y = row["metrics"]["recall@10"], row["metrics"][metric]
-                style = {"color": PALETTE[number % len(PALETTE)], "marker": MARKERS[number % len(MARKERS)]}
+                turn = number // len(PALETTE)  # a colour that comes again has another marker
+                style = {"color": PALETTE[number % len(PALETTE)], "marker": MARKERS[(number + turn) % len(MARKERS)]}
                 reach = [[[v["value"] - v["low"]], [v["high"] - v["value"]]] for v in (x, y)]
                 axes.errorbar(x["value"], y["value"], xerr=reach[0], yerr=reach[1], elinewidth=0.8, capsize=0, **style)
                 at = (x["value"], y["value"])
                 axes.annotate(row["name"], at, (5, 4), textcoords="offset points", fontsize=7, color=style["color"])
             axes.set(xlabel=NAMES["recall@10"], ylabel=NAMES[metric])
+            axes.locator_params(axis="x", nbins=5)
         sheet.suptitle(f"{title}: up and right is better", fontsize=9)
         buffer = io.StringIO()
         sheet.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
