@@ -7,7 +7,6 @@ import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,12 +20,13 @@ from sagerec.evaluation.baselines import item_knn_lists, popularity_lists
 from sagerec.evaluation.evaluate import EvaluateSettings, excludes_history
 from sagerec.evaluation.sasrec import TUNED, SasRecSettings, read_sasrec, resolved_settings, train_sasrec
 from sagerec.run import Run, is_needed, report_lists
-from sagerec.settings import from_json
+from sagerec.settings import from_json, grid_points
 from sagerec.training.loop import TrainSettings
 
 logger = logging.getLogger(__name__)
 BaselineName = Literal["popularity", "item-knn", "sasrec"]
 LEARNS_FROM: tuple[Part, ...] = ("train", "align")
+"""The parts whose events baselines learn."""
 Lists = Callable[[Cases], np.ndarray]
 """Cases -> lists (n, K) of items."""
 KNN_GRID = [{"neighbours": neighbours, "decay": decay} for neighbours in (50, 200) for decay in (1.0, 0.7, 0.4)]
@@ -105,8 +105,7 @@ def sasrec_grid(model: SasRecSettings, training: TrainSettings, trials: int) -> 
     Raises: SettingsError where there are fewer than `trials`.
     """
     given = {"learning_rate": training.learning_rate, "dropout": model.dropout}
-    points = [dict(zip(SASREC_GRID, values, strict=True)) for values in product(*SASREC_GRID.values())]
-    points = [given, *(point for point in points if point != given)]
+    points = grid_points(SASREC_GRID, given)
     if not 1 <= trials <= len(points):
         raise SettingsError(f"trials is {trials}; expected 1 to {len(points)}, the settings that SASRec has to try")
     return points[:trials]

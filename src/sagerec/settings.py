@@ -1,6 +1,7 @@
 """Settings on disk: frozen dataclasses to JSON and back, where an unknown key is an error."""
 
 import dataclasses
+from itertools import product
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from sagerec.errors import SettingsError
@@ -32,6 +33,12 @@ def from_json(cls: type[S], values: dict[str, Any]) -> S:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     except TypeError as error:
         raise SettingsError(f"{cls.__name__}: {error}") from error
+
+
+def grid_points(axes: dict[str, tuple[Any, ...]], given: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every choice of one value an axis, `given` first, whether it is one of them or not."""
+    points = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
+    return [given, *(point for point in points if point != given)]
 
 
 def require(condition: bool, message: str) -> None:

@@ -1,6 +1,5 @@
 """What the command line prints: tables on a terminal."""
 
-import json
 from typing import Any
 
 from rich.console import Console
@@ -10,7 +9,7 @@ from sagerec.evaluation.diagnose import Diagnosis
 from sagerec.evaluation.evaluate import BUCKET_EDGES
 from sagerec.recommend import Recommender
 from sagerec.run import Run
-from sagerec.training.tracking import METRICS
+from sagerec.training.tracking import read_metrics
 
 console = Console()
 
@@ -45,9 +44,8 @@ def print_ids(run: Run) -> None:
 
 def print_alignment(run: Run, name: str) -> None:
     """What alignment did to the validation metrics, and how to measure it on test."""
-    lines = (run.folder / name / METRICS).read_text(encoding="utf-8").splitlines()
     sizes = run.manifest(name).sizes
-    validated = [values for values in map(json.loads, lines) if "criterion" in values]
+    validated = [values for values in read_metrics(run.folder / name) if "criterion" in values]
     if validated:
         kept = next(values for values in validated if values["round"] == sizes["kept_round"])
         table = Table("validation", "before", f"after (round {kept['round']} of {sizes['rounds']})", title=name)

@@ -3,7 +3,6 @@
 A study folder holds `study.json` (rows, verdicts, trials) and `run/`, a run folder.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from sagerec.evaluation.evaluate import EvaluateSettings
 from sagerec.report.drawing import MOST_SERIES, Style
 from sagerec.run import Run, open_run
 from sagerec.semantic_ids.clusters import item_clusters
-from sagerec.training.tracking import METRICS
+from sagerec.training.tracking import METRICS, read_metrics
 
 STUDY, RUN = "study.json", "run"
 START = "supervised"
@@ -167,7 +166,7 @@ def read_aligned(run: Run, study: Mapping[str, Any], notes: list[str]) -> list[A
             continue
         short = shown_name(name)
         group = SEED.sub("", short) if SEED.sub("", short) in objectives else short
-        lines = read_lines(run.folder / name / METRICS)
+        lines = read_metrics(run.folder / name)
         found.append(Aligned(name, group, manifest.settings["align"], manifest, lines))
 
     def place(policy: Aligned) -> tuple[int, str, str]:
@@ -179,14 +178,6 @@ def read_aligned(run: Run, study: Mapping[str, Any], notes: list[str]) -> list[A
     if left := groups[MOST_SERIES - 1 :]:
         notes.append(f"The plots of training leave out {', '.join(left)}: they hold {MOST_SERIES - 1} policies.")
     return [policy for policy in found if policy.group not in left]
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl. Raises: ArtifactError for one that is not JSON."""
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except json.JSONDecodeError as error:
-        raise ArtifactError(f"{path} holds a line that is not JSON ({error}); make the policy again") from error
 
 
 def study_row(values: Mapping[str, Any]) -> Row:

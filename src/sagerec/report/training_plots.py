@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from sagerec.report.drawing import Line, Style, canvas, draw_lines, to_svg
-from sagerec.training.tracking import METRICS
+from sagerec.training.tracking import read_metrics
 
 logger = logging.getLogger(__name__)
 PLOTS = "plots"
@@ -162,10 +162,9 @@ def write_plots(policy_folder: Path) -> Path:
 
     They stand beside the artefact, whose content hash is not theirs.
     """
-    from sagerec.report.material import read_lines
 
     folder = policy_folder.parent / PLOTS / policy_folder.name
-    log = Log(policy_folder.name, read_lines(policy_folder / METRICS), Style(1))
+    log = Log(policy_folder.name, read_metrics(policy_folder), Style(1))
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True)

@@ -5,13 +5,11 @@ import shutil
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 import torch
 
 from sagerec import artifacts
@@ -20,10 +18,10 @@ from sagerec.core.objectives import find_objective
 from sagerec.errors import SettingsError, TrainingError
 from sagerec.progress import progress_bar
 from sagerec.run import Run, RunSettings
-from sagerec.settings import to_json
+from sagerec.settings import grid_points, to_json
 from sagerec.study.settings import COMMON_GRID, OWN_GRID, StudySettings
 from sagerec.training.align_settings import AlignSettings
-from sagerec.training.tracking import METRICS
+from sagerec.training.tracking import read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +47,7 @@ def grid(objective: str, trials: int, align: AlignSettings, seed: int = 0) -> li
     """
     row, axes = find_objective(objective), COMMON_GRID | OWN_GRID.get(objective, {})
     given = {name: getattr(align, name) if getattr(align, name) is not None else getattr(row, name) for name in axes}
-    points = [dict(zip(axes, values, strict=True)) for values in product(*axes.values())]
-    others = [point for point in points if point != given]
+    _, *others = grid_points(axes, given)
     if trials > 1 + len(others):
         raise SettingsError(
             f"trials is {trials}, and {objective} has {1 + len(others)} settings to try; expected at most as many, so "
@@ -128,11 +125,8 @@ def do_job(folder: Path, job: Job, run_settings: RunSettings, threads: int, devi
         )
         return job.name
     manifest, where = run.manifest(name), run.folder / name
-    lines = [pl.read_ndjson(where / METRICS, infer_schema_length=None)]
-    validated = lines[0].filter(pl.col("criterion").is_not_null()) if "criterion" in lines[0].columns else None
-    kept: dict[str, Any] = {}
-    if validated is not None and len(validated):
-        kept = validated.filter(pl.col("round") == manifest.sizes["kept_round"]).row(0, named=True)
+    validated = [values for values in read_metrics(where) if "criterion" in values]
+    kept: dict[str, Any] = next((v for v in validated if v["round"] == manifest.sizes["kept_round"]), {})
     sizes = {key: manifest.sizes[key] for key in ("criterion", "kept_round", "seconds")}
     measured = {k.removeprefix("valid_"): v for k, v in kept.items() if k.startswith("valid_")}
     artifacts.write_json(path, record | sizes | {"metrics": measured})

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from sagerec.errors import MissingExtraError
+from sagerec.errors import ArtifactError, MissingExtraError
 from sagerec.settings import require
 
 METRICS = "metrics.jsonl"
@@ -183,6 +183,15 @@ def keep_records(work: Path, fresh: Path) -> None:
     shutil.copy(work / METRICS, fresh / METRICS)
     if (work / "tensorboard").exists():
         shutil.copytree(work / "tensorboard", fresh / "tensorboard")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of an artefact's metrics.jsonl. Raises: ArtifactError for one that is not JSON."""
+    path = folder / METRICS
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except json.JSONDecodeError as error:
+        raise ArtifactError(f"{path} holds a line that is not JSON ({error}); make the policy again") from error
 
 
 def check_trackers(track: Sequence[str]) -> None:
