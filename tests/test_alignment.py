@@ -98,7 +98,7 @@ def test_alignment_raises_the_reward_that_it_is_given(run: Run, reward: str, mor
 
 
 def test_dislikes_of_negative_weight_fall(run: Run) -> None:
-    settings = replace(QUICK, reward=("dislike=-1",), beam_slates=0, sft_weight=0.0, validations=0, epochs=6)
+    settings = replace(QUICK, reward=("dislike=-1",), beam_slates=0, sft_weight=0.0, validations=0, epochs=12)
     earned = [line["reward/dislike"] for line in metrics_of(run, align(run, settings))]
     assert np.mean(earned[-3:]) < 0.9 * np.mean(earned[:2])
 

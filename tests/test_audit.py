@@ -19,7 +19,7 @@ from sagerec.catalogue.audit import (
     write_events_used,
 )
 from sagerec.catalogue.dataset import INTERACTIONS, Dataset, read_dataset, write_dataset
-from sagerec.catalogue.splits import PARTS, Part, Split, SplitSettings, make_split, train_counts
+from sagerec.catalogue.splits import PARTS, Part, Split, SplitSettings, make_split, learnt_counts
 from sagerec.errors import ArtifactError, LeakError
 from sagerec.run import Run, audit, prepare
 from sagerec.semantic_ids.build import SemanticIds, build_semantic_ids, item_vectors
@@ -283,7 +283,7 @@ def stage_inputs(data: Dataset, split: Split, *parts: Part) -> dict[str, bytes]:
     arrays |= {f"windows.{name}": getattr(windows, name) for name in ("items", "begins", "lengths")}
     arrays |= {f"cooccurrence.{name}": getattr(matrix, name) for name in ("data", "indices", "indptr")}
     arrays["item_vectors"] = item_vectors(data, train, LOG_IDS).vectors
-    arrays["train_counts"] = train_counts(data, split)
+    arrays["learnt_counts"] = learnt_counts(data, split)
     return {name: np.ascontiguousarray(array).tobytes() for name, array in arrays.items()}
 
 

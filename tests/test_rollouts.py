@@ -1,5 +1,6 @@
 """Rollouts: slates and their log-probabilities under one distribution, with the prompt computed once."""
 
+import itertools
 import math
 
 import pytest
@@ -12,7 +13,7 @@ from sagerec.errors import SettingsError
 from sagerec.policies.lazy_decoder import Context
 from sagerec.slates.autoregressive import slate_logprobs, write_slates
 from sagerec.slates.legal import NO_ITEM, excluded_paths, has_free_item
-from sagerec.slates.rollouts import RolloutSettings, counted_codes, roll_out
+from sagerec.slates.rollouts import RolloutSettings, roll_out
 from tests.test_policy import N, all_logprobs, histories, small_policy
 from tests.test_slates import slow_slate_logprob
 
@@ -168,11 +169,26 @@ def test_beam_slates_read_each_history_once(monkeypatch: pytest.MonkeyPatch) -> 
     assert calls == [3]
 
 
-def test_every_code_of_an_item_counts() -> None:
-    policy = small_policy(variable_length=True)
-    slates = torch.arange(N).view(2, N // 2, 1)
-    counted = counted_codes(policy.codes, slates)
-    assert torch.equal(counted.sum(3).flatten(), (policy.codes >= 0).sum(1))
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_code_counts_where_several_were_legal(ends: bool) -> None:
+    """The twin: item by item, the codes under which an item is left that neither history nor slate bars."""
+    policy = small_policy(variable_length=ends).eval()
+    items, lengths = histories(batch=3)
+    excluded = torch.arange(0, N, 3).expand(3, -1)
+    codes = [[c for c in row if c >= 0] for row in policy.codes.tolist()]
+    for beams in (0, 1):
+        found = roll_out(policy, items, lengths, RolloutSettings(k=2, slates=3, beam_slates=beams), excluded=excluded)
+        for user, slate in itertools.product(range(3), range(3)):
+            barred = set(range(0, N, 3))
+            for place, item in enumerate(found.items[user, slate].tolist()):
+                for level in range(policy.codes.shape[1]):
+                    legal = {
+                        codes[i][level]
+                        for i in range(N)
+                        if i not in barred and codes[i][:level] == codes[item][:level] and len(codes[i]) > level
+                    }
+                    assert bool(found.free[user, slate, place, level]) == (len(legal) > 1), (item, level, legal)
+                barred.add(item)
 
 
 def test_impossible_rollouts_are_refused() -> None:

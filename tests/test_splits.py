@@ -18,7 +18,7 @@ from sagerec.catalogue.splits import (
     SplitSettings,
     make_split,
     read_split,
-    train_counts,
+    learnt_counts,
     write_split,
 )
 from sagerec.errors import ArtifactError, DatasetError, SettingsError
@@ -77,7 +77,7 @@ def test_leave_one_out_by_hand() -> None:
     ]
     assert split.counts() == {"train": 7, "align": 0, "valid": 2, "test": 2}
     assert split.scheme == "leave-one-out"
-    assert train_counts(data, split).tolist() == [1, 1, 2, 1, 0, 1, 1]
+    assert learnt_counts(data, split).tolist() == [1, 1, 2, 1, 0, 1, 1]
 
 
 @given(lengths=lengths_of_users, reserve=st.sampled_from(["none", "event"]))
@@ -206,7 +206,7 @@ def test_reserved_events_by_hand() -> None:
         [TRAIN, ALIGN],
     ]
     # Events 0, 1, 5, 6, 9 are left, items 0, 1, 5, 6, 2: an aligned event is none of training's.
-    assert train_counts(data, split).tolist() == [1, 1, 1, 0, 0, 1, 1]
+    assert learnt_counts(data, split).tolist() == [1, 1, 1, 0, 0, 1, 1]
 
 
 def test_reserved_users() -> None:

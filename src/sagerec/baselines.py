@@ -71,7 +71,7 @@ def evaluate_baseline(
 
     def lists() -> tuple[np.ndarray, float]:
         cases = run.split.cases(data, settings.split)
-        shared: dict[str, Any] = {"n_items": data.n_items, "k": k, "exclude_history": exclude, "max_items": 50}
+        shared: dict[str, Any] = {"n_items": data.n_items, "k": k, "exclude_history": exclude}
         if name == "sasrec":
             found = read_sasrec(folder, data.n_items).lists(cases, k=k, exclude_history=exclude)
         elif name == "popularity":
@@ -89,7 +89,7 @@ def _tuned_knn(events: Sequences, sample: Cases, shared: dict[str, Any]) -> List
     """Item-kNN with the settings of KNN_GRID whose Recall@10 on `sample` is best, the first ones without a sample."""
 
     def knn(cases: Cases, setting: dict[str, Any]) -> np.ndarray:
-        return item_knn_lists(events, cases, **shared, **setting)
+        return item_knn_lists(events, cases, max_items=50, **shared, **setting)
 
     def recall(setting: dict[str, Any]) -> float:
         return float(recall_at(first_rank(knn(sample, setting), sample.targets), min(10, shared["k"])).mean())

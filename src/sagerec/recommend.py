@@ -45,10 +45,10 @@ class Recommender:
         """
         if not history:
             raise DatasetError("the history is empty; expected at least one item id, the oldest first")
-        known = self.item_ids.index(history)[-self.policy.settings.max_items :]
-        items = torch.from_numpy(known)[None].to(self.policy.device)
+        known = torch.from_numpy(self.item_ids.index(history))[None].to(self.policy.device)
+        items = known[:, -self.policy.settings.max_items :]
         lengths = torch.tensor([items.shape[1]], device=self.policy.device)
-        excluded = distinct_rows(items) if exclude_history else None
+        excluded = distinct_rows(known) if exclude_history else None
         if slate:
             slates = write_slates(self.policy, items, lengths, k=k, temperature=0.0, excluded=excluded)
             found, scores = slates.items[0, 0], slates.logprobs[0, 0].sum(dim=-1)

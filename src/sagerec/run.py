@@ -25,7 +25,7 @@ from sagerec import artifacts
 from sagerec.catalogue.audit import EVENTS_USED, Finding, audit_order, audit_stage, read_events_used
 from sagerec.catalogue.dataset import INTERACTIONS, ITEM_ID, ITEMS, SOURCE, Dataset, has_manifest, read_dataset
 from sagerec.catalogue.grow import grow_dataset, known_items, read_new_items
-from sagerec.catalogue.splits import Part, Split, SplitSettings, make_split, read_split, train_counts, write_split
+from sagerec.catalogue.splits import Part, Split, SplitSettings, learnt_counts, make_split, read_split, write_split
 from sagerec.catalogue.store import TRUTH, Store, read_store
 from sagerec.errors import ArtifactError, DatasetError
 from sagerec.evaluation.diagnose import Diagnosis, diagnose
@@ -333,7 +333,7 @@ def diagnose_lists(run: Run, names: Sequence[str], k: int = 10) -> dict[str, Dia
 
     Raises: ArtifactError where a system has no saved test lists of at least k places that fit the run of today.
     """
-    cases, counts = run.split.cases(run.data, "test"), train_counts(run.data, run.split)
+    cases, counts = run.split.cases(run.data, "test"), learnt_counts(run.data, run.split)
     found = {}
     for name in names:
         suffix = "" if name == "policy" else f"-{name.removeprefix('policy-')}"

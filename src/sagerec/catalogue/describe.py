@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from sagerec.catalogue.dataset import CATEGORIES, FEEDBACK_COLUMNS, TIMESTAMP, TITLE, Dataset
-from sagerec.catalogue.splits import Split, train_counts
+from sagerec.catalogue.splits import Split, learnt_counts
 
 QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 
@@ -27,7 +27,7 @@ def describe(data: Dataset, split: Split, *, cold_max_count: int) -> dict[str, A
     repeats = len(data.event_items) - len(
         np.unique(data.event_users.astype(np.int64) * data.n_items + data.event_items)
     )
-    counts = train_counts(data, split)
+    counts = learnt_counts(data, split)
     cold = counts <= cold_max_count
     targets = data.event_items[split.mask("test")]
     return {

@@ -109,6 +109,17 @@ class Cases:
         inside = places < ends[:, None]
         return np.where(inside, self.event_items[np.where(inside, places, 0)], 0).astype(np.int64), lengths
 
+    def taken(self, index: np.ndarray) -> np.ndarray:
+        """(b, X) int64 the distinct items that the users of the cases `index` had before, -1 after the last: all of
+        them, however far back, for what a user had is what lists leave out.
+        """
+        history, lengths = self.histories(index, int((self.rows[index] - self.starts[index]).max(initial=0)))
+        ordered = np.sort(np.where(np.arange(history.shape[1]) < lengths[:, None], history, -1), axis=1)[:, ::-1]
+        repeats = np.zeros(ordered.shape, dtype=bool)
+        repeats[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
+        kept = np.sort(np.where(repeats, -1, ordered), axis=1)[:, ::-1]
+        return np.ascontiguousarray(kept[:, : max(int((kept >= 0).sum(axis=1).max(initial=0)), 1)])
+
     def sample(self, size: int, rng: np.random.Generator) -> "Cases":
         """At most `size` of the cases, drawn without replacement, in the order of the log."""
         if len(self) <= size:
@@ -160,9 +171,13 @@ class Split:
         )
 
 
-def train_counts(data: Dataset, split: Split) -> np.ndarray:
-    """(N,) int64 training interactions of each item: what popularity and coldness are measured by."""
-    return np.bincount(data.event_items[split.mask("train")], minlength=data.n_items)
+LEARNT: tuple[Part, ...] = ("train", "align")
+"""The parts that the rows of a comparison have learnt from once they are aligned."""
+
+
+def learnt_counts(data: Dataset, split: Split) -> np.ndarray:
+    """(N,) int64 interactions of each item in the parts LEARNT: what popularity and coldness are measured by."""
+    return np.bincount(data.event_items[split.mask(*LEARNT)], minlength=data.n_items)
 
 
 def make_split(data: Dataset, settings: SplitSettings) -> Split:

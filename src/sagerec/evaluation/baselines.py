@@ -27,22 +27,19 @@ def top_k(scores: np.ndarray, k: int) -> np.ndarray:
     return result
 
 
-def popularity_lists(
-    train: Sequences, cases: Cases, *, n_items: int, k: int, exclude_history: bool, max_items: int
-) -> np.ndarray:
+def popularity_lists(train: Sequences, cases: Cases, *, n_items: int, k: int, exclude_history: bool) -> np.ndarray:
     """The k items (n, k) with most training interactions, without the history where it is excluded."""
     counts = np.bincount(train.items, minlength=n_items)
     order = np.argsort(-counts, kind="stable")
     lists = np.full((len(cases), k), -1, dtype=np.int64)
     for begin in range(0, len(cases), BATCH_CASES):
         index = np.arange(begin, min(begin + BATCH_CASES, len(cases)))
-        history, lengths = cases.histories(index, max_items)
-        candidates = order[: k + history.shape[1]]
+        taken = cases.taken(index)
+        candidates = order[: k + taken.shape[1]]
         barred = np.zeros((len(index), len(candidates)), dtype=bool)
         if exclude_history:
-            inside = np.arange(history.shape[1]) < lengths[:, None]
-            for place in range(history.shape[1]):
-                barred |= (history[:, place : place + 1] == candidates) & inside[:, place : place + 1]
+            for place in range(taken.shape[1]):
+                barred |= taken[:, place : place + 1] == candidates
         chosen_places = np.argsort(barred, axis=1, kind="stable")[:, :k]
         chosen = np.where(np.take_along_axis(barred, chosen_places, 1), -1, candidates[chosen_places])
         lists[index, : chosen.shape[1]] = chosen
@@ -69,7 +66,7 @@ def item_knn_lists(
         history, lengths = cases.histories(index, max_items)
         scores = history_scores(similar, history, lengths, decay=decay)
         if exclude_history:
-            inside = np.arange(history.shape[1]) < lengths[:, None]
-            scores[np.nonzero(inside)[0], history[inside]] = -np.inf
+            taken = cases.taken(index)
+            scores[np.nonzero(taken >= 0)[0], taken[taken >= 0]] = -np.inf
         lists[index] = top_k(scores, k)
     return lists

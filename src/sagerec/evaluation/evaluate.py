@@ -16,12 +16,12 @@ import polars as pl
 
 from sagerec.artifacts import write_json
 from sagerec.catalogue.dataset import Dataset
-from sagerec.catalogue.splits import Cases, Sequences, Split, train_counts
+from sagerec.catalogue.splits import Cases, Sequences, Split, learnt_counts
 from sagerec.catalogue.store import Store, expected_answers
 from sagerec.core import metrics
 from sagerec.errors import DatasetError
 from sagerec.semantic_ids.build import SemanticIds
-from sagerec.semantic_ids.clusters import item_clusters
+from sagerec.semantic_ids.clusters import entropy_clusters
 from sagerec.settings import require, require_choices, to_json
 
 BUCKET_EDGES = (5, 10, 20, 50)
@@ -87,7 +87,7 @@ def evaluate_lists(
             f"the split has {len(cases)} cases for {settings.split}, expected at least 2; choose another split"
         )
     rng = np.random.default_rng(settings.seed)
-    counts = train_counts(data, split)
+    counts = learnt_counts(data, split)
     cold = counts[cases.targets] <= settings.cold_max_count
     groups = _shared_groups(ids) if shared_ids else (np.arange(data.n_items), np.ones(data.n_items, dtype=np.int64))
     listed, sizes = groups
@@ -95,8 +95,7 @@ def evaluate_lists(
     entry_sizes = np.where(lists >= 0, sizes[lists], 1)
     ranks = metrics.expanded_rank(ranks, entry_sizes)
     target_sizes = sizes[cases.targets]
-    clusters = {"coarse_entropy": item_clusters(data, ids, "coarse")}
-    clusters["entropy"] = item_clusters(data, ids, "category" if data.has_categories() else "first-code")
+    clusters = entropy_clusters(data, ids)
     values: dict[str, Any] = {}
 
     def interval(per_case: np.ndarray) -> dict[str, float]:

@@ -116,9 +116,9 @@ class SasRec(nn.Module):
             states = self.encode(items)[torch.arange(len(items), device=self.device), lengths - 1]
             scores = F.linear(states, self.items.weight)
             if exclude_history:
+                taken = torch.from_numpy(cases.taken(index)).to(self.device)
                 # Padding repeats the first item of the row, so that it bars nothing more.
-                inside = torch.arange(items.shape[1], device=self.device) < lengths[:, None]
-                scores.scatter_(1, torch.where(inside, items, items[:, :1]), -torch.inf)
+                scores.scatter_(1, torch.where(taken >= 0, taken, taken[:, :1]), -torch.inf)
             best = scores.topk(min(k, scores.shape[1]), dim=1)
             lists[index, : best.indices.shape[1]] = (
                 best.indices.masked_fill(best.values == -torch.inf, -1).cpu().numpy()

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from sagerec.catalogue.dataset import CATEGORIES
-from sagerec.catalogue.splits import train_counts
+from sagerec.catalogue.splits import learnt_counts
 from sagerec.core.metrics import first_rank
 from sagerec.report.material import START, Material, lists_path
 from sagerec.run import Run
@@ -103,7 +103,7 @@ def gather_examples(material: Material, *, seed: int = 0) -> Examples | None:
         members = np.flatnonzero(group.of_case == group.categories.index(label))
         chosen += rng.choice(members, size=min(PER_GROUP, len(members)), replace=False).tolist()
     most = int(material.reports[START]["settings"]["cold_max_count"])
-    counts = train_counts(run.data, run.split)
+    counts = learnt_counts(run.data, run.split)
     users = []
     for case in chosen:
         row = int(rows[case])

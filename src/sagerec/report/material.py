@@ -14,7 +14,7 @@ import polars as pl
 
 from sagerec import artifacts
 from sagerec.baselines import BaselineName
-from sagerec.catalogue.splits import train_counts
+from sagerec.catalogue.splits import learnt_counts
 from sagerec.core.metrics import bootstrap_mean, entropy_at, first_rank, ndcg_at, recall_at
 from sagerec.errors import ArtifactError
 from sagerec.evaluation.evaluate import EvaluateSettings
@@ -222,7 +222,7 @@ def compare(run: Run, report: Mapping[str, Any], name: str, k: int) -> dict[str,
     lists = [table["items"].to_numpy() for table in tables]
     if min(part.shape[1] for part in lists) < k:
         return {}
-    counts = train_counts(run.data, run.split)
+    counts = learnt_counts(run.data, run.split)
     most = report["settings"].get("cold_max_count", EvaluateSettings().cold_max_count)
     is_cold = counts[targets] <= most
     clusters = item_clusters(run.data, run.ids(), "coarse")

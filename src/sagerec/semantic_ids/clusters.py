@@ -18,6 +18,12 @@ ClusterKind = Literal["category", "first-code", "coarse"]
 COARSE_CLUSTERS = 32
 
 
+def entropy_clusters(data: Dataset, ids: SemanticIds) -> dict[str, sparse.csr_matrix]:
+    """The clusters of the two entropies: categories where there are some, else first codes; and the coarse ones."""
+    fine: ClusterKind = "category" if data.has_categories() else "first-code"
+    return {"entropy": item_clusters(data, ids, fine), "coarse_entropy": item_clusters(data, ids, "coarse")}
+
+
 def item_clusters(data: Dataset, ids: SemanticIds, kind: ClusterKind) -> sparse.csr_matrix:
     """Membership of items in clusters, (N, Q) with rows that sum to 1.
 

@@ -28,6 +28,8 @@ class Slates(NamedTuple):
     """(B, G, K) int64 items (rows of the trie)."""
     logprobs: Tensor
     """(B, G, K, L) nats of each code, at the temperature of the draw (1 for greedy); 0 after an item's last code."""
+    free: Tensor
+    """(B, G, K, L) bool: more than one code was legal there."""
 
 
 class SlateLogprobs(NamedTuple):
@@ -35,6 +37,8 @@ class SlateLogprobs(NamedTuple):
 
     logprobs: Tensor
     """(B, G, K, L) nats of each code; 0 where only one is legal, and after an item's last code."""
+    free: Tensor
+    """(B, G, K, L) bool: more than one code is legal there, so that the policy has a choice."""
     entropy: Tensor
     """() mean entropy in nats of the first code, over the contexts and the places of the slates."""
 
@@ -81,19 +85,21 @@ def write_slates(
     paths = excluded_paths(policy.trie, policy.codes, barred)
     written: list[Tensor] = []
     logprobs: list[Tensor] = []
+    choices: list[Tensor] = []
     for place in range(k):
         # All slates of a user share the first place's distribution: one prefix, and a draw for each.
         draws = uniforms[:, :, place] if place == 0 else uniforms[:, :, place].flatten(0, 1).unsqueeze(1)
-        found, steps = _write_item(policy, policy.begin(context), paths, draws, temperature, top_p)
+        found, steps, free = _write_item(policy, policy.begin(context), paths, draws, temperature, top_p)
         written.append(found.view(batch, slates))
         logprobs.append(steps.view(batch, slates, n_codes))
+        choices.append(free.view(batch, slates, n_codes))
         if place + 1 < k:
             if place == 0:
                 context = policy.encode(items, lengths, slates=slates)
                 paths = paths.repeat_interleave(slates, dim=0)
             paths = torch.cat([paths, excluded_paths(policy.trie, policy.codes, found.view(-1, 1))], dim=1)
             context = policy.append(context, written[-1])
-    return Slates(torch.stack(written, dim=2), torch.stack(logprobs, dim=2))
+    return Slates(torch.stack(written, dim=2), torch.stack(logprobs, dim=2), torch.stack(choices, dim=2))
 
 
 def _write_item(
@@ -103,15 +109,16 @@ def _write_item(
     uniforms: Tensor,
     temperature: float,
     top_p: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """D more items from each of R empty prefixes that exclude the items with `paths` (R, X, L + 1).
 
-    `uniforms` (R, D, L). Returns items (R, D) and logprobs (R, D, L).
+    `uniforms` (R, D, L). Returns items (R, D), logprobs and free places (R, D, L).
     """
     trie, device = policy.trie, paths.device
     n_rows, draws, n_codes = uniforms.shape
     found = torch.full((n_rows * draws,), NO_ITEM, device=device)
     logprobs = torch.zeros(n_rows * draws, n_codes, device=device)
+    free = torch.zeros_like(logprobs, dtype=torch.bool)
     # Row of the prefix, place in `found`: at the root D draws from each prefix, then one from each.
     source, slot = torch.arange(n_rows, device=device), torch.arange(n_rows * draws, device=device).view(n_rows, draws)
     states = torch.full((n_rows,), ROOT, device=device)
@@ -119,6 +126,7 @@ def _write_item(
         table, first = _legal_table(policy, prefix, states, paths[source, :, level + 1], level, temperature)
         place = _draw(table, uniforms.reshape(-1, n_codes)[slot, level], temperature, top_p)
         logprobs[slot.flatten(), level] = table.gather(1, place).flatten()
+        free[slot, level] = _has_choice(table)[:, None]
         node = (first[:, None] + place).flatten()
         owner = torch.arange(len(states), device=device).repeat_interleave(place.shape[1])
         slot, source = slot.flatten(), source[owner]
@@ -128,7 +136,13 @@ def _write_item(
         if len(states) == 0:
             break
         prefix = policy.step(prefix, owner[~ends], trie.token[states].long())
-    return found.view(n_rows, draws), logprobs.view(n_rows, draws, n_codes)
+    shape = (n_rows, draws, n_codes)
+    return found.view(n_rows, draws), logprobs.view(shape), free.view(shape)
+
+
+def _has_choice(table: Tensor) -> Tensor:
+    """(R,) bool: more than one column of log-probabilities (R, W) is legal."""
+    return (table > -math.inf).sum(dim=1) > 1
 
 
 def _legal_table(
@@ -207,12 +221,13 @@ def slate_logprobs(
     root = torch.full((len(paths),), ROOT, device=device)
     table, first = _legal_table(policy, prefix, root, paths[:, :, 1], 0, temperature)
     columns = [table[source, nodes[:, 1] - first[0]]]
+    choices = [_has_choice(table)[source]]
     live = torch.arange(len(own), device=device)
     owner = source
     for level in range(1, own.shape[1]):
         going = ~trie.is_decided(nodes[live, level])
         live, owner = live[going], owner[going]
-        column = torch.zeros(len(own), device=device)
+        column, choice = torch.zeros(len(own), device=device), torch.zeros(len(own), dtype=torch.bool, device=device)
         if len(live):
             states = nodes[live, level]
             prefix = policy.step(prefix, owner, own[live, level - 1])
@@ -222,7 +237,10 @@ def slate_logprobs(
             logits = policy.child_logits(prefix, children) / temperature
             steps = group_log_softmax(logits, children.parent, len(live))
             column = column.index_put((live,), steps[children.node == nodes[live, level + 1][children.parent]])
+            choice[live] = torch.bincount(children.parent, minlength=len(live)) > 1
             owner = torch.arange(len(live), device=device)
         columns.append(column)
+        choices.append(choice)
     entropy = -(table.exp() * table.clamp(min=torch.finfo(table.dtype).min)).sum(dim=1).mean()
-    return SlateLogprobs(torch.stack(columns, dim=1).view(batch, n_slates, k, -1), entropy)
+    free = torch.stack(choices, dim=1).view(batch, n_slates, k, -1)
+    return SlateLogprobs(torch.stack(columns, dim=1).view(batch, n_slates, k, -1), free, entropy)

@@ -44,8 +44,7 @@ def list_cases(
         lengths = torch.from_numpy(length).to(policy.device)
         excluded = None
         if exclude_history:
-            inside = torch.arange(items.shape[1], device=items.device) < lengths[:, None]
-            excluded = distinct_rows(items.masked_fill(~inside, NO_ITEM))
+            excluded = torch.from_numpy(cases.taken(index)).to(policy.device)
         if greedy_slates:
             slates = write_slates(policy, items, lengths, k=k, temperature=0.0, excluded=excluded)
             lists[index] = slates.items[:, 0].cpu().numpy()

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sagerec.core.trie import PADDING
 from sagerec.errors import SettingsError
 from sagerec.policies.protocol import ContextT, Policy, PrefixT
 from sagerec.slates.autoregressive import Slates, slate_logprobs, write_slates
@@ -94,13 +93,8 @@ def roll_out(
         if bool((listed == NO_ITEM).any()):
             raise SettingsError(f"a beam of {count} items does not fit this catalogue; expected fewer slates or items")
         slates = listed.view(len(items), n_beams, settings.k)
-        logprobs = slate_logprobs(
+        scored = slate_logprobs(
             policy, items, lengths, slates, temperature=settings.temperature, excluded=excluded, context=context
-        ).logprobs
-        parts.append(Slates(slates, logprobs))
-    return Slates(torch.cat([p.items for p in parts], dim=1), torch.cat([p.logprobs for p in parts], dim=1))
-
-
-def counted_codes(codes: Tensor, slates: Tensor) -> Tensor:
-    """(B, G, K, L) bool: the codes that count in a slate's mean, all that its items have; codes (N, L)."""
-    return codes[slates] != PADDING
+        )
+        parts.append(Slates(slates, scored.logprobs, scored.free))
+    return Slates(*(torch.cat(columns, dim=1) for columns in zip(*parts, strict=True)))

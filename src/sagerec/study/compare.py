@@ -12,7 +12,7 @@ import torch
 from sagerec import artifacts
 from sagerec import run as pipeline
 from sagerec.baselines import evaluate_baseline, sasrec_trials
-from sagerec.catalogue.splits import train_counts
+from sagerec.catalogue.splits import learnt_counts
 from sagerec.errors import SettingsError
 from sagerec.evaluation.compare import Measured, differences, judge, measure, seed_variances, summarise
 from sagerec.run import Run, RunSettings, read_lists
@@ -63,7 +63,7 @@ def describe_study(folder: Path, run: Run, settings: CompareSettings, run_settin
     """The table: every row with intervals, and the tests against the control and against GBPO."""
     study, evaluated = settings.study, run_settings.evaluate
     cases = run.split.cases(run.data, evaluated.split)
-    cold = train_counts(run.data, run.split) <= evaluated.cold_max_count
+    cold = learnt_counts(run.data, run.split) <= evaluated.cold_max_count
     clusters = item_clusters(run.data, run.ids(), "coarse")
     n_items, samples, store = run.data.n_items, study.bootstrap_samples, run.store()
     sources = {"supervised": [""]} | {o: [f"-{o}-s{s}" for s in range(n)] for o, n in study.rows().items()}

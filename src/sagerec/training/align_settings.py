@@ -15,7 +15,7 @@ from sagerec.training.tracking import TrackerName, check_trackers
 
 DEFAULT_REWARDS = ("hit=1", "cold*hit=2", "novelty*similarity=0.1", "diversity=0.1")
 """Rewards and weights that won on validation (docs/log.md)."""
-CRITERION = ("recall=2", "cold_recall=0.25", "entropy=0.5")
+CRITERION = ("recall=2", "cold_recall=0.25", "coarse_entropy=0.5")
 """What a validated policy is worth: losing 1 % of Recall costs what 4 % of Entropy or 8 % of Cold-Recall gain."""
 
 
@@ -94,8 +94,8 @@ class AlignSettings:
     """Validation cases, at most."""
     criterion: UseAppendAction[tuple[str, ...]] = ()
     """METRIC=WEIGHT, once for each; without any, those of CRITERION. The policy kept is that with the highest sum of
-    weight x (metric / metric at the start) over recall, ndcg, cold_recall, entropy (coarse), coverage, at 10; on the
-    simulated store also over clicks, likes, dislikes, watch_seconds."""
+    weight x (metric / metric at the start) over recall, ndcg, cold_recall, entropy, coarse_entropy, coverage, at 10; on
+    the simulated store also over clicks, likes, dislikes, watch_seconds."""
     checkpoint_every: int = 5
     """Rounds between checkpoints."""
     track: tuple[TrackerName, ...] = ()
@@ -180,7 +180,7 @@ class AlignSettings:
 
 
 STORE_METRICS = ("clicks", "likes", "dislikes", "watch_seconds")
-CRITERION_METRICS = ("recall", "ndcg", "cold_recall", "entropy", "coverage", *STORE_METRICS)
+CRITERION_METRICS = ("recall", "ndcg", "cold_recall", "entropy", "coarse_entropy", "coverage", *STORE_METRICS)
 
 
 def parse_criterion(parts: tuple[str, ...]) -> dict[str, float]:

@@ -33,7 +33,7 @@ from torch import Tensor
 from sagerec.artifacts import write_artifact
 from sagerec.catalogue.audit import write_events_used
 from sagerec.catalogue.dataset import Dataset
-from sagerec.catalogue.splits import Cases, Split, train_counts
+from sagerec.catalogue.splits import Cases, Split, learnt_counts
 from sagerec.catalogue.store import Store, expected_answers
 from sagerec.core import metrics
 from sagerec.core.rewards import parse_rewards
@@ -41,7 +41,7 @@ from sagerec.errors import SettingsError
 from sagerec.policies.lazy_decoder import LazyDecoder
 from sagerec.progress import progress_bar
 from sagerec.semantic_ids.build import SemanticIds
-from sagerec.semantic_ids.clusters import item_clusters
+from sagerec.semantic_ids.clusters import entropy_clusters
 from sagerec.settings import require
 from sagerec.slates.cases import list_cases
 from sagerec.training import parallel
@@ -63,12 +63,12 @@ def validate(
     cases: Cases,
     data: Dataset,
     cold: np.ndarray,
-    clusters: Any,
+    clusters: dict[str, Any],
     *,
     exclude_history: bool,
     store: Store | None,
 ) -> dict[str, float]:
-    """Recall, NDCG, Cold-Recall, Entropy (coarse clusters, bits) and coverage at 10 of beam lists of 20 beams.
+    """Recall, NDCG, Cold-Recall, Entropy (bits; both `clusters`) and coverage at 10 of beam lists of 20 beams.
 
     In the simulated store, its users' expected answers to the ten too.
     """
@@ -83,7 +83,10 @@ def validate(
         "valid_recall@10": float(recall.mean()),
         "valid_ndcg@10": float(metrics.ndcg_at(ranks, VALIDATION_K).mean()),
         "valid_cold_recall@10": float(recall[chosen].mean()) if chosen.any() else 0.0,
-        "valid_entropy@10": float(metrics.entropy_at(lists, clusters, VALIDATION_K).mean()),
+        **{
+            f"valid_{name}@10": float(metrics.entropy_at(lists, table, VALIDATION_K).mean())
+            for name, table in clusters.items()
+        },
         "valid_coverage@10": metrics.coverage_at(lists, data.n_items, VALIDATION_K),
     }
 
@@ -147,8 +150,8 @@ def align_policy(
         replay=make_windows(train, start.settings.max_items) if settings.replay_weight else None,
     )
     validation = split.cases(data, "valid").sample(settings.validation_users, np.random.default_rng(settings.seed))
-    cold = train_counts(data, split) <= settings.cold_max_count
-    clusters = item_clusters(data, ids, "coarse")
+    cold = learnt_counts(data, split) <= settings.cold_max_count
+    clusters = entropy_clusters(data, ids)
 
     def measure() -> dict[str, float]:
         found = {}

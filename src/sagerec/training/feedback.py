@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sagerec.catalogue.dataset import CATEGORIES, Dataset
 from sagerec.catalogue.similarity import history_scores, item_similarities
-from sagerec.catalogue.splits import Cases, Split, train_counts
+from sagerec.catalogue.splits import Cases, Split, learnt_counts
 from sagerec.catalogue.store import Store
 from sagerec.core import rewards
 from sagerec.core.rewards import Facts, Membership
@@ -40,7 +40,7 @@ def membership(table: sparse.csr_matrix) -> Membership:
 
 def gather_facts(data: Dataset, split: Split, ids: SemanticIds, *, clusters: ClusterKind, cold_max_count: int) -> Facts:
     """The facts of a catalogue; coldness and novelty come from the training part alone."""
-    counts = train_counts(data, split)
+    counts = learnt_counts(data, split)
     bits = np.log2(counts.sum() + len(counts)) - np.log2(counts + 1.0)
     return Facts(
         cold=torch.from_numpy(counts <= cold_max_count),

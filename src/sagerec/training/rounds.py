@@ -20,9 +20,7 @@ from sagerec.core.rewards import Facts, RewardInputs, compute_rewards, slate_col
 from sagerec.errors import NumericalError, TrainingError
 from sagerec.policies.lazy_decoder import LazyDecoder
 from sagerec.slates.autoregressive import slate_logprobs
-from sagerec.slates.cases import distinct_rows
-from sagerec.slates.legal import NO_ITEM
-from sagerec.slates.rollouts import counted_codes, roll_out
+from sagerec.slates.rollouts import roll_out
 from sagerec.training import parallel
 from sagerec.training.align_settings import AlignSettings
 from sagerec.training.batches import Windows, shuffled_batches
@@ -88,6 +86,8 @@ class Rollouts:
     """(B, G, K) items."""
     old_logprobs: Tensor
     """(B, G, K, L) nats, under the policy that wrote them."""
+    free: Tensor
+    """(B, G, K, L) bool: the codes that count, those where the policy had a choice."""
     reference: Tensor | None
     """(B, G, K, L) nats, under the policy that alignment started from; None where nobody asks."""
     rewards: Tensor
@@ -120,8 +120,7 @@ def read_contexts(stage: Stage, index: np.ndarray) -> Contexts:
     items, lengths = (torch.from_numpy(x).to(policy.device) for x in (history, length))
     excluded = None
     if stage.exclude_history:
-        inside = torch.arange(items.shape[1], device=items.device) < lengths[:, None]
-        excluded = distinct_rows(items.masked_fill(~inside, NO_ITEM))
+        excluded = torch.from_numpy(stage.cases.taken(own)).to(policy.device)
     targets = torch.from_numpy(policy.listed_as(stage.cases.targets[own])).to(policy.device).long()
     return Contexts(len(index), own, items, lengths, excluded, targets)
 
@@ -134,7 +133,7 @@ def roll_minibatch(stage: Stage, contexts: Contexts, generator: torch.Generator,
     shape = (contexts.total, rollout.slates - rollout.n_beams, rollout.k, policy.codes.shape[1])
     uniforms = torch.rand(shape, generator=generator)[parallel.own_share(contexts.total)].to(policy.device)
     history = (contexts.items, contexts.lengths)
-    slates, old = roll_out(policy, *history, rollout, excluded=contexts.excluded, uniforms=uniforms)
+    slates, old, free = roll_out(policy, *history, rollout, excluded=contexts.excluded, uniforms=uniforms)
     reference = None
     if with_reference:
         with torch.no_grad():
@@ -161,7 +160,7 @@ def roll_minibatch(stage: Stage, contexts: Contexts, generator: torch.Generator,
         earned = earned.transpose(1, 2).flatten(0, 1)
         diversity = as_units(diversity.unsqueeze(2).expand_as(slates), True)
         coldness = as_units(stage.facts.cold[slates].float(), True)
-    return Rollouts(slates, old, reference, earned, diversity, coldness)
+    return Rollouts(slates, old, free, reference, earned, diversity, coldness)
 
 
 def roll_round(stage: Stage, batches: Sequence[np.ndarray], number: int) -> tuple[list[Minibatch], dict[str, float]]:
@@ -179,11 +178,10 @@ def roll_round(stage: Stage, batches: Sequence[np.ndarray], number: int) -> tupl
     ]
     per_item = settings.credit == "item"
     units = settings.k if per_item else 1
-    counted = [counted_codes(policy.codes, r.slates) for r in rolled]
     gathered, tokens = [], []
-    for c, r, mask in zip(contexts, rolled, counted, strict=True):
+    for c, r in zip(contexts, rolled, strict=True):
         gathered.append(gather_units(r.rewards, c.total, units))
-        tokens.append(gather_units(as_units(mask, per_item).sum(dim=2), c.total, units))
+        tokens.append(gather_units(as_units(r.free, per_item).sum(dim=2), c.total, units))
     rewards = torch.cat(gathered)
     weights = torch.tensor(list(stage.rewards.values()), device=policy.device)
     advantages = compute_advantages(settings.row, rewards, weights=weights, tokens=torch.cat(tokens))
@@ -191,7 +189,7 @@ def roll_round(stage: Stage, batches: Sequence[np.ndarray], number: int) -> tupl
     for c, r, part in zip(contexts, rolled, torch.split(advantages, [len(g) for g in gathered]), strict=True):
         own = part.view(c.total, units, -1)[parallel.own_share(c.total)].flatten(0, 1)
         made.append(Minibatch(c, r, own))
-    return made, rollout_figures(stage, made, rewards, advantages, counted)
+    return made, rollout_figures(stage, made, rewards, advantages)
 
 
 def gather_units(own: Tensor, n_contexts: int, units: int) -> Tensor:
@@ -199,9 +197,7 @@ def gather_units(own: Tensor, n_contexts: int, units: int) -> Tensor:
     return parallel.gather_rows(own.view(-1, units, *own.shape[1:]), n_contexts).flatten(0, 1)
 
 
-def rollout_figures(
-    stage: Stage, made: list[Minibatch], rewards: Tensor, advantages: Tensor, counted: list[Tensor]
-) -> dict[str, float]:
+def rollout_figures(stage: Stage, made: list[Minibatch], rewards: Tensor, advantages: Tensor) -> dict[str, float]:
     """What is logged of a round's rollouts (this rank's, but for rewards and advantages)."""
     rolled = [m.rollouts for m in made if m.rollouts is not None]
     diversity = torch.cat([r.diversity.flatten() for r in rolled])
@@ -226,7 +222,7 @@ def rollout_figures(
             )
         ),
         "coldness": torch.cat([r.coldness.flatten() for r in rolled]).mean().item(),
-        "kl_nats": k3(first.old_logprobs, first.reference, counted[0]).item(),
+        "kl_nats": k3(first.old_logprobs, first.reference, first.free).item(),
         "invalid_rate": (items < 0).float().mean().item(),
         "duplicate_rate": repeats.sum().item() / items.numel(),
     }
@@ -254,7 +250,7 @@ def losses(stage: Stage, batch: Minibatch, step: int) -> tuple[Tensor, dict[str,
         assert batch.advantages is not None
         policy.eval()
         slates = batch.rollouts.slates
-        new, entropy = slate_logprobs(
+        new, counted, entropy = slate_logprobs(
             policy,
             contexts.items,
             contexts.lengths,
@@ -262,7 +258,6 @@ def losses(stage: Stage, batch: Minibatch, step: int) -> tuple[Tensor, dict[str,
             temperature=settings.temperature,
             excluded=contexts.excluded,
         )
-        counted = counted_codes(policy.codes, slates)
         mask = as_units(counted, per_item)
         n_units = mask.new_tensor(mask.shape[0] * mask.shape[1], dtype=torch.float32)
         sizes = {"slate": n_units, "token": mask.sum().float(), "constant": n_units * mask.shape[2]}
