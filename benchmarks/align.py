@@ -52,16 +52,16 @@ from rich.console import Console
 from torch import Tensor
 from trie import GB, describe_run, machine_line, peak_bytes, resident_bytes, show_limits, table
 
+from sagerec.actions.trie import build_trie
 from sagerec.artifacts import write_json
 from sagerec.catalogue.splits import Cases
-from sagerec.core.rewards import Facts, Membership
-from sagerec.core.trie import build_trie
+from sagerec.config import require
 from sagerec.errors import MissingExtraError, SagerecError
-from sagerec.settings import require
-from sagerec.training.align_settings import AlignSettings
+from sagerec.objectives.rewards import Facts, Membership
 from sagerec.training.feedback import Feedback
 from sagerec.training.loop import make_optimizer
 from sagerec.training.rounds import Stage, roll_round, update
+from sagerec.training.settings import AlignSettings
 
 TARGET_RATIO = 20.0
 CLUSTERS = 32

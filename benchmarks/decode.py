@@ -40,13 +40,13 @@ from rich.console import Console
 from torch import Tensor, nn
 from trie import GB, describe_run, machine_line, peak_bytes, prefix_dictionary, reset_peak, show_limits, table, timed
 
+from sagerec.actions.semantic_ids.quantisers import separate
+from sagerec.actions.trie import Trie, build_trie
 from sagerec.artifacts import write_json
-from sagerec.core.trie import Trie, build_trie
+from sagerec.config import require
+from sagerec.decoding.beam import BeamLists, exact_lists
 from sagerec.errors import MissingExtraError, SagerecError
 from sagerec.policies.lazy_decoder import LazyDecoder, LazyDecoderSettings
-from sagerec.semantic_ids.quantisers import separate
-from sagerec.settings import require
-from sagerec.slates.beam import Lists, exact_lists
 
 TARGET_RATIO = 50.0
 PADDING_TOKEN, BEGIN_TOKEN, ANSWER_TOKEN, FIRST_CODE_TOKEN = range(4)
@@ -223,7 +223,7 @@ def make_policy(codes: np.ndarray, trie: Trie, settings: DecodeSettings) -> Lazy
     return policy
 
 
-def our_lists(policy: LazyDecoder, histories: Tensor, *, settings: DecodeSettings, widen: bool) -> Lists:
+def our_lists(policy: LazyDecoder, histories: Tensor, *, settings: DecodeSettings, widen: bool) -> BeamLists:
     """Lists of histories (B, T)."""
     lengths = torch.full((len(histories),), settings.history)
     return exact_lists(policy, histories, lengths, k=settings.k, beams=settings.beams, widen=widen)
@@ -380,7 +380,7 @@ def distinct(lists: Tensor) -> bool:
 
 
 @torch.no_grad()
-def equals_full_scoring(policy: LazyDecoder, histories: Tensor, lists: Lists, settings: DecodeSettings) -> bool:
+def equals_full_scoring(policy: LazyDecoder, histories: Tensor, lists: BeamLists, settings: DecodeSettings) -> bool:
     """Whether lists hold the K best of all items, by log-probability (ties may swap), for the first users."""
     every = torch.arange(policy.n_items)
     for user in range(settings.checked_users):

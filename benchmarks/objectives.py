@@ -30,8 +30,9 @@ from torch import Tensor
 from trie import describe_run, machine_line, show_limits, table, timed
 
 from sagerec.artifacts import write_json
-from sagerec.core.objectives import OBJECTIVES, policy_loss
-from sagerec.settings import require
+from sagerec.config import require
+from sagerec.objectives.loss import policy_loss
+from sagerec.objectives.table import OBJECTIVES
 
 LIMIT_OBJECTIVE, LIMIT_SHAPE, LIMIT_RATIO = "sage", (64, 16, 40), 1.5
 PLAIN = "plain"

@@ -32,17 +32,17 @@ import tyro
 from rich.console import Console
 from trie import describe_run, machine_line, show_limits, table
 
+from sagerec.actions.semantic_ids.build import SemanticIdSettings
 from sagerec.artifacts import write_json
 from sagerec.catalogue.simulate import simulate
+from sagerec.catalogue.simulated_store import StoreSettings, write_store
 from sagerec.catalogue.splits import SplitSettings
-from sagerec.catalogue.store import StoreSettings, write_store
+from sagerec.config import require
 from sagerec.errors import SettingsError
 from sagerec.evaluation.evaluate import EvaluateSettings
 from sagerec.policies.lazy_decoder import LazyDecoderSettings
-from sagerec.run import evaluate, make_ids, prepare, train
-from sagerec.semantic_ids.build import SemanticIdSettings
-from sagerec.settings import require
-from sagerec.training.loop import TrainSettings
+from sagerec.run.stages import evaluate, make_ids, prepare, train
+from sagerec.training.settings import TrainSettings
 
 OURS: dict[str, dict[str, Any]] = {
     "residual-kmeans": {},

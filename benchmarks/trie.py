@@ -41,9 +41,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from sagerec.actions.trie import Trie, build_trie, read_trie, write_trie
 from sagerec.artifacts import package_versions, write_json
-from sagerec.core.trie import Trie, build_trie, read_trie, write_trie
-from sagerec.settings import require, to_json
+from sagerec.config import require, to_json
 
 CODEBOOK_SIZE = 256
 LIMIT_ITEMS, LIMIT_SECONDS, LIMIT_GB = 10_000_000, 60.0, 2.0

@@ -6,15 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from sagerec.actions.semantic_ids.build import SemanticIdSettings
 from sagerec.catalogue.dataset import Dataset, read_dataset
 from sagerec.catalogue.simulate import simulate
-from sagerec.catalogue.store import StoreSettings, write_store
+from sagerec.catalogue.simulated_store import StoreSettings, write_store
 from sagerec.evaluation.evaluate import EvaluateSettings
 from sagerec.policies.lazy_decoder import LazyDecoderSettings
-from sagerec.run import Run as RunFolder
-from sagerec.run import RunSettings, open_run, run_all
-from sagerec.semantic_ids.build import SemanticIdSettings
-from sagerec.training.loop import TrainSettings
+from sagerec.run.folder import Run as RunFolder
+from sagerec.run.folder import open_run
+from sagerec.run.stages import RunSettings, run_all
+from sagerec.training.settings import TrainSettings
 
 SMALL_POLICY = LazyDecoderSettings(width=32, heads=2, encoder_layers=1, max_items=20)
 SMALL_IDS = SemanticIdSettings(levels=2, codebook_size=16, text_dimensions=16, collaborative_dimensions=16)

@@ -13,20 +13,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sagerec import load
-from sagerec import run as pipeline
+from sagerec.actions.semantic_ids.add import fill_collaborative
+from sagerec.actions.semantic_ids.build import SemanticIds
+from sagerec.actions.semantic_ids.embedders import embed_text, project_text
+from sagerec.actions.semantic_ids.quantisers import separate
+from sagerec.actions.trie import ROOT, build_trie
 from sagerec.artifacts import check_content, read_json, write_json
-from sagerec.baselines import evaluate_baseline
+from sagerec.baselines.tuning import evaluate_baseline
 from sagerec.catalogue.dataset import ITEM_ID, ITEMS
 from sagerec.catalogue.splits import SplitSettings
 from sagerec.cli import main
-from sagerec.core.trie import ROOT, build_trie
 from sagerec.errors import ArtifactError, DatasetError
 from sagerec.policies.lazy_decoder import CODE_ROWS, LazyDecoder, LazyDecoderSettings, grow_weights
-from sagerec.run import Run, add_items, audit, evaluate, make_ids, open_run, prepare, run_all, train
-from sagerec.semantic_ids.add import fill_collaborative
-from sagerec.semantic_ids.build import SemanticIds
-from sagerec.semantic_ids.embedders import embed_text, project_text
-from sagerec.semantic_ids.quantisers import separate
+from sagerec.run import stages as pipeline
+from sagerec.run.folder import Run, open_run
+from sagerec.run.stages import add_items, audit, evaluate, make_ids, prepare, run_all, train
 from tests.conftest import SMALL_IDS, SMALL_POLICY, SMALL_RUN, SMALL_TRAIN
 
 CHEAP = replace(SMALL_IDS, text_weight=0.0, codebook_size=8)

@@ -17,24 +17,25 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sagerec.actions.semantic_ids.build import SemanticIdSettings
 from sagerec.artifacts import read_manifest
 from sagerec.catalogue.dataset import read_dataset, write_dataset
 from sagerec.catalogue.simulate import simulate
+from sagerec.catalogue.simulated_store import StoreSettings, write_store
 from sagerec.catalogue.splits import SplitSettings
-from sagerec.catalogue.store import StoreSettings, write_store
-from sagerec.core.metrics import first_rank, recall_at
-from sagerec.core.objectives import policy_loss
-from sagerec.core.rewards import parse_rewards
+from sagerec.decoding.cases import list_cases
 from sagerec.errors import ArtifactError, RewardError, SettingsError, TrainingError
+from sagerec.evaluation.metrics import first_rank, recall_at
+from sagerec.objectives.loss import policy_loss
+from sagerec.objectives.rewards import parse_rewards
 from sagerec.policies.lazy_decoder import LazyDecoderSettings
-from sagerec.run import Run, align, audit, make_ids, open_run, prepare, train
-from sagerec.semantic_ids.build import SemanticIdSettings
-from sagerec.slates.cases import list_cases
+from sagerec.run.folder import Run, open_run
+from sagerec.run.stages import align, audit, make_ids, prepare, train
 from sagerec.training import rounds
-from sagerec.training.align_settings import AlignSettings, parse_criterion
 from sagerec.training.batches import Windows, make_windows
 from sagerec.training.feedback import gather_facts, gather_feedback
-from sagerec.training.loop import TrainSettings, make_optimizer
+from sagerec.training.loop import make_optimizer
+from sagerec.training.settings import AlignSettings, TrainSettings, parse_criterion
 from sagerec.training.supervised import next_item_loss
 from tests.conftest import SMALL_IDS, SMALL_POLICY, SMALL_TRAIN
 
@@ -197,7 +198,8 @@ ALIGN_SCRIPT = """
 import sys
 from dataclasses import replace
 import torch
-from sagerec.run import align, open_run
+from sagerec.run.folder import open_run
+from sagerec.run.stages import align
 from tests.test_alignment import QUICK
 torch.set_num_threads(1)
 align(open_run(sys.argv[1]), replace(QUICK, **eval(sys.argv[2], {})))
@@ -410,7 +412,7 @@ def test_logged_feedback_is_keyed_by_event_and_missing_columns_are_named(tmp_pat
     train(run, SMALL_POLICY, SMALL_TRAIN)
     stage = stage_of(run, replace(QUICK, reward=("like=1",)).resolved())
     index = np.arange(40)
-    contexts = rounds.read_contexts(stage, index)
+    contexts = rounds.read_cases(stage, index)
     slates = contexts.targets[:, None, None].expand(-1, 2, 1).clone()
     slates[:, 1] = (slates[:, 1] + 1) % run.data.n_items
     answers = stage.feedback.answers(

@@ -27,8 +27,8 @@ from sagerec.artifacts import (
     write_artifact,
     write_json,
 )
+from sagerec.config import from_json, require, require_choices, to_json
 from sagerec.errors import ArtifactError, SettingsError
-from sagerec.settings import from_json, require, require_choices, to_json
 
 
 def make(target: Path, text: str = "content", kind: str = "thing", **values: Any) -> Path:

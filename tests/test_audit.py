@@ -9,6 +9,8 @@ import numpy as np
 import polars as pl
 import pytest
 
+from sagerec.actions.semantic_ids.build import SemanticIds, build_semantic_ids, item_vectors
+from sagerec.actions.semantic_ids.embedders import cooccurrence
 from sagerec.artifacts import hash_folder, write_artifact
 from sagerec.catalogue.audit import (
     EVENTS_USED,
@@ -19,11 +21,10 @@ from sagerec.catalogue.audit import (
     write_events_used,
 )
 from sagerec.catalogue.dataset import INTERACTIONS, Dataset, read_dataset, write_dataset
-from sagerec.catalogue.splits import PARTS, Part, Split, SplitSettings, make_split, learnt_counts
+from sagerec.catalogue.splits import PARTS, Part, Split, SplitSettings, learnt_counts, make_split
 from sagerec.errors import ArtifactError, LeakError
-from sagerec.run import Run, audit, prepare
-from sagerec.semantic_ids.build import SemanticIds, build_semantic_ids, item_vectors
-from sagerec.semantic_ids.embedders import cooccurrence
+from sagerec.run.folder import Run
+from sagerec.run.stages import audit, prepare
 from sagerec.training.batches import make_windows
 from sagerec.training.supervised import train_policy
 from tests.conftest import SMALL_IDS, SMALL_POLICY, SMALL_TRAIN

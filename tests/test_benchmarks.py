@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 import torch
 
-from sagerec.core.objectives import OBJECTIVES
-from sagerec.core.trie import build_trie
+from sagerec.actions.semantic_ids.quantisers import separate
+from sagerec.actions.trie import build_trie
 from sagerec.errors import MissingExtraError, SettingsError
-from sagerec.semantic_ids.quantisers import separate
+from sagerec.objectives.table import OBJECTIVES
 from tests.test_formats import review_2023
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"

@@ -13,7 +13,7 @@ import pytest
 from sagerec import load
 from sagerec.cli import COMMANDS, main
 from sagerec.errors import DatasetError
-from sagerec.run import Run
+from sagerec.run.folder import Run
 
 FROZEN = Path(__file__).parent / "cli.txt"
 POSITIONAL = {

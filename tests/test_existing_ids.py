@@ -13,17 +13,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sagerec.actions.semantic_ids.build import SemanticIdSettings
+from sagerec.actions.semantic_ids.existing import parse_id, read_existing
+from sagerec.actions.trie import ROOT, build_trie
 from sagerec.artifacts import read_json
-from sagerec.baselines import evaluate_baseline
+from sagerec.baselines.tuning import evaluate_baseline
 from sagerec.catalogue.dataset import INTERACTIONS, ITEM_ID, ITEMS, Dataset, assemble, read_dataset, write_dataset
 from sagerec.catalogue.splits import SplitSettings
-from sagerec.core.trie import ROOT, build_trie
+from sagerec.decoding.beam import exact_lists
 from sagerec.errors import ArtifactError, DatasetError, SettingsError
 from sagerec.policies.lazy_decoder import LazyDecoder, LazyDecoderSettings
-from sagerec.run import Run, evaluate, make_ids, prepare, train
-from sagerec.semantic_ids.build import SemanticIdSettings
-from sagerec.semantic_ids.existing import parse_id, read_existing
-from sagerec.slates.beam import exact_lists
+from sagerec.run.folder import Run
+from sagerec.run.stages import evaluate, make_ids, prepare, train
 from tests.conftest import SMALL_POLICY, SMALL_RUN, SMALL_TRAIN
 
 EXISTING = SemanticIdSettings(quantiser="existing", text_weight=0.0, category_weight=0.0, collaborative_dimensions=8)

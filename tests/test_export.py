@@ -17,7 +17,7 @@ from sagerec.catalogue.formats.importer import import_dataset
 from sagerec.catalogue.splits import Split, SplitSettings, make_split
 from sagerec.cli import main
 from sagerec.errors import DatasetError
-from sagerec.run import Run
+from sagerec.run.folder import Run
 
 EVENTS = [("u", "a", 1), ("u", "b", 2), ("u", "c", 3), ("u", "a", 4), ("v", "c", 1), ("w", "b", 1), ("w", "c", 2)]
 

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from scipy import sparse, stats
 from sklearn.metrics import label_ranking_average_precision_score, ndcg_score, top_k_accuracy_score
 
-from sagerec.core import metrics
-from sagerec.core.metrics import (
+from sagerec.errors import SettingsError
+from sagerec.evaluation import intervals, metrics
+from sagerec.evaluation.intervals import Interval, bootstrap_mean, jackknife, paired_bootstrap
+from sagerec.evaluation.metrics import (
     FloatArray,
     IntArray,
-    Interval,
     RankMetric,
     TieView,
-    bootstrap_mean,
     coverage_at,
     duplicate_rate,
     entropy_at,
@@ -28,16 +28,13 @@ from sagerec.core.metrics import (
     first_rank,
     gini_at,
     invalid_rate,
-    jackknife,
     mrr_at,
     ndcg_at,
     novelty_at,
-    paired_bootstrap,
     popularity_buckets,
     recall_at,
     tied_value,
 )
-from sagerec.errors import SettingsError
 
 N_ITEMS = 7
 RANK_METRICS: tuple[RankMetric, ...] = ("recall", "ndcg", "mrr")
@@ -399,7 +396,7 @@ def test_both_ways_to_resample_have_the_right_mean_and_spread() -> None:
     """
     rng = np.random.default_rng(6)
     for values in (rng.normal(size=500), rng.integers(0, 4, size=500).astype(np.float64)):
-        means = metrics._resampled_means(values, 4000, np.random.default_rng(7))
+        means = intervals._resampled_means(values, 4000, np.random.default_rng(7))
         error = values.std() / math.sqrt(500)
         assert means.mean() == pytest.approx(values.mean(), abs=0.08 * error)
         assert means.std() == pytest.approx(error, rel=0.06)
@@ -409,8 +406,8 @@ def test_both_ways_to_resample_have_the_right_mean_and_spread() -> None:
 def test_bootstrap_in_small_blocks_fills_every_sample(distinct: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """501 resamples, a few a block, the last block short; the values are above 100, so a gap would show."""
     values = 100 + np.random.default_rng(0).permutation(500) % distinct / distinct
-    monkeypatch.setattr(metrics, "_BLOCK_DRAWS", 4 * distinct)
-    means = metrics._resampled_means(values, 501, np.random.default_rng(0))
+    monkeypatch.setattr(intervals, "_BLOCK_DRAWS", 4 * distinct)
+    means = intervals._resampled_means(values, 501, np.random.default_rng(0))
     assert means.shape == (501,)
     assert ((means > 100) & (means < 101)).all()
     assert len(np.unique(means)) > 80

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from sagerec.core.groups import group_log_softmax
-from sagerec.core.trie import ROOT, build_trie
+from sagerec.actions.groups import group_log_softmax
+from sagerec.actions.semantic_ids.quantisers import separate
+from sagerec.actions.trie import ROOT, build_trie
 from sagerec.errors import SettingsError
 from sagerec.policies.lazy_decoder import FastDropout, LazyDecoder, LazyDecoderSettings
-from sagerec.semantic_ids.quantisers import separate
 
 N = 60
 

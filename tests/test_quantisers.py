@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from sagerec.semantic_ids import balanced
-from sagerec.semantic_ids.balanced import ROUNDING, balanced_assignment, balanced_kmeans
-from sagerec.semantic_ids.quantisers import (
+from sagerec.actions.semantic_ids import balanced
+from sagerec.actions.semantic_ids.balanced import ROUNDING, balanced_assignment, balanced_kmeans
+from sagerec.actions.semantic_ids.quantisers import (
     codebooks_of,
     collision_rate,
     mean_square,
@@ -20,7 +20,7 @@ from sagerec.semantic_ids.quantisers import (
     perplexity,
     residual_kmeans,
 )
-from sagerec.semantic_ids.rq_vae import (
+from sagerec.actions.semantic_ids.rq_vae import (
     DECAY,
     MovingCodebooks,
     RqVae,

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import numpy as np
 
+from sagerec.actions.semantic_ids.build import SemanticIdSettings
+from sagerec.actions.semantic_ids.existing import read_existing
 from sagerec.catalogue.dataset import read_dataset
 from sagerec.catalogue.describe import describe
 from sagerec.catalogue.splits import SplitSettings, make_split
-from sagerec.run import audit, make_ids, prepare
-from sagerec.semantic_ids.build import SemanticIdSettings
-from sagerec.semantic_ids.existing import read_existing
+from sagerec.run.stages import audit, make_ids, prepare
 
 
 def test_amazon_beauty_is_the_papers_benchmark(real_data: Path) -> None:

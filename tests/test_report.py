@@ -17,12 +17,12 @@ import polars as pl
 import pytest
 
 from sagerec import artifacts
-from sagerec.baselines import evaluate_baseline
+from sagerec.baselines.tuning import evaluate_baseline
 from sagerec.catalogue.dataset import INTERACTIONS, ITEMS
 from sagerec.catalogue.splits import SplitSettings
 from sagerec.cli import main
-from sagerec.core.objectives import OBJECTIVES
 from sagerec.errors import ArtifactError
+from sagerec.objectives.table import OBJECTIVES
 from sagerec.report.coefficients import choose_objectives, coefficients
 from sagerec.report.drawing import Line, Style, canvas, draw_lines, to_svg
 from sagerec.report.examples import gather_examples, group_users
@@ -31,8 +31,9 @@ from sagerec.report.material import gather
 from sagerec.report.page import write_report
 from sagerec.report.tradeoffs import pareto_front
 from sagerec.report.training_plots import moving_mean
-from sagerec.run import Run, align, audit, evaluate, make_ids, open_run, prepare, train
-from sagerec.training.align_settings import AlignSettings
+from sagerec.run.folder import Run, open_run
+from sagerec.run.stages import align, audit, evaluate, make_ids, prepare, train
+from sagerec.training.settings import AlignSettings
 from tests.conftest import SMALL_IDS, SMALL_POLICY, SMALL_RUN, SMALL_TRAIN
 
 EVIL = '<script>alert("1")</script>&\'"</td>$x_1$'

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sagerec import RewardInputs, register_reward
-from sagerec.core.rewards import (
+from sagerec.errors import RewardError
+from sagerec.objectives.rewards import (
     REWARDS,
     Facts,
     Membership,
@@ -19,7 +20,6 @@ from sagerec.core.rewards import (
     slate_coldness,
     slate_diversity,
 )
-from sagerec.errors import RewardError
 
 # Six items in three clusters: 0, 1 -> A; 2, 3 -> B; 4 -> C; 5 half A, half C. Items 3 and 5 are cold.
 CLUSTERS = Membership(
@@ -134,7 +134,7 @@ def test_watch_time_is_ranked_within_user_and_length() -> None:
 
 
 def test_own_rewards_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sagerec.core.rewards.REWARDS", dict(REWARDS))
+    monkeypatch.setattr("sagerec.objectives.rewards.REWARDS", dict(REWARDS))
     register_reward("even", lambda x: (x.slates % 2 == 0).float())
     x = inputs([[[0, 1], [2, 4]]], [0])
     assert value("even", x) == [0.5, 1]

@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sagerec.core.trie import ROOT
+from sagerec.actions.legal import NO_ITEM, excluded_paths, has_free_item
+from sagerec.actions.trie import ROOT
+from sagerec.decoding.rollouts import RolloutSettings, roll_out
+from sagerec.decoding.slates import slate_logprobs, write_slates
 from sagerec.errors import SettingsError
 from sagerec.policies.lazy_decoder import Context
-from sagerec.slates.autoregressive import slate_logprobs, write_slates
-from sagerec.slates.legal import NO_ITEM, excluded_paths, has_free_item
-from sagerec.slates.rollouts import RolloutSettings, roll_out
 from tests.test_policy import N, all_logprobs, histories, small_policy
 from tests.test_slates import slow_slate_logprob
 

@@ -17,13 +17,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from sagerec.artifacts import check_content, read_manifest
-from sagerec.catalogue.audit import read_events_used
-from sagerec.catalogue.dataset import Dataset, assemble
-from sagerec.catalogue.splits import Sequences, SplitSettings, make_split
-from sagerec.core.trie import ROOT
-from sagerec.errors import ArtifactError, DatasetError, MissingExtraError, SettingsError
-from sagerec.semantic_ids.build import (
+from sagerec.actions.semantic_ids.build import (
     SemanticIds,
     SemanticIdSettings,
     build_semantic_ids,
@@ -31,7 +25,7 @@ from sagerec.semantic_ids.build import (
     item_vectors,
     read_semantic_ids,
 )
-from sagerec.semantic_ids.embedders import (
+from sagerec.actions.semantic_ids.embedders import (
     cooccurrence,
     embed_categories,
     embed_collaborative,
@@ -39,7 +33,13 @@ from sagerec.semantic_ids.embedders import (
     embed_text,
     unit_rows,
 )
-from sagerec.semantic_ids.quantisers import collision_rate, perplexity, residual_kmeans, separate
+from sagerec.actions.semantic_ids.quantisers import collision_rate, perplexity, residual_kmeans, separate
+from sagerec.actions.trie import ROOT
+from sagerec.artifacts import check_content, read_manifest
+from sagerec.catalogue.audit import read_events_used
+from sagerec.catalogue.dataset import Dataset, assemble
+from sagerec.catalogue.splits import Sequences, SplitSettings, make_split
+from sagerec.errors import ArtifactError, DatasetError, MissingExtraError, SettingsError
 
 FROM_THE_LOG = SemanticIdSettings(
     levels=2, codebook_size=16, text_weight=0.0, category_weight=0.0, collaborative_dimensions=16

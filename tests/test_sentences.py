@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sagerec.actions.semantic_ids.embedders import embed_sentences
 from sagerec.errors import DatasetError
-from sagerec.semantic_ids.embedders import embed_sentences
 
 pytest.importorskip("sentence_transformers", reason="the extra `text` is not installed")
 

@@ -17,7 +17,7 @@ from sagerec.catalogue.dataset import read_dataset, write_dataset
 from sagerec.catalogue.simulate import (
     RECENT,
     START,
-    Store,
+    SimulatedStore,
     StoreSettings,
     Truth,
     brand_names,
@@ -26,8 +26,8 @@ from sagerec.catalogue.simulate import (
     simulate,
     write_store,
 )
+from sagerec.config import to_json
 from sagerec.errors import ArtifactError, DatasetError, SettingsError
-from sagerec.settings import to_json
 
 SMALL = StoreSettings(users=1500, items=600, seed=3)
 TRUTH_FIELDS = [field.name for field in dataclasses.fields(Truth)]
@@ -35,12 +35,12 @@ OUTCOMES = ("click", "like", "dislike", "watch_seconds")
 
 
 @pytest.fixture(scope="module")
-def store() -> Store:
+def store() -> SimulatedStore:
     return simulate(SMALL)
 
 
 @pytest.fixture(scope="module")
-def planted() -> Store:
+def planted() -> SimulatedStore:
     return simulate(StoreSettings(users=400, items=200, dynamics="successor", seed=1))
 
 
@@ -49,7 +49,9 @@ def numbers(table: pl.DataFrame, column: str) -> np.ndarray:
     return table[column].str.slice(1).cast(pl.Int64).to_numpy()
 
 
-def logged_slates(store: Store) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+def logged_slates(
+    store: SimulatedStore,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
     """Users (B,), slates (B, K), last items (B,), days (B,) and outcomes (B, K), read off the impressions alone."""
     table = store.exposures
     user, item = numbers(table, "user_id"), numbers(table, "item_id")
@@ -74,7 +76,9 @@ def logged_slates(store: Store) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.
     return users, slates, last, days, outcomes
 
 
-def slow_expected(store: Store, user: int, slate: list[int], last: int, day: float | None) -> list[list[float]]:
+def slow_expected(
+    store: SimulatedStore, user: int, slate: list[int], last: int, day: float | None
+) -> list[list[float]]:
     """The formulas at the head of `catalogue/store.py`, item by item."""
     s, t = store.settings, store.truth
     rows = []
@@ -103,7 +107,7 @@ def slow_expected(store: Store, user: int, slate: list[int], last: int, day: flo
     return rows
 
 
-def check_invariants(store: Store) -> None:
+def check_invariants(store: SimulatedStore) -> None:
     """What holds in every store, whatever its settings."""
     settings, truth, shown, taken = store.settings, store.truth, store.exposures, store.interactions
     assert store.items["item_id"].n_unique() == store.items["title"].n_unique() == settings.items
@@ -131,7 +135,7 @@ def check_invariants(store: Store) -> None:
     assert shown["position"].to_numpy().max() < settings.exposures_per_event
 
 
-def test_same_seed_same_store_other_seed_other_store(store: Store) -> None:
+def test_same_seed_same_store_other_seed_other_store(store: SimulatedStore) -> None:
     again, other = simulate(SMALL), simulate(dataclasses.replace(SMALL, seed=4))
     for name in ("items", "interactions", "exposures"):
         assert getattr(store, name).equals(getattr(again, name))
@@ -141,7 +145,7 @@ def test_same_seed_same_store_other_seed_other_store(store: Store) -> None:
     assert not np.array_equal(store.truth.user_taste, other.truth.user_taste)
 
 
-def test_a_store_is_a_canonical_dataset_and_reads_back(store: Store, tmp_path: Path) -> None:
+def test_a_store_is_a_canonical_dataset_and_reads_back(store: SimulatedStore, tmp_path: Path) -> None:
     content_hash = write_store(tmp_path / "store", store)
     assert content_hash == write_store(tmp_path / "again", store)
     back = read_store(tmp_path / "store")
@@ -162,7 +166,7 @@ def test_a_store_is_a_canonical_dataset_and_reads_back(store: Store, tmp_path: P
     )
 
 
-def test_arrays_of_any_memory_order_read_back(planted: Store, tmp_path: Path) -> None:
+def test_arrays_of_any_memory_order_read_back(planted: SimulatedStore, tmp_path: Path) -> None:
     """Safetensors writes an array's buffer: one in Fortran order would come back transposed."""
     flipped = dataclasses.replace(planted.truth, accessory=np.asfortranarray(planted.truth.accessory))
     assert not np.array_equal(flipped.accessory, flipped.accessory.T)
@@ -170,7 +174,7 @@ def test_arrays_of_any_memory_order_read_back(planted: Store, tmp_path: Path) ->
     np.testing.assert_array_equal(read_store(tmp_path / "store").truth.accessory, planted.truth.accessory)
 
 
-def test_invariants_and_sizes(store: Store, planted: Store) -> None:
+def test_invariants_and_sizes(store: SimulatedStore, planted: SimulatedStore) -> None:
     check_invariants(store)
     check_invariants(planted)
     mean = len(store.interactions) / 1500
@@ -186,7 +190,7 @@ def test_invariants_and_sizes(store: Store, planted: Store) -> None:
     assert np.median(spans) > 60, "logs do not spread over the year"
 
 
-def test_words_tell_category_brand_and_attribute(store: Store) -> None:
+def test_words_tell_category_brand_and_attribute(store: SimulatedStore) -> None:
     broad, fine = category_names(SMALL)
     for row, f, b in zip(
         store.items.head(50).iter_rows(named=True), store.truth.item_fine, store.truth.item_brand, strict=False
@@ -225,7 +229,7 @@ def test_popular_items_take_more() -> None:
     assert top_share(0.0) < 0.32
 
 
-def test_cold_items_are_born_late_and_are_rarely_taken(store: Store) -> None:
+def test_cold_items_are_born_late_and_are_rarely_taken(store: SimulatedStore) -> None:
     cold = store.truth.item_birth_day > 0
     assert cold.sum() == 60
     assert store.truth.item_birth_day[cold].min() >= 0.7 * 365 - 1
@@ -251,7 +255,7 @@ def test_seasons_show_in_the_log(strength: float, low: float, high: float) -> No
     assert low < np.exp(np.mean(logs)) < high
 
 
-def test_watch_time_is_biased_by_duration(store: Store) -> None:
+def test_watch_time_is_biased_by_duration(store: SimulatedStore) -> None:
     """Longer films collect more seconds in the log, though users see no larger share of them."""
     watch, duration = (store.interactions[c].to_numpy() for c in ("watch_seconds", "duration_seconds"))
     long, completion = duration > np.median(duration), watch / duration
@@ -259,7 +263,7 @@ def test_watch_time_is_biased_by_duration(store: Store) -> None:
     assert abs(completion[long].mean() - completion[~long].mean()) < 0.03
 
 
-def test_durations_are_log_normal_by_category(store: Store) -> None:
+def test_durations_are_log_normal_by_category(store: SimulatedStore) -> None:
     """Log medians of 40 categories are drawn with deviation 0.5, logs within one with 0.5."""
     logs, fine = np.log(store.truth.item_duration_seconds), store.truth.item_fine
     counts = np.bincount(fine, minlength=40)
@@ -268,7 +272,7 @@ def test_durations_are_log_normal_by_category(store: Store) -> None:
     assert 0.45 < (logs - means[fine]).std() < 0.55
 
 
-def test_twice_the_duration_is_twice_the_watch_time_at_equal_clicks(store: Store) -> None:
+def test_twice_the_duration_is_twice_the_watch_time_at_equal_clicks(store: SimulatedStore) -> None:
     doubled = dataclasses.replace(
         store,
         truth=dataclasses.replace(store.truth, item_duration_seconds=2 * store.truth.item_duration_seconds),
@@ -280,7 +284,7 @@ def test_twice_the_duration_is_twice_the_watch_time_at_equal_clicks(store: Store
     assert (once.watch_seconds > 0).all()
 
 
-def test_items_of_the_own_taste_are_clicked_more(store: Store) -> None:
+def test_items_of_the_own_taste_are_clicked_more(store: SimulatedStore) -> None:
     users = np.arange(1500)
     best = (store.truth.user_taste @ store.truth.item_latent.T).argmax(axis=1)
     random = np.random.default_rng(0).integers(600, size=1500)
@@ -289,7 +293,7 @@ def test_items_of_the_own_taste_are_clicked_more(store: Store) -> None:
     assert matched > 0.3
 
 
-def hand_store() -> Store:
+def hand_store() -> SimulatedStore:
     """Three items, one user: item 0 (taste 2, quality 0.5) and 1 (0, 0) of fine 0, item 2 (taste 1, 0) of fine 1."""
     truth = Truth(
         item_latent=np.array([[0.5, 0], [0, 1], [0.25, 0]], np.float32),
@@ -308,7 +312,7 @@ def hand_store() -> Store:
         user_activity=np.array([5], np.int32),
         successor=np.empty(0, np.int32),
     )
-    return Store(StoreSettings(), truth, pl.DataFrame(), pl.DataFrame(), pl.DataFrame())
+    return SimulatedStore(StoreSettings(), truth, pl.DataFrame(), pl.DataFrame(), pl.DataFrame())
 
 
 def test_expected_by_hand() -> None:
@@ -332,7 +336,7 @@ def test_expected_by_hand() -> None:
 
 @hypothesis_settings(max_examples=25, deadline=None)
 @given(data=st.data())
-def test_expected_equals_its_slow_twin(store: Store, data: st.DataObject) -> None:
+def test_expected_equals_its_slow_twin(store: SimulatedStore, data: st.DataObject) -> None:
     slate = data.draw(st.lists(st.integers(-1, 599), min_size=1, max_size=6))
     slate += slate[:2]
     user, last = data.draw(st.integers(0, 1499)), data.draw(st.integers(-1, 599))
@@ -342,7 +346,7 @@ def test_expected_equals_its_slow_twin(store: Store, data: st.DataObject) -> Non
     np.testing.assert_allclose(rows, slow_expected(store, user, slate, last, day), rtol=2e-5, atol=1e-9)
 
 
-def test_a_day_for_each_row_equals_one_call_a_day(store: Store) -> None:
+def test_a_day_for_each_row_equals_one_call_a_day(store: SimulatedStore) -> None:
     users, slates, days = np.arange(3), np.arange(12).reshape(3, 4), np.array([0.0, 90.5, 300.0])
     together = store.expected(users, slates, day=days).click
     alone = [store.expected(users[r : r + 1], slates[r : r + 1], day=days[r]).click[0] for r in range(3)]
@@ -350,7 +354,7 @@ def test_a_day_for_each_row_equals_one_call_a_day(store: Store) -> None:
     assert np.abs(together - store.expected(users, slates).click).max() > 1e-3
 
 
-def test_respond_draws_what_expected_says(store: Store) -> None:
+def test_respond_draws_what_expected_says(store: SimulatedStore) -> None:
     """The mean of n = 20,000 draws lies within 5 standard errors of the expectation, cell by cell."""
     n, users = 20_000, np.array([0, 1])
     ranked = np.argsort(-store.truth.user_taste[users] @ store.truth.item_latent.T, axis=1)
@@ -370,7 +374,7 @@ def test_respond_draws_what_expected_says(store: Store) -> None:
     assert ((drawn.watch_seconds > 0) == (drawn.click > 0)).all()
 
 
-def test_repetition_costs_clicks_and_earns_dislikes(store: Store) -> None:
+def test_repetition_costs_clicks_and_earns_dislikes(store: SimulatedStore) -> None:
     """Five items of one fine category in places 0 to 4, against each alone in the same place."""
     same = np.flatnonzero(store.truth.item_fine == store.truth.item_fine[0])[:5]
     users = np.arange(200)
@@ -386,7 +390,7 @@ def test_repetition_costs_clicks_and_earns_dislikes(store: Store) -> None:
             assert (together.dislike[:, place] > 1.3 * alone.dislike[:, place]).all()
 
 
-def test_a_varied_slate_is_worth_more_than_a_repeated_one(store: Store) -> None:
+def test_a_varied_slate_is_worth_more_than_a_repeated_one(store: SimulatedStore) -> None:
     """Copies of one item, so that interest is equal: in one fine category, or each in a category of its own."""
     fine = store.truth.item_fine.copy()
     fine[:4] = 0
@@ -403,7 +407,7 @@ def test_a_varied_slate_is_worth_more_than_a_repeated_one(store: Store) -> None:
     assert (varied.dislike.sum(axis=1) < repeated.dislike.sum(axis=1)).all()
 
 
-def test_the_log_follows_the_truth(store: Store) -> None:
+def test_the_log_follows_the_truth(store: SimulatedStore) -> None:
     """Outcomes of all impressions against the truth's expectation for the logged slates.
 
     The difference is a martingale over each user's slates, so its sum has mean 0 though users leave after a
@@ -421,7 +425,7 @@ def test_the_log_follows_the_truth(store: Store) -> None:
     assert abs(gap.sum()) > 5 * np.sqrt((gap**2).sum()), "last item and day make no difference"
 
 
-def test_recent_items_are_not_shown_again(store: Store) -> None:
+def test_recent_items_are_not_shown_again(store: SimulatedStore) -> None:
     users, slates, _, _, outcomes = logged_slates(store)
     for user in range(100):
         taken: list[int] = []
@@ -451,7 +455,7 @@ def test_the_last_item_tells_more_than_popularity() -> None:
     assert recall(follows[fine[before]]) > 1.2 * popularity
 
 
-def test_successor_dynamics_are_one_cycle_that_every_user_follows(planted: Store) -> None:
+def test_successor_dynamics_are_one_cycle_that_every_user_follows(planted: SimulatedStore) -> None:
     successor, warm = planted.truth.successor, np.flatnonzero(planted.truth.item_birth_day == 0)
     item, visited = int(warm[0]), []
     for _ in warm:
@@ -467,7 +471,7 @@ def test_successor_dynamics_are_one_cycle_that_every_user_follows(planted: Store
     np.testing.assert_array_equal(np.bincount(user), planted.truth.user_activity)
 
 
-def test_successor_users_start_anywhere_and_the_successor_stands_anywhere(planted: Store) -> None:
+def test_successor_users_start_anywhere_and_the_successor_stands_anywhere(planted: SimulatedStore) -> None:
     """400 uniform starts over 180 items reach 180 (1 - (179/180)^400) = 160 of them on average."""
     user = numbers(planted.interactions, "user_id")
     starts = numbers(planted.interactions, "item_id")[np.append(True, user[1:] != user[:-1])]
@@ -477,7 +481,7 @@ def test_successor_users_start_anywhere_and_the_successor_stands_anywhere(plante
     assert clicked["proportion"].to_numpy().min() > 0.1
 
 
-def test_successor_truth_is_exact(planted: Store) -> None:
+def test_successor_truth_is_exact(planted: SimulatedStore) -> None:
     successor = planted.truth.successor
     slates = np.array([[-1, 5, successor[7], 9], [-1, 5, 6, 9], [5, 6, 8, 9]])
     last = np.array([7, -1, 7])
@@ -553,7 +557,7 @@ def test_settings_out_of_range_are_refused(values: dict[str, object], message: s
     ],
 )
 def test_the_truth_refuses_what_the_store_does_not_have(
-    store: Store, users: list[int], slates: list[list[int]], last_items: list[int] | None, message: str
+    store: SimulatedStore, users: list[int], slates: list[list[int]], last_items: list[int] | None, message: str
 ) -> None:
     last = None if last_items is None else np.array(last_items)
     with pytest.raises(DatasetError) as caught:
@@ -567,7 +571,7 @@ def refusal(folder: Path, error: type[Exception]) -> str:
     return str(caught.value)
 
 
-def test_folders_that_are_no_store_are_refused(planted: Store, tmp_path: Path) -> None:
+def test_folders_that_are_no_store_are_refused(planted: SimulatedStore, tmp_path: Path) -> None:
     absent = tmp_path / "absent"
     assert refusal(absent, DatasetError) == (
         f"{absent} is not a folder; expected a simulated store, as `sagerec simulate` writes it"
@@ -593,7 +597,7 @@ def test_folders_that_are_no_store_are_refused(planted: Store, tmp_path: Path) -
     assert refusal(changed, ArtifactError) == f"{changed} was changed after it was written; make it again"
 
 
-def test_a_truth_of_another_version_is_refused(planted: Store, tmp_path: Path) -> None:
+def test_a_truth_of_another_version_is_refused(planted: SimulatedStore, tmp_path: Path) -> None:
     folder = tmp_path / "store"
 
     def write(settings: dict[str, object], truth: dict[str, np.ndarray] | None) -> None:

@@ -6,13 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sagerec.actions.groups import group_log_softmax, pad_groups
+from sagerec.actions.legal import NO_ITEM
 from sagerec.catalogue.splits import Cases
-from sagerec.core.groups import group_log_softmax, pad_groups
+from sagerec.decoding.beam import beam_lists, exact_lists
+from sagerec.decoding.cases import distinct_rows, list_cases
+from sagerec.decoding.slates import write_slates
 from sagerec.errors import SettingsError
-from sagerec.slates.autoregressive import write_slates
-from sagerec.slates.beam import beam_lists, exact_lists
-from sagerec.slates.cases import distinct_rows, list_cases
-from sagerec.slates.legal import NO_ITEM
 from tests.test_policy import N, all_logprobs, histories, small_policy
 
 

@@ -16,9 +16,9 @@ from sagerec.catalogue.splits import (
     Part,
     Split,
     SplitSettings,
+    learnt_counts,
     make_split,
     read_split,
-    learnt_counts,
     write_split,
 )
 from sagerec.errors import ArtifactError, DatasetError, SettingsError

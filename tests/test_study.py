@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from scipy import sparse
 
 from sagerec.artifacts import read_json, write_json
+from sagerec.baselines.sasrec import SasRecSettings
 from sagerec.catalogue.splits import Cases
 from sagerec.cli import main
-from sagerec.core.objectives import OBJECTIVES
 from sagerec.errors import SettingsError
-from sagerec.evaluation.compare import Measured, differences, holm, judge, measure, seed_variances, summarise
 from sagerec.evaluation.evaluate import EvaluateSettings
-from sagerec.evaluation.sasrec import SasRecSettings
+from sagerec.evaluation.tests import Measured, differences, holm, judge, measure, seed_variances, summarise
+from sagerec.objectives.table import OBJECTIVES
 from sagerec.report.markdown import BY_HAND
-from sagerec.study import CompareSettings, StudySettings, compare
+from sagerec.study import CompareSettings, StudySettings, run_study
 from sagerec.study.jobs import grid, read_trials
 from tests.conftest import SMALL_RUN, SMALL_TRAIN
 from tests.test_alignment import ENVIRONMENT, QUICK
@@ -133,8 +133,10 @@ def test_trials_begin_with_what_is_given_and_are_as_many_for_each() -> None:
 def test_a_study_that_is_killed_goes_on_to_the_same_table(
     store_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = "import sys; from pathlib import Path; from sagerec.study import compare; from tests.test_study import *\n"
-    script += "if __name__ == '__main__': compare(Path(sys.argv[1]), Path(sys.argv[2]), SMALL_STUDY)"
+    script = (
+        "import sys; from pathlib import Path; from sagerec.study import run_study; from tests.test_study import *\n"
+    )
+    script += "if __name__ == '__main__': run_study(Path(sys.argv[1]), Path(sys.argv[2]), SMALL_STUDY)"
     (tmp_path / "study.py").write_text(script)
     out = tmp_path / "study"
     command = [sys.executable, str(tmp_path / "study.py"), str(store_folder), str(out)]
@@ -148,7 +150,7 @@ def test_a_study_that_is_killed_goes_on_to_the_same_table(
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     kept = {path.name: path.stat().st_mtime_ns for path in (out / "trials").glob("*.json")}
-    record = compare(store_folder, out, SMALL_STUDY)
+    record = run_study(store_folder, out, SMALL_STUDY)
     assert {name: (out / "trials" / name).stat().st_mtime_ns for name in kept} == kept
     assert read_json(out / "study.json") == record
     names = [row["name"] for row in record["rows"]]
@@ -173,7 +175,7 @@ def test_a_study_that_is_killed_goes_on_to_the_same_table(
     ]
     # Every job is done, so that no process is started.
     monkeypatch.setattr("sagerec.study.jobs.ProcessPoolExecutor", None)
-    again = compare(store_folder, out, SMALL_STUDY)
+    again = run_study(store_folder, out, SMALL_STUDY)
     assert {k: v for k, v in again.items() if k != "date"} == {k: v for k, v in record.items() if k != "date"}
 
 

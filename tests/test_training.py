@@ -18,18 +18,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from sagerec.actions.semantic_ids.build import SemanticIdSettings
 from sagerec.artifacts import read_manifest
 from sagerec.catalogue.dataset import Dataset, read_dataset
 from sagerec.catalogue.simulate import simulate
+from sagerec.catalogue.simulated_store import StoreSettings, write_store
 from sagerec.catalogue.splits import Sequences, SplitSettings, make_split
-from sagerec.catalogue.store import StoreSettings, write_store
 from sagerec.errors import ArtifactError, MissingExtraError, SettingsError, TrainingError
 from sagerec.evaluation.evaluate import EvaluateSettings
 from sagerec.policies.lazy_decoder import LazyDecoderSettings
-from sagerec.run import Run, RunSettings, evaluate, make_ids, prepare, train
-from sagerec.semantic_ids.build import SemanticIdSettings
+from sagerec.run.folder import Run
+from sagerec.run.stages import RunSettings, evaluate, make_ids, prepare, train
 from sagerec.training.batches import make_windows, shuffled_batches
-from sagerec.training.loop import TrainSettings, fit, learning_rate_at
+from sagerec.training.loop import fit, learning_rate_at
+from sagerec.training.settings import TrainSettings
 from sagerec.training.supervised import next_item_loss, read_policy
 from sagerec.training.tracking import JsonLines, TrackerName, open_trackers
 from tests.conftest import SMALL_IDS, SMALL_POLICY, SMALL_TRAIN
@@ -127,7 +129,8 @@ TRAIN_SCRIPT = """
 import sys
 from dataclasses import replace
 import torch
-from sagerec.run import open_run, train
+from sagerec.run.folder import open_run
+from sagerec.run.stages import train
 from tests.conftest import SMALL_POLICY, SMALL_TRAIN
 torch.set_num_threads(1)
 train(open_run(sys.argv[1]), SMALL_POLICY, replace(SMALL_TRAIN, epochs=6))

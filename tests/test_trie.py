@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sagerec.core.trie import PADDING, ROOT, Trie, build_trie, read_trie, write_trie
+from sagerec.actions.trie import PADDING, ROOT, Trie, build_trie, read_trie, write_trie
 from sagerec.errors import ArtifactError, TrieError
 
 HAND = np.array([[0, 1, -1], [0, 2, 5], [3, -1, -1], [0, 2, 1]])

@@ -1,7 +1,8 @@
 """sagerec: preference alignment of generative recommenders."""
 
-from sagerec.core.objectives import OBJECTIVES, Objective, PolicyLoss, compute_advantages, policy_loss
-from sagerec.core.rewards import RewardInputs, register_reward
+from sagerec.objectives.loss import PolicyLoss, compute_advantages, policy_loss
+from sagerec.objectives.rewards import RewardInputs, register_reward
+from sagerec.objectives.table import OBJECTIVES, Objective
 from sagerec.recommend import Recommender, load
 
 __version__ = "0.1.0"

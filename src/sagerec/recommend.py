@@ -11,14 +11,14 @@ from pathlib import Path
 import polars as pl
 import torch
 
+from sagerec.actions.legal import NO_ITEM
 from sagerec.catalogue.dataset import IdMap
+from sagerec.decoding.beam import exact_lists
+from sagerec.decoding.cases import distinct_rows
+from sagerec.decoding.slates import write_slates
 from sagerec.errors import DatasetError
 from sagerec.policies.lazy_decoder import LazyDecoder
-from sagerec.run import open_run
-from sagerec.slates.autoregressive import write_slates
-from sagerec.slates.beam import exact_lists
-from sagerec.slates.cases import distinct_rows
-from sagerec.slates.legal import NO_ITEM
+from sagerec.run.folder import open_run
 
 
 @dataclass(frozen=True, slots=True)

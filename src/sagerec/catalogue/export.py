@@ -21,8 +21,8 @@ import polars as pl
 from sagerec.artifacts import write_artifact, write_json
 from sagerec.catalogue.dataset import CATEGORIES, ITEM_ID, SPLIT, TIMESTAMP, TITLE, USER_ID, Dataset
 from sagerec.catalogue.splits import PARTS, Part, Split
+from sagerec.config import require, require_choices, to_json
 from sagerec.errors import DatasetError
-from sagerec.settings import require, require_choices, to_json
 
 PEER_PARTS: tuple[Part, ...] = ("train", "valid", "test")
 OWN_HISTORY = {"recbole": 50, "minionerec": 10}

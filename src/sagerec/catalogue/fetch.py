@@ -20,9 +20,9 @@ from typing import BinaryIO, Literal
 
 from sagerec.artifacts import write_json
 from sagerec.catalogue.formats.blocks import GZIP_MAGIC
+from sagerec.config import require, require_choices
 from sagerec.errors import DatasetError, SettingsError
 from sagerec.progress import progress_bar
-from sagerec.settings import require, require_choices
 
 logger = logging.getLogger(__name__)
 Release = Literal["2014", "2018", "2023"]

@@ -32,13 +32,13 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from sagerec.catalogue.store import (
+from sagerec.catalogue.simulated_store import (
     DAY_SECONDS,
     EMPTY,
     MIN_EVENTS,
     YEAR_DAYS,
-    Feedback,
-    Store,
+    Responses,
+    SimulatedStore,
     StoreSettings,
     Truth,
     draw_feedback,
@@ -48,7 +48,7 @@ from sagerec.catalogue.store import (
     write_store,
 )
 
-__all__ = ["Feedback", "Store", "StoreSettings", "Truth", "read_store", "simulate", "write_store"]
+__all__ = ["Responses", "SimulatedStore", "StoreSettings", "Truth", "read_store", "simulate", "write_store"]
 
 START = 1_704_067_200
 """Unix time at which the simulated year begins: 1 January 2024, UTC."""
@@ -285,7 +285,7 @@ def with_successor(
     return slates
 
 
-def simulate(settings: StoreSettings) -> Store:
+def simulate(settings: StoreSettings) -> SimulatedStore:
     """Draw a store; the same settings give the same store."""
     rng = np.random.default_rng(settings.seed)
     truth, attribute = draw_truth(settings, rng)
@@ -333,7 +333,7 @@ def simulate(settings: StoreSettings) -> Store:
     items = item_table(settings, truth, attribute)
     exposures = exposure_table(settings, truth, items, log)
     interactions = exposures.filter(pl.col("click") == 1).drop("position")
-    return Store(settings, truth, items, interactions, exposures)
+    return SimulatedStore(settings, truth, items, interactions, exposures)
 
 
 def item_table(settings: StoreSettings, truth: Truth, attribute: np.ndarray) -> pl.DataFrame:

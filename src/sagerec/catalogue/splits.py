@@ -16,8 +16,8 @@ import polars as pl
 
 from sagerec.artifacts import UNREADABLE, read_manifest, write_artifact
 from sagerec.catalogue.dataset import SPLIT, TIMESTAMP, Dataset
+from sagerec.config import require, require_choices, to_json
 from sagerec.errors import ArtifactError, DatasetError, SettingsError
-from sagerec.settings import require, require_choices, to_json
 
 Part = Literal["train", "align", "valid", "test"]
 PARTS: tuple[Part, ...] = ("train", "align", "valid", "test")

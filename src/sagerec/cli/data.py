@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import tyro
 
-from sagerec import run as pipeline
 from sagerec.catalogue.dataset import Dataset, read_dataset
 from sagerec.catalogue.describe import describe
 from sagerec.catalogue.export import ExportSettings, export_dataset
@@ -15,10 +14,10 @@ from sagerec.catalogue.formats.importer import Format, import_dataset
 from sagerec.catalogue.formats.table import TableColumns
 from sagerec.catalogue.formats.writer import ImportSettings
 from sagerec.catalogue.simulate import simulate
+from sagerec.catalogue.simulated_store import StoreSettings, write_store
 from sagerec.catalogue.splits import SplitSettings, make_split
-from sagerec.catalogue.store import StoreSettings, write_store
 from sagerec.cli.arguments import FLAT, Folder
-from sagerec.tables import (
+from sagerec.cli.tables import (
     console,
     print_description,
 )
@@ -107,7 +106,7 @@ class Export:
     def __call__(self) -> None:
         tokens, made_from = None, {}
         if (self.dataset / "split").is_dir():
-            run = pipeline.open_run(self.dataset)
+            run = open_run(self.dataset)
             data, split, made_from = run.data, run.split, run.hashes("dataset", "split")
             if (self.dataset / "semantic_ids").is_dir():
                 tokens = [[f"<{chr(97 + k)}_{c}>" for k, c in enumerate(row)] for row in run.ids().codes.tolist()]

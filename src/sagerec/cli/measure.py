@@ -7,25 +7,25 @@ from typing import Annotated
 import tyro
 from rich.table import Table
 
-from sagerec import run as pipeline
-from sagerec.baselines import BaselineName, evaluate_baseline
+from sagerec.baselines.sasrec import TUNED, SasRecSettings
+from sagerec.baselines.tuning import BaselineName, evaluate_baseline
 from sagerec.cli.arguments import FLAT, Folder
-from sagerec.evaluation.evaluate import EvaluateSettings
-from sagerec.evaluation.sasrec import TUNED, SasRecSettings
-from sagerec.recommend import load
-from sagerec.report.markdown import write_results
-from sagerec.report.page import write_report
-from sagerec.run import RunSettings
-from sagerec.settings import require
-from sagerec.study import CompareSettings, StudySettings, compare
-from sagerec.tables import (
+from sagerec.cli.tables import (
     console,
     print_diagnoses,
     print_reports,
     print_study,
 )
-from sagerec.training.align_settings import AlignSettings
-from sagerec.training.loop import TrainSettings
+from sagerec.config import require
+from sagerec.evaluation.evaluate import EvaluateSettings
+from sagerec.recommend import load
+from sagerec.report.markdown import write_results
+from sagerec.report.page import write_report
+from sagerec.run import stages as pipeline
+from sagerec.run.folder import open_run
+from sagerec.run.stages import RunSettings
+from sagerec.study import CompareSettings, StudySettings, run_study
+from sagerec.training.settings import AlignSettings, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Compare:
 
     def __call__(self) -> None:
         settings = CompareSettings(self.study, self.run, self.align, self.sasrec, self.sasrec_train)
-        print_study(compare(self.dataset, self.out, settings))
+        print_study(run_study(self.dataset, self.out, settings))
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Evaluate:
     """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
 
     def __call__(self) -> None:
-        run = pipeline.open_run(self.run)
+        run = open_run(self.run)
         print_reports({self.policy: pipeline.evaluate(run, self.evaluate, name=self.policy, device=self.device)})
 
 
@@ -121,7 +121,7 @@ class Baseline:
     """Train SASRec once more, on the validation events too, after the same flags without this one; a row of its own."""
 
     def __call__(self) -> None:
-        run = pipeline.open_run(self.run)
+        run = open_run(self.run)
         report = evaluate_baseline(
             run, self.name, self.evaluate, model=self.sasrec, training=self.train, trials=self.trials, refit=self.refit
         )
@@ -144,7 +144,7 @@ class Diagnose:
 
     def __call__(self) -> None:
         require(self.k >= 1, f"k is {self.k}; expected at least 1")
-        print_diagnoses(pipeline.diagnose_lists(pipeline.open_run(self.run), self.names, self.k), self.k)
+        print_diagnoses(pipeline.diagnose_lists(open_run(self.run), self.names, self.k), self.k)
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class Audit:
         table = Table(title="events that each stage used")
         for column in ("stage", "train", "align", "valid", "test", "may use"):
             table.add_column(column, justify="left" if column in ("stage", "may use") else "right")
-        for finding in pipeline.audit(pipeline.open_run(self.run)):
+        for finding in pipeline.audit(open_run(self.run)):
             counts = [f"{finding.counts[part]:,}" for part in ("train", "align", "valid", "test")]
             table.add_row(finding.stage, *counts, ", ".join(finding.allowed))
         console.print(table)

@@ -4,25 +4,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from sagerec import run as pipeline
-from sagerec.baselines import BaselineName, evaluate_baseline
+from sagerec.actions.semantic_ids.build import SemanticIdSettings
+from sagerec.baselines.tuning import BaselineName, evaluate_baseline
 from sagerec.catalogue.splits import SplitSettings
 from sagerec.cli.arguments import FLAT, Folder
-from sagerec.policies.lazy_decoder import LazyDecoderSettings
-from sagerec.recommend import load
-from sagerec.report.training_plots import write_plots
-from sagerec.run import RunSettings
-from sagerec.semantic_ids.build import SemanticIdSettings
-from sagerec.tables import (
+from sagerec.cli.tables import (
     console,
     print_alignment,
     print_examples,
     print_ids,
     print_reports,
 )
+from sagerec.policies.lazy_decoder import LazyDecoderSettings
+from sagerec.recommend import load
+from sagerec.report.training_plots import write_plots
+from sagerec.run import stages as pipeline
+from sagerec.run.folder import open_run
+from sagerec.run.stages import RunSettings
 from sagerec.training import parallel
-from sagerec.training.align_settings import AlignSettings
-from sagerec.training.loop import TrainSettings
+from sagerec.training.settings import AlignSettings, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class RunAll:
     def __call__(self) -> None:
         reports = pipeline.run_all(self.dataset, self.out, self.settings, with_refit=self.refit)
         rows = dict(zip(("policy", "policy, refit"), reports, strict=False))
-        run = pipeline.open_run(self.out)
+        run = open_run(self.out)
         for name in self.baselines:
             rows[name] = evaluate_baseline(run, name, self.settings.evaluate)
         print_ids(run)
@@ -87,7 +87,7 @@ class Ids:
     """How items become codes."""
 
     def __call__(self) -> None:
-        run = pipeline.open_run(self.run)
+        run = open_run(self.run)
         pipeline.make_ids(run, self.ids)
         print_ids(run)
 
@@ -111,7 +111,7 @@ class IdsAdd:
             f"reconstruction error {added.reconstruction_error:.3f}",
             highlight=False,
         )
-        print_ids(pipeline.open_run(self.run))
+        print_ids(open_run(self.run))
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Train:
     """Also train once more with the validation events, for deployment."""
 
     def __call__(self) -> None:
-        run = pipeline.open_run(self.run)
+        run = open_run(self.run)
         pipeline.train(run, self.policy, self.train)
         if self.refit:
             pipeline.refit(run, self.policy, self.train)
@@ -152,7 +152,7 @@ class Align:
     """The aligned policy becomes RUN/policy-NAME; the objective's name if not given."""
 
     def __call__(self) -> None:
-        run = pipeline.open_run(self.run)
+        run = open_run(self.run)
         name = pipeline.align(run, self.align, name=self.name)
         if parallel.rank() == 0:
             write_plots(run.folder / name)

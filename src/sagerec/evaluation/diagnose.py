@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sagerec.core import metrics
+from sagerec.evaluation import metrics
 
 HIT, UNSEEN = "hit", "never trained on"
 

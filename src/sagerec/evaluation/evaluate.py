@@ -14,15 +14,15 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 
+from sagerec.actions.clusters import entropy_clusters
+from sagerec.actions.semantic_ids.build import SemanticIds
 from sagerec.artifacts import write_json
 from sagerec.catalogue.dataset import Dataset
+from sagerec.catalogue.simulated_store import SimulatedStore, expected_answers
 from sagerec.catalogue.splits import Cases, Sequences, Split, learnt_counts
-from sagerec.catalogue.store import Store, expected_answers
-from sagerec.core import metrics
+from sagerec.config import require, require_choices, to_json
 from sagerec.errors import DatasetError
-from sagerec.semantic_ids.build import SemanticIds
-from sagerec.semantic_ids.clusters import entropy_clusters
-from sagerec.settings import require, require_choices, to_json
+from sagerec.evaluation import intervals, metrics
 
 BUCKET_EDGES = (5, 10, 20, 50)
 
@@ -72,7 +72,7 @@ def evaluate_lists(
     settings: EvaluateSettings,
     *,
     shared_ids: bool = False,
-    store: Store | None = None,
+    store: SimulatedStore | None = None,
 ) -> dict[str, Any]:
     """The report of lists (n, K), -1 where there is no item, for the cases of a split.
 
@@ -99,7 +99,7 @@ def evaluate_lists(
     values: dict[str, Any] = {}
 
     def interval(per_case: np.ndarray) -> dict[str, float]:
-        return asdict(metrics.bootstrap_mean(per_case, samples=settings.bootstrap_samples, rng=rng))
+        return asdict(intervals.bootstrap_mean(per_case, samples=settings.bootstrap_samples, rng=rng))
 
     for k in settings.k:
         for name in ("recall", "ndcg", "mrr"):
@@ -115,7 +115,7 @@ def evaluate_lists(
         values[f"novelty@{k}"] = interval(metrics.novelty_at(lists, counts, k))
         for name, statistic in (("coverage", metrics.coverage_at), ("gini", metrics.gini_at)):
             at_k = _catalogue_statistic(statistic, data.n_items, k)
-            values[f"{name}@{k}"] = asdict(metrics.jackknife(at_k, lists, groups=min(20, len(lists)), rng=rng))
+            values[f"{name}@{k}"] = asdict(intervals.jackknife(at_k, lists, groups=min(20, len(lists)), rng=rng))
         if store is not None:
             for name, per_case in expected_answers(store, cases, lists[:, :k]).items():
                 values[f"{name}@{k}"] = interval(per_case)

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from sagerec.core.groups import group_log_softmax
-from sagerec.core.trie import PADDING, ROOT, Children, Trie
-from sagerec.settings import require
+from sagerec.actions.groups import group_log_softmax
+from sagerec.actions.trie import PADDING, ROOT, Children, Trie
+from sagerec.config import require
 
 KeyValue = tuple[Tensor, Tensor]
 ROTARY_BASE = 1000.0

@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor
 
-from sagerec.core.trie import Children, Trie
+from sagerec.actions.trie import Children, Trie
 
 ContextT = TypeVar("ContextT")
 PrefixT = TypeVar("PrefixT")

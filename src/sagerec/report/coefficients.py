@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from sagerec.core.objectives import OBJECTIVES, Objective, find_objective, policy_loss
 from sagerec.errors import SettingsError
+from sagerec.objectives.loss import policy_loss
+from sagerec.objectives.table import OBJECTIVES, Objective, find_objective
 
 OLD_PROBABILITY = 0.2
 """q of every curve: about the geometric mean of a code's probability in a rolled-out slate."""

@@ -12,9 +12,9 @@ import polars as pl
 
 from sagerec.catalogue.dataset import CATEGORIES
 from sagerec.catalogue.splits import learnt_counts
-from sagerec.core.metrics import first_rank
+from sagerec.evaluation.metrics import first_rank
 from sagerec.report.material import START, Material, lists_path
-from sagerec.run import Run
+from sagerec.run.folder import Run
 
 HISTORY, PLACES, POLICIES = 8, 10, 3
 PER_GROUP = 4

@@ -13,14 +13,15 @@ import numpy as np
 import polars as pl
 
 from sagerec import artifacts
-from sagerec.baselines import BaselineName
+from sagerec.actions.clusters import item_clusters
+from sagerec.baselines.tuning import BaselineName
 from sagerec.catalogue.splits import learnt_counts
-from sagerec.core.metrics import bootstrap_mean, entropy_at, first_rank, ndcg_at, recall_at
 from sagerec.errors import ArtifactError
 from sagerec.evaluation.evaluate import EvaluateSettings
+from sagerec.evaluation.intervals import bootstrap_mean
+from sagerec.evaluation.metrics import entropy_at, first_rank, ndcg_at, recall_at
 from sagerec.report.drawing import MOST_SERIES, Style
-from sagerec.run import Run, open_run
-from sagerec.semantic_ids.clusters import item_clusters
+from sagerec.run.folder import Run, open_run
 from sagerec.training.tracking import METRICS, read_metrics
 
 STUDY, RUN = "study.json", "run"
@@ -195,7 +196,7 @@ def run_rows(run: Run, reports: Mapping[str, dict[str, Any]], aligned: list[Alig
         kind = "aligned" if f"policy-{name}" in run.aligned() else "other"
         kind = {START: "start", **dict.fromkeys(get_args(BaselineName), "baseline")}.get(name, kind)
         seed = seeds.get(name)
-        against = {} if name == START or START not in reports else compare(run, reports[START], name, k)
+        against = {} if name == START or START not in reports else differences_to_start(run, reports[START], name, k)
         rows.append(Row(name, kind, report["metrics"], () if seed is None else (seed,), against))
     kinds, drawn = ("start", "aligned", "baseline", "other"), list(seeds)
     order = {name: place for place, name in enumerate(drawn)}
@@ -207,7 +208,9 @@ def lists_path(run: Run, name: str) -> Path:
     return run.folder / f"evaluation{'' if name == START else f'-{name}'}.lists.parquet"
 
 
-def compare(run: Run, report: Mapping[str, Any], name: str, k: int) -> dict[str, dict[str, dict[str, Any]]]:
+def differences_to_start(
+    run: Run, report: Mapping[str, Any], name: str, k: int
+) -> dict[str, dict[str, dict[str, Any]]]:
     """Differences to the supervised policy with their paired 95 % intervals; empty where the cases differ.
 
     Left out where items share Semantic IDs: their accuracy is no function of the list alone.

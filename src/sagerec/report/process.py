@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from sagerec.artifacts import Manifest
-from sagerec.core.objectives import Objective
 from sagerec.errors import ArtifactError
+from sagerec.objectives.table import Objective
 from sagerec.report.coefficients import OLD_PROBABILITY, RATIOS, aligned_objective, choose_objectives, coefficients
 from sagerec.report.drawing import MOST_SERIES, Line, Style, canvas, draw_lines, to_svg
 from sagerec.report.markup import Html, details, figure, join, table, tag
@@ -185,7 +185,7 @@ def coefficient_section(material: Material) -> Html | None:
     plots = [coefficient_plot(*half) for half in halves]
     said = (
         "The gradient of a slate is c(r) · A · grad log p: its ratio r = p / q decides how far it may pull. Computed "
-        f"by sagerec.core.objectives.policy_loss for slates with old probability q = {OLD_PROBABILITY:g}, not from a "
+        f"by sagerec.objectives.loss.policy_loss for slates with old probability q = {OLD_PROBABILITY:g}, not from a "
         "formula of this page. Objectives with one curve share a line; they may differ in advantage, ratio or mean."
     )
     return join((tag("p", said), tag("div", *plots, class_="plots two")))

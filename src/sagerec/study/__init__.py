@@ -11,7 +11,7 @@ always there. Every trial and row is a job that is skipped where its result is t
 on; jobs run in parallel processes. Baselines learn from the same events, SASRec with as many trials.
 """
 
-from sagerec.study.compare import compare
-from sagerec.study.settings import STUDY, CompareSettings, StudySettings
+from sagerec.study.design import STUDY, CompareSettings, StudySettings
+from sagerec.study.study import run_study
 
-__all__ = ["STUDY", "CompareSettings", "StudySettings", "compare"]
+__all__ = ["STUDY", "CompareSettings", "StudySettings", "run_study"]

@@ -13,14 +13,15 @@ import numpy as np
 import torch
 
 from sagerec import artifacts
-from sagerec import run as pipeline
-from sagerec.core.objectives import find_objective
+from sagerec.config import grid_points, to_json
 from sagerec.errors import SettingsError, TrainingError
+from sagerec.objectives.table import find_objective
 from sagerec.progress import progress_bar
-from sagerec.run import Run, RunSettings
-from sagerec.settings import grid_points, to_json
-from sagerec.study.settings import COMMON_GRID, OWN_GRID, StudySettings
-from sagerec.training.align_settings import AlignSettings
+from sagerec.run import stages as pipeline
+from sagerec.run.folder import Run, open_run
+from sagerec.run.stages import RunSettings
+from sagerec.study.design import COMMON_GRID, OWN_GRID, StudySettings
+from sagerec.training.settings import AlignSettings
 from sagerec.training.tracking import read_metrics
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ def read_trials(folder: Path, objective: str) -> list[dict[str, Any]]:
 def do_job(folder: Path, job: Job, run_settings: RunSettings, threads: int, device: str) -> str:
     """Run one job in a process of its own; returns its name."""
     torch.set_num_threads(threads)
-    run = pipeline.open_run(folder / "run")
+    run = open_run(folder / "run")
     settings = replace(job.settings, device=device)
     if job.kind == "row":
         pipeline.align(run, settings, name=job.name)
@@ -157,7 +158,7 @@ def is_done(folder: Path, job: Job, run: Run, run_settings: RunSettings) -> bool
 
 def do_jobs(folder: Path, jobs: Sequence[Job], settings: StudySettings, run_settings: RunSettings) -> None:
     """Run the jobs that are not done, `processes` at a time."""
-    run = pipeline.open_run(folder / "run")
+    run = open_run(folder / "run")
     left = [job for job in jobs if not is_done(folder, job, run, run_settings)]
     for job in jobs:
         if job.kind == "trial" and job not in left:

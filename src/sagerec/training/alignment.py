@@ -30,27 +30,27 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sagerec.actions.clusters import entropy_clusters
+from sagerec.actions.semantic_ids.build import SemanticIds
 from sagerec.artifacts import write_artifact
 from sagerec.catalogue.audit import write_events_used
 from sagerec.catalogue.dataset import Dataset
+from sagerec.catalogue.simulated_store import SimulatedStore, expected_answers
 from sagerec.catalogue.splits import Cases, Split, learnt_counts
-from sagerec.catalogue.store import Store, expected_answers
-from sagerec.core import metrics
-from sagerec.core.rewards import parse_rewards
+from sagerec.config import require
+from sagerec.decoding.cases import list_cases
 from sagerec.errors import SettingsError
+from sagerec.evaluation import metrics
+from sagerec.objectives.rewards import parse_rewards
 from sagerec.policies.lazy_decoder import LazyDecoder
 from sagerec.progress import progress_bar
-from sagerec.semantic_ids.build import SemanticIds
-from sagerec.semantic_ids.clusters import entropy_clusters
-from sagerec.settings import require
-from sagerec.slates.cases import list_cases
 from sagerec.training import parallel
-from sagerec.training.align_settings import STORE_METRICS, AlignSettings, parse_criterion
 from sagerec.training.batches import make_windows, shuffled_batches
 from sagerec.training.checkpoints import load_checkpoint, newest_checkpoint, read_progress, save_checkpoint
 from sagerec.training.feedback import gather_facts, gather_feedback, to_device
 from sagerec.training.loop import choose_device, make_optimizer
 from sagerec.training.rounds import Stage, roll_round, update
+from sagerec.training.settings import STORE_METRICS, AlignSettings, parse_criterion
 from sagerec.training.supervised import WEIGHTS
 from sagerec.training.tracking import Trackers, keep_records, open_trackers
 
@@ -66,7 +66,7 @@ def validate(
     clusters: dict[str, Any],
     *,
     exclude_history: bool,
-    store: Store | None,
+    store: SimulatedStore | None,
 ) -> dict[str, float]:
     """Recall, NDCG, Cold-Recall, Entropy (bits; both `clusters`) and coverage at 10 of beam lists of 20 beams.
 
@@ -106,7 +106,7 @@ def align_policy(
     ids: SemanticIds,
     settings: AlignSettings,
     *,
-    store: Store | None = None,
+    store: SimulatedStore | None = None,
     policy_settings: dict[str, Any],
     made_from: dict[str, str],
 ) -> LazyDecoder:

@@ -11,16 +11,16 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
+from sagerec.actions.clusters import ClusterKind, item_clusters
+from sagerec.actions.semantic_ids.build import SemanticIds
+from sagerec.actions.semantic_ids.embedders import unit_rows
 from sagerec.catalogue.dataset import CATEGORIES, Dataset
 from sagerec.catalogue.similarity import history_scores, item_similarities
+from sagerec.catalogue.simulated_store import SimulatedStore
 from sagerec.catalogue.splits import Cases, Split, learnt_counts
-from sagerec.catalogue.store import Store
-from sagerec.core import rewards
-from sagerec.core.rewards import Facts, Membership
 from sagerec.errors import RewardError
-from sagerec.semantic_ids.build import SemanticIds
-from sagerec.semantic_ids.clusters import ClusterKind, item_clusters
-from sagerec.semantic_ids.embedders import unit_rows
+from sagerec.objectives import rewards
+from sagerec.objectives.rewards import Facts, Membership
 
 STORE_ANSWERS = ("click", "like", "dislike", "watch")
 LOGGED = ("click", "like", "dislike", "follow")
@@ -65,7 +65,7 @@ class Feedback:
 
     cases: Cases
     """The contexts; a target's event row is its sample id."""
-    store: Store | None = None
+    store: SimulatedStore | None = None
     """The simulated store."""
     logged: dict[str, np.ndarray] = field(default_factory=dict)
     """Name -> (n,) what the log says of each case's target."""
@@ -102,7 +102,7 @@ class Feedback:
 
 
 def gather_feedback(
-    data: Dataset, split: Split, cases: Cases, store: Store | None, expressions: list[str], facts: Facts
+    data: Dataset, split: Split, cases: Cases, store: SimulatedStore | None, expressions: list[str], facts: Facts
 ) -> Feedback:
     """What the rewards of `expressions` need.
 

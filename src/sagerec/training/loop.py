@@ -11,9 +11,8 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,62 +22,16 @@ from torch import Tensor, nn
 from sagerec.catalogue.splits import Cases
 from sagerec.errors import TrainingError
 from sagerec.progress import Bar, progress_bar
-from sagerec.settings import require, require_choices
 from sagerec.training.batches import Windows, shuffled_batches
 from sagerec.training.checkpoints import load_checkpoint, newest_checkpoint, read_progress, save_checkpoint
-from sagerec.training.tracking import TrackerName, check_trackers, open_trackers
+from sagerec.training.settings import TrainSettings
+from sagerec.training.tracking import open_trackers
 
 logger = logging.getLogger(__name__)
 CRITERION = "valid_recall@10"
 """The validation metric whose best epoch is kept."""
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(inputs, targets, counted), each (B, T) -> a scalar in nats an item."""
-
-
-@dataclass(frozen=True, slots=True)
-class TrainSettings:
-    """How the policy is trained."""
-
-    epochs: int = 20
-    """Passes over the training sequences, at most."""
-    batch_size: int = 128
-    """Sequences a step."""
-    learning_rate: float = 2e-3
-    """Highest learning rate of AdamW."""
-    weight_decay: float = 0.1
-    """Weight decay of the matrices."""
-    warmup_share: float = 0.05
-    """Share of the steps in which the learning rate rises from 0; a cosine to a fiftieth follows."""
-    clip_norm: float = 1.0
-    """Largest norm of the gradient."""
-    validate_every: int = 5
-    """Epochs between validations; 0 never validates and keeps the last weights."""
-    validation_users: int = 30_000
-    """Validation cases drawn for early stopping, at most."""
-    patience: int = 3
-    """Validations without a better Recall@10 after which training stops."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the matrix products; auto is bfloat16 where the hardware computes it natively."""
-    compile: bool = False
-    """Compile the layers with torch.compile."""
-    track: tuple[TrackerName, ...] = ()
-    """Where metrics go beside metrics.jsonl: tensorboard, mlflow, wandb (extras of these names)."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
-    seed: int = 0
-    """Seed of the weights, the order of the batches and dropout."""
-
-    def __post_init__(self) -> None:
-        require_choices(self)
-        check_trackers(self.track)
-        require(self.epochs >= 1, f"epochs is {self.epochs}; expected at least 1")
-        require(self.batch_size >= 1, f"batch_size is {self.batch_size}; expected at least 1")
-        require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}; expected above 0")
-        require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; expected 0 or above")
-        require(0 <= self.warmup_share < 1, f"warmup_share is {self.warmup_share}; expected from 0 to below 1")
-        require(self.clip_norm > 0, f"clip_norm is {self.clip_norm}; expected above 0")
-        require(self.validate_every >= 0, f"validate_every is {self.validate_every}; expected 0 or above")
-        require(self.patience >= 1, f"patience is {self.patience}; expected at least 1")
 
 
 def choose_device(name: str) -> torch.device:

@@ -15,17 +15,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sagerec.catalogue.splits import Cases
-from sagerec.core.objectives import PolicyLoss, compute_advantages, policy_loss
-from sagerec.core.rewards import Facts, RewardInputs, compute_rewards, slate_coldness, slate_diversity
+from sagerec.decoding.rollouts import roll_out
+from sagerec.decoding.slates import slate_logprobs
 from sagerec.errors import NumericalError, TrainingError
+from sagerec.objectives.loss import PolicyLoss, compute_advantages, policy_loss
+from sagerec.objectives.rewards import Facts, RewardInputs, compute_rewards, slate_coldness, slate_diversity
 from sagerec.policies.lazy_decoder import LazyDecoder
-from sagerec.slates.autoregressive import slate_logprobs
-from sagerec.slates.rollouts import roll_out
 from sagerec.training import parallel
-from sagerec.training.align_settings import AlignSettings
 from sagerec.training.batches import Windows, shuffled_batches
 from sagerec.training.feedback import Feedback
 from sagerec.training.loop import learning_rate_at
+from sagerec.training.settings import AlignSettings
 from sagerec.training.supervised import next_item_loss
 
 REPLAY = 1
@@ -61,7 +61,7 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
-class Contexts:
+class CaseBatch:
     """The rank's share of a minibatch."""
 
     total: int
@@ -102,7 +102,7 @@ class Rollouts:
 class Minibatch:
     """What an update learns from; without rollouts, from the targets alone."""
 
-    contexts: Contexts
+    contexts: CaseBatch
     rollouts: Rollouts | None = None
     advantages: Tensor | None = None
     """(B', G)."""
@@ -113,7 +113,7 @@ def as_units(x: Tensor, per_item: bool) -> Tensor:
     return x.transpose(1, 2).flatten(0, 1) if per_item else x.flatten(2)
 
 
-def read_contexts(stage: Stage, index: np.ndarray) -> Contexts:
+def read_cases(stage: Stage, index: np.ndarray) -> CaseBatch:
     """The rank's share of the cases `index`."""
     own, policy = index[parallel.own_share(len(index))], stage.policy
     history, length = stage.cases.histories(own, policy.settings.max_items)
@@ -122,10 +122,10 @@ def read_contexts(stage: Stage, index: np.ndarray) -> Contexts:
     if stage.exclude_history:
         excluded = torch.from_numpy(stage.cases.taken(own)).to(policy.device)
     targets = torch.from_numpy(policy.listed_as(stage.cases.targets[own])).to(policy.device).long()
-    return Contexts(len(index), own, items, lengths, excluded, targets)
+    return CaseBatch(len(index), own, items, lengths, excluded, targets)
 
 
-def roll_minibatch(stage: Stage, contexts: Contexts, generator: torch.Generator, *, with_reference: bool) -> Rollouts:
+def roll_minibatch(stage: Stage, contexts: CaseBatch, generator: torch.Generator, *, with_reference: bool) -> Rollouts:
     """Slates for the contexts and what they earn."""
     settings, policy = stage.settings, stage.policy
     rollout, per_item = settings.rollout, settings.credit == "item"
@@ -166,7 +166,7 @@ def roll_minibatch(stage: Stage, contexts: Contexts, generator: torch.Generator,
 def roll_round(stage: Stage, batches: Sequence[np.ndarray], number: int) -> tuple[list[Minibatch], dict[str, float]]:
     """The minibatches of round `number`, with advantages over all of them and all ranks, and what is logged."""
     settings, policy = stage.settings, stage.policy
-    contexts = [read_contexts(stage, index) for index in batches]
+    contexts = [read_cases(stage, index) for index in batches]
     if settings.row.trains_on_targets:
         return [Minibatch(c) for c in contexts], {}
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)

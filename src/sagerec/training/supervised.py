@@ -11,17 +11,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sagerec.actions.semantic_ids.build import SemanticIds
 from sagerec.artifacts import read_manifest, write_artifact
 from sagerec.catalogue.audit import write_events_used
 from sagerec.catalogue.splits import Cases, Sequences
-from sagerec.core.metrics import first_rank, ndcg_at, recall_at
+from sagerec.config import from_json, to_json
+from sagerec.decoding.cases import list_cases
 from sagerec.errors import ArtifactError
+from sagerec.evaluation.metrics import first_rank, ndcg_at, recall_at
 from sagerec.policies.lazy_decoder import LazyDecoder, LazyDecoderSettings, grow_weights
-from sagerec.semantic_ids.build import SemanticIds
-from sagerec.settings import from_json, to_json
-from sagerec.slates.cases import list_cases
 from sagerec.training.batches import make_windows
-from sagerec.training.loop import CRITERION, TrainSettings, choose_device, fit, validation_sample
+from sagerec.training.loop import CRITERION, choose_device, fit, validation_sample
+from sagerec.training.settings import TrainSettings
 from sagerec.training.tracking import keep_records
 
 WEIGHTS = "model.safetensors"

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from sagerec.config import require
 from sagerec.errors import ArtifactError, MissingExtraError
-from sagerec.settings import require
 
 METRICS = "metrics.jsonl"
 PROJECT = "sagerec"

@@ -11,8 +11,8 @@ from sagerec.catalogue.formats.recbole import read_recbole
 from sagerec.catalogue.formats.source import files_of
 from sagerec.catalogue.formats.table import TableColumns, read_tables
 from sagerec.catalogue.formats.writer import ImportSettings, write_imported
+from sagerec.config import to_json
 from sagerec.progress import progress_bar
-from sagerec.settings import to_json
 
 Format = Literal["amazon-2014", "amazon-2018", "amazon-2023", "minionerec", "recbole", "table"]
 MB = 1_000_000

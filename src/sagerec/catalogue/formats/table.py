@@ -16,8 +16,8 @@ from sagerec.catalogue.formats.blocks import BadRows, Chunk
 from sagerec.catalogue.formats.delimited import Choose, Dialect, cast_cells, read_delimited, slow_chunk
 from sagerec.catalogue.formats.fields import BadValueError, Field, as_lines, log_fields, split_field
 from sagerec.catalogue.formats.source import Source, clean_items
+from sagerec.config import require
 from sagerec.errors import DatasetError
-from sagerec.settings import require
 
 ROWS = 500_000
 """Rows of a Parquet file that are read at a time."""

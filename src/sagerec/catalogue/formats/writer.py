@@ -32,8 +32,8 @@ from sagerec.catalogue.dataset import (
 from sagerec.catalogue.formats.blocks import BadRows, Chunk, place
 from sagerec.catalogue.formats.event_log import FILE, ITEM, LINE, USER, Codes, core, distinct, in_order, read_log, ties
 from sagerec.catalogue.formats.source import Source
+from sagerec.config import require, require_choices, to_json
 from sagerec.errors import DatasetError
-from sagerec.settings import require, require_choices, to_json
 
 Progress = Callable[[int], None]
 """Called with the bytes of the source files that have been read."""

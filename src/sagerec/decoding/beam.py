@@ -14,17 +14,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sagerec.core.groups import group_log_softmax, pad_groups
-from sagerec.core.trie import ROOT
+from sagerec.actions.groups import group_log_softmax, pad_groups
+from sagerec.actions.legal import NO_ITEM, excluded_paths, has_free_item
+from sagerec.actions.trie import ROOT
 from sagerec.errors import SettingsError
 from sagerec.policies.protocol import ContextT, Policy, PrefixT
-from sagerec.slates.legal import NO_ITEM, excluded_paths, has_free_item
 
 ROUNDING = 1e-3
 """Nats by which sums of float32 log-probabilities may be off."""
 
 
-class Lists(NamedTuple):
+class BeamLists(NamedTuple):
     """The top K of each user, best first."""
 
     items: Tensor
@@ -44,7 +44,7 @@ def beam_lists(
     k: int,
     beams: int,
     excluded: Tensor | None = None,
-) -> Lists:
+) -> BeamLists:
     """One pass of beam search for B = `n_users` contexts of one slate each.
 
     `excluded` (B, X) item indices that are left out of the lists (-1 = none), such as the history.
@@ -98,7 +98,7 @@ def beam_lists(
         if len(states):
             prefix = policy.step(prefix, children.parent[chosen][grows], children.token[chosen][grows])
         level += 1
-    return Lists(items, logprobs, logprobs[:, -1] >= pruned)
+    return BeamLists(items, logprobs, logprobs[:, -1] >= pruned)
 
 
 def list_floor(bounds: Tensor, needed: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def exact_lists(
     beams: int = 50,
     excluded: Tensor | None = None,
     widen: bool = True,
-) -> Lists:
+) -> BeamLists:
     """The top K of users with histories (B, T) and lengths (B,), each proven exact unless `widen` is off.
 
     Users whose list is not proven are decoded again with twice the beams.
@@ -158,4 +158,4 @@ def exact_lists(
         beams=2 * max(beams, k),
         excluded=None if excluded is None else excluded[open_users],
     )
-    return Lists(*(old.index_copy(0, open_users, new) for old, new in zip(lists, again, strict=True)))
+    return BeamLists(*(old.index_copy(0, open_users, new) for old, new in zip(lists, again, strict=True)))

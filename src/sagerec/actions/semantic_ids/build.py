@@ -15,14 +15,8 @@ import polars as pl
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from sagerec.artifacts import read_manifest, write_artifact
-from sagerec.catalogue.audit import write_events_used
-from sagerec.catalogue.dataset import CATEGORIES, Dataset
-from sagerec.catalogue.splits import Sequences
-from sagerec.core.trie import ROOT, Trie, build_trie, read_trie, write_trie
-from sagerec.errors import ArtifactError
-from sagerec.semantic_ids.balanced import balanced_kmeans
-from sagerec.semantic_ids.embedders import (
+from sagerec.actions.semantic_ids.balanced import balanced_kmeans
+from sagerec.actions.semantic_ids.embedders import (
     Fitted,
     Projection,
     category_vocabulary,
@@ -31,10 +25,22 @@ from sagerec.semantic_ids.embedders import (
     embed_sentences,
     embed_text,
 )
-from sagerec.semantic_ids.existing import read_existing
-from sagerec.semantic_ids.quantisers import Quantisation, codebooks_of, collision_rate, residual_kmeans, separate
-from sagerec.semantic_ids.rq_vae import rq_vae
-from sagerec.settings import require, require_choices, to_json
+from sagerec.actions.semantic_ids.existing import read_existing
+from sagerec.actions.semantic_ids.quantisers import (
+    Quantisation,
+    codebooks_of,
+    collision_rate,
+    residual_kmeans,
+    separate,
+)
+from sagerec.actions.semantic_ids.rq_vae import rq_vae
+from sagerec.actions.trie import ROOT, Trie, build_trie, read_trie, write_trie
+from sagerec.artifacts import read_manifest, write_artifact
+from sagerec.catalogue.audit import write_events_used
+from sagerec.catalogue.dataset import CATEGORIES, Dataset
+from sagerec.catalogue.splits import Sequences
+from sagerec.config import require, require_choices, to_json
+from sagerec.errors import ArtifactError
 
 TENSORS, NETWORK = "ids.safetensors", "network.safetensors"
 PROJECTIONS, VOCABULARY = "projections.safetensors", "categories.parquet"

@@ -13,21 +13,23 @@ from typing import Any, Literal
 import numpy as np
 
 from sagerec import artifacts
+from sagerec.baselines.item_knn import item_knn_lists
+from sagerec.baselines.popularity import popularity_lists
+from sagerec.baselines.sasrec import TUNED, SasRecSettings, read_sasrec, resolved_settings, train_sasrec
 from sagerec.catalogue.splits import Cases, Part, Sequences
-from sagerec.core.metrics import first_rank, recall_at
+from sagerec.config import from_json, grid_points
 from sagerec.errors import SettingsError, TrainingError
-from sagerec.evaluation.baselines import item_knn_lists, popularity_lists
 from sagerec.evaluation.evaluate import EvaluateSettings, excludes_history
-from sagerec.evaluation.sasrec import TUNED, SasRecSettings, read_sasrec, resolved_settings, train_sasrec
-from sagerec.run import Run, is_needed, report_lists
-from sagerec.settings import from_json, grid_points
-from sagerec.training.loop import TrainSettings
+from sagerec.evaluation.metrics import first_rank, recall_at
+from sagerec.run.folder import Run
+from sagerec.run.stages import is_needed, report_lists
+from sagerec.training.settings import TrainSettings
 
 logger = logging.getLogger(__name__)
 BaselineName = Literal["popularity", "item-knn", "sasrec"]
 LEARNS_FROM: tuple[Part, ...] = ("train", "align")
 """The parts whose events baselines learn."""
-Lists = Callable[[Cases], np.ndarray]
+ListCases = Callable[[Cases], np.ndarray]
 """Cases -> lists (n, K) of items."""
 KNN_GRID = [{"neighbours": neighbours, "decay": decay} for neighbours in (50, 200) for decay in (1.0, 0.7, 0.4)]
 """Settings of item-kNN among which validation chooses."""
@@ -85,7 +87,7 @@ def evaluate_baseline(
     return report_lists(run, stem, settings, lists, run.ids(), made_from | run.hashes("semantic_ids"))
 
 
-def _tuned_knn(events: Sequences, sample: Cases, shared: dict[str, Any]) -> Lists:
+def _tuned_knn(events: Sequences, sample: Cases, shared: dict[str, Any]) -> ListCases:
     """Item-kNN with the settings of KNN_GRID whose Recall@10 on `sample` is best, the first ones without a sample."""
 
     def knn(cases: Cases, setting: dict[str, Any]) -> np.ndarray:

@@ -10,9 +10,9 @@ import numpy as np
 import polars as pl
 from scipy import sparse
 
+from sagerec.actions.semantic_ids.build import SemanticIds
 from sagerec.catalogue.dataset import CATEGORIES, Dataset
 from sagerec.errors import DatasetError
-from sagerec.semantic_ids.build import SemanticIds
 
 ClusterKind = Literal["category", "first-code", "coarse"]
 COARSE_CLUSTERS = 32

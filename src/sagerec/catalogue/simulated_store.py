@@ -37,8 +37,8 @@ from safetensors.numpy import load_file
 from sagerec.artifacts import check_content, read_json, read_manifest
 from sagerec.catalogue.dataset import SOURCE, read_dataset, read_table, write_dataset
 from sagerec.catalogue.splits import Cases
+from sagerec.config import from_json, require, to_json
 from sagerec.errors import ArtifactError, DatasetError
-from sagerec.settings import from_json, require, to_json
 
 EXPOSURES, TRUTH = "exposures.parquet", "truth.safetensors"
 YEAR_DAYS = 365
@@ -167,7 +167,7 @@ class Truth:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Feedback:
+class Responses:
     """Responses to slates: probabilities and mean seconds where expected, 0 / 1 and seconds where drawn."""
 
     click: np.ndarray
@@ -198,7 +198,7 @@ def repetitions(truth: Truth, slates: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Store:
+class SimulatedStore:
     """A simulated store: its tables and its truth. Row and user numbers are those of `read_dataset`."""
 
     settings: StoreSettings
@@ -219,7 +219,7 @@ class Store:
         *,
         last_items: np.ndarray | None = None,
         day: float | np.ndarray | None = None,
-    ) -> Feedback:
+    ) -> Responses:
         """Expected feedback of `users` (B,) on `slates` (B, K) of item indices, -1 where empty.
 
         `last_items` (B,): the item that each user took last, -1 for none. `day`: day of the year, one for all
@@ -229,7 +229,7 @@ class Store:
         """
         rates = response_rates(self.settings, self.truth, users, slates, last_items=last_items, day=day)
         like = rates.click * rates.like
-        return Feedback(rates.click, like, (1 - like) * rates.dislike, rates.click * rates.watch_seconds)
+        return Responses(rates.click, like, (1 - like) * rates.dislike, rates.click * rates.watch_seconds)
 
     def respond(
         self,
@@ -239,7 +239,7 @@ class Store:
         rng: np.random.Generator,
         last_items: np.ndarray | None = None,
         day: float | np.ndarray | None = None,
-    ) -> Feedback:
+    ) -> Responses:
         """Draw feedback whose mean is `expected` of the same arguments."""
         rates = response_rates(self.settings, self.truth, users, slates, last_items=last_items, day=day)
         return draw_feedback(self.truth, rates, slates, rng)
@@ -253,7 +253,7 @@ def response_rates(
     *,
     last_items: np.ndarray | None = None,
     day: float | np.ndarray | None = None,
-) -> Feedback:
+) -> Responses:
     """The factors p, l, d and r x duration (B, K): like and watch given a click, dislike given no like."""
     slates = np.asarray(slates)
     users = _indices(users, slates, "users", 0, len(truth.user_taste))
@@ -270,7 +270,7 @@ def response_rates(
     if settings.dynamics == "successor":
         first = shown & (np.cumsum(shown, axis=1) == 1)
         follows = np.where((last >= 0)[:, None], slates == truth.successor[last][:, None], first) & shown
-        return Feedback(follows.astype(np.float64), 1.0 * shown, 0.0 * shown, duration * shown)
+        return Responses(follows.astype(np.float64), 1.0 * shown, 0.0 * shown, duration * shown)
     fine = truth.item_fine[slates]
     interest = (
         settings.taste_strength * np.einsum("bkw,bw->bk", truth.item_latent[slates], truth.user_taste[users])
@@ -287,10 +287,10 @@ def response_rates(
     like = sigmoid(0.8 * interest - 3.0)
     dislike = sigmoid(0.6 * repeated - 0.8 * interest - 3.0)
     watch_seconds = sigmoid(0.5 * interest - 0.5) * duration
-    return Feedback(click * shown, like * shown, dislike * shown, watch_seconds * shown)
+    return Responses(click * shown, like * shown, dislike * shown, watch_seconds * shown)
 
 
-def draw_feedback(truth: Truth, rates: Feedback, slates: np.ndarray, rng: np.random.Generator) -> Feedback:
+def draw_feedback(truth: Truth, rates: Responses, slates: np.ndarray, rng: np.random.Generator) -> Responses:
     """Feedback (B, K) drawn from the factors that `response_rates` gives."""
     click = rng.random(slates.shape) < rates.click
     like = click & (rng.random(slates.shape) < rates.like)
@@ -301,7 +301,7 @@ def draw_feedback(truth: Truth, rates: Feedback, slates: np.ndarray, rng: np.ran
     completion = np.where(mean < 1, rng.beta(spread, CONCENTRATION - spread), 1.0)
     watch_seconds = np.zeros(slates.shape)
     watch_seconds[click] = completion * duration
-    return Feedback(1.0 * click, 1.0 * like, 1.0 * dislike, watch_seconds)
+    return Responses(1.0 * click, 1.0 * like, 1.0 * dislike, watch_seconds)
 
 
 def _indices(values: np.ndarray, slates: np.ndarray, what: str, low: int, high: int) -> np.ndarray:
@@ -322,7 +322,7 @@ def _check_range(values: np.ndarray, what: str, low: int, high: int) -> None:
         raise DatasetError(f"{what} holds {wrong}; expected indices from {low} to {high - 1} of this store")
 
 
-def expected_answers(store: Store, cases: Cases, lists: np.ndarray) -> dict[str, np.ndarray]:
+def expected_answers(store: SimulatedStore, cases: Cases, lists: np.ndarray) -> dict[str, np.ndarray]:
     """Expected clicks, likes, dislikes and seconds watched of each list (n, K), summed over its places: (n,) each."""
     last = cases.event_items[cases.rows - 1]
     found = store.expected(cases.users, lists, last_items=last)
@@ -330,7 +330,7 @@ def expected_answers(store: Store, cases: Cases, lists: np.ndarray) -> dict[str,
     return {n: v.sum(axis=1) for n, v in (answers | {"watch_seconds": found.watch_seconds}).items()}
 
 
-def write_store(folder: str | Path, store: Store) -> str:
+def write_store(folder: str | Path, store: SimulatedStore) -> str:
     """Write a store as a dataset folder with its impressions and its truth; returns its content hash."""
     truth = {field.name: getattr(store.truth, field.name) for field in dataclasses.fields(Truth)}
     return write_dataset(
@@ -344,7 +344,7 @@ def write_store(folder: str | Path, store: Store) -> str:
     )
 
 
-def read_store(folder: str | Path) -> Store:
+def read_store(folder: str | Path) -> SimulatedStore:
     """Read a store back.
 
     Raises: DatasetError where there is no folder; ArtifactError where the folder is no dataset that sagerec
@@ -378,7 +378,7 @@ def read_store(folder: str | Path) -> Store:
             "Simulate the store again"
         )
     data = read_dataset(folder)
-    return Store(
+    return SimulatedStore(
         settings=from_json(StoreSettings, settings),
         truth=Truth(**arrays),
         items=data.items,

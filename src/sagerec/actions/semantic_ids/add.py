@@ -19,12 +19,7 @@ import polars as pl
 import torch
 from safetensors.numpy import save_file
 
-from sagerec.artifacts import UNREADABLE, read_manifest, write_artifact
-from sagerec.catalogue.audit import EVENTS_USED
-from sagerec.catalogue.dataset import CATEGORIES, Dataset
-from sagerec.core.trie import Trie, build_trie, write_trie
-from sagerec.errors import ArtifactError
-from sagerec.semantic_ids.build import (
+from sagerec.actions.semantic_ids.build import (
     NETWORK,
     PROJECTIONS,
     TENSORS,
@@ -34,10 +29,15 @@ from sagerec.semantic_ids.build import (
     read_tensors,
     sizes_of,
 )
-from sagerec.semantic_ids.embedders import Projection, embed_sentences, project_categories, project_text
-from sagerec.semantic_ids.quantisers import mean_square, nearest_codes, separate
-from sagerec.semantic_ids.rq_vae import encode, load_rq_vae
-from sagerec.settings import from_json
+from sagerec.actions.semantic_ids.embedders import Projection, embed_sentences, project_categories, project_text
+from sagerec.actions.semantic_ids.quantisers import mean_square, nearest_codes, separate
+from sagerec.actions.semantic_ids.rq_vae import encode, load_rq_vae
+from sagerec.actions.trie import Trie, build_trie, write_trie
+from sagerec.artifacts import UNREADABLE, read_manifest, write_artifact
+from sagerec.catalogue.audit import EVENTS_USED
+from sagerec.catalogue.dataset import CATEGORIES, Dataset
+from sagerec.config import from_json
+from sagerec.errors import ArtifactError
 
 ALIKE = 3
 """Items whose co-occurrence block stands in for that of a new item while its codes are found."""

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sagerec.actions.legal import NO_ITEM
+from sagerec.decoding.beam import beam_lists
+from sagerec.decoding.slates import Slates, slate_logprobs, write_slates
 from sagerec.errors import SettingsError
 from sagerec.policies.protocol import ContextT, Policy, PrefixT
-from sagerec.slates.autoregressive import Slates, slate_logprobs, write_slates
-from sagerec.slates.beam import beam_lists
-from sagerec.slates.legal import NO_ITEM
 
 LEAST_BEAMS = 20
 """Beams of a beam list, at least."""

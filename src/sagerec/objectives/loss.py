@@ -1,15 +1,9 @@
-"""Objectives: one table, one loss. An objective is ratio x advantage x bound x aggregation, and nothing else.
+"""The loss of an objective: value and gradient in closed form, for any row of `table`.
 
     loss = - sum_units w s(r, A),    d loss / d log pi(o_t) = - c A w_t
 
-`policy_loss` computes value and gradient in closed form: c is the coefficient of `bounds`, w_t the weight that the
-aggregation gives to a counted token. It asks for log-probabilities and rewards and drops into any trainer.
-
-    ratio        token: r_t = pi(o_t) / pi_old(o_t);  sequence: r = exp(mean_t log r_t), the geometric mean (GSPO, SAGE)
-    advantage    raw, mean, normalised (sum, then normalise), decoupled (normalise each, then sum), decoupled-token
-    bound        none, clip, cap, early-clip, gradient, adaptive-clip
-    aggregation  slate: mean over slates of the mean over their tokens;  token: mean over all tokens;  constant: sum
-                 over tokens divided by slates x longest slate
+c is the coefficient of `bounds`, w_t the weight that the aggregation gives to a counted token. It asks for
+log-probabilities and rewards and drops into any trainer.
 
 Where the paper's abstract leaves SAGE's formulas open, the reading is that of `bounds.gradient_bound`.
 
@@ -17,115 +11,18 @@ Shapes: B contexts, G slates of each, T tokens of the longest slate, M rewards.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sagerec.core import advantages, bounds
+from sagerec.config import require
 from sagerec.errors import NumericalError, SettingsError
-from sagerec.settings import require, require_choices
+from sagerec.objectives import advantages, bounds
+from sagerec.objectives.table import Objective, find_objective
 
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios are held within +- this many nats, as in verl, so that no exponential overflows."""
-
-
-@dataclass(frozen=True, slots=True)
-class Objective:
-    """A row of the table. Change a setting with `dataclasses.replace`."""
-
-    name: str
-    """What it is called in reports."""
-    ratio: Literal["token", "sequence"] = "sequence"
-    """Unit of the importance ratio."""
-    advantage: Literal["raw", "mean", "normalised", "decoupled", "decoupled-token"] = "decoupled"
-    """How rewards become an advantage (`advantages`)."""
-    bound: Literal["none", "clip", "cap", "early-clip", "gradient", "adaptive-clip"] = "gradient"
-    """What limits the gradient (`bounds`); adaptive-clip is SAGE's boost and penalty on the bounds of a clip."""
-    aggregation: Literal["slate", "token", "constant"] = "slate"
-    """How units are averaged."""
-    clip_low: float = 0.2
-    """A clip's lower bound is 1 - clip_low."""
-    clip_high: float = 0.2
-    """A clip's upper bound is 1 + clip_high."""
-    dual_clip: float | None = None
-    """Upper bound of the ratio of negatives under `clip`; None for none."""
-    cap: float = 5.0
-    """Upper bound of the coefficient under `cap`."""
-    early_margin: float = 0.1
-    """Under `early-clip`, the ratio of negatives is held below 1 + clip_high + early_margin."""
-    boost: float = 0.0
-    """b = boost x coldness, or boost: what successes gain under `gradient` and `adaptive-clip`."""
-    boost_form: Literal["scaled", "bound"] = "scaled"
-    """Under `gradient`: (1 + b) scales the coefficient, or only raises its bound."""
-    boost_scope: Literal["cold", "all"] = "cold"
-    """Slates that are boosted: by their share of cold items, or all alike."""
-    entropy_penalty: float = 0.0
-    """lambda: negatives count 1 + lambda (1 - H) times, H in [0, 1] the slate's diversity."""
-    eps: float = 1e-4
-    """Added to standard deviations."""
-    trains_on_targets: bool = False
-    """A control without a policy loss: the stage continues supervised training on the same events."""
-
-    def __post_init__(self) -> None:
-        require_choices(self)
-        require(0 <= self.clip_low < 1, f"clip_low is {self.clip_low}; expected from 0 to below 1")
-        require(self.clip_high >= 0, f"clip_high is {self.clip_high}; expected 0 or above")
-        require(self.dual_clip is None or self.dual_clip > 1, f"dual_clip is {self.dual_clip}; expected above 1")
-        require(self.cap > 0, f"cap is {self.cap}; expected above 0")
-        require(self.early_margin >= 0, f"early_margin is {self.early_margin}; expected 0 or above")
-        require(self.boost >= 0, f"boost is {self.boost}; expected 0 or above")
-        require(self.entropy_penalty >= 0, f"entropy_penalty is {self.entropy_penalty}; expected 0 or above")
-        require(self.eps > 0, f"eps is {self.eps}; expected above 0")
-
-    @property
-    def is_adaptive(self) -> bool:
-        """Whether boost and penalty are read."""
-        return self.bound in ("gradient", "adaptive-clip")
-
-    @property
-    def needs_diversity(self) -> bool:
-        return self.is_adaptive and self.entropy_penalty > 0
-
-    @property
-    def needs_coldness(self) -> bool:
-        return self.is_adaptive and self.boost > 0 and self.boost_scope == "cold"
-
-
-_GRPO = Objective("grpo", ratio="token", advantage="normalised", bound="clip")
-_SAGE = Objective("sage", boost=4.0, entropy_penalty=4.0)
-OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
-    {
-        row.name: row
-        for row in (
-            #                                      what differs from the line above its group
-            Objective("sft", trains_on_targets=True),
-            Objective("reinforce", ratio="token", advantage="raw", bound="none"),
-            _GRPO,
-            replace(_GRPO, name="dr_grpo", advantage="mean", aggregation="constant"),
-            replace(_GRPO, name="dapo", clip_high=0.28, aggregation="token"),
-            replace(_GRPO, name="gspo", ratio="sequence", clip_low=3e-4, clip_high=4e-4),
-            replace(_GRPO, name="cispo", bound="cap", aggregation="token"),
-            replace(_GRPO, name="gdpo", advantage="decoupled"),
-            replace(_GRPO, name="ecpo", bound="early-clip"),
-            Objective("gbpo", advantage="normalised"),
-            _SAGE,
-            replace(_SAGE, name="sage_clip", bound="adaptive-clip", boost=0.5, entropy_penalty=0.5),
-            replace(_SAGE, name="sage_no_boost", boost=0.0),
-            replace(_SAGE, name="sage_no_penalty", entropy_penalty=0.0),
-            replace(_SAGE, name="sage_coupled", advantage="normalised"),
-            replace(_SAGE, name="sage_token", ratio="token"),
-            replace(_SAGE, name="sage_bound", boost_form="bound"),
-        )
-    }
-)
-"""Every objective by name. Sources: REINFORCE (Williams 1992), GRPO (arXiv 2402.03300), Dr.GRPO (2503.20783), DAPO
-(2503.14476, without its dynamic sampling), GSPO (2507.18071), CISPO (2506.13585), GDPO (2601.05242), ECPO
-(2506.13695), GBPO (2508.20900), SAGE (2601.21452). The settings are those papers', SAGE's from validation
-(docs/log.md)."""
 
 
 class PolicyLoss(NamedTuple):
@@ -155,15 +52,6 @@ class _WithGradient(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
         slope, share = ctx.saved_tensors
         return (upstream * slope * share).to(ctx.dtype), None, None, None
-
-
-def find_objective(objective: str | Objective) -> Objective:
-    """A row by name, or the one given. Raises: SettingsError for an unknown name."""
-    if isinstance(objective, Objective):
-        return objective
-    if objective not in OBJECTIVES:
-        raise SettingsError(f"unknown objective {objective!r}; expected one of {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[objective]
 
 
 def compute_advantages(

@@ -8,7 +8,7 @@ from rich.table import Table
 from sagerec.evaluation.diagnose import Diagnosis
 from sagerec.evaluation.evaluate import BUCKET_EDGES
 from sagerec.recommend import Recommender
-from sagerec.run import Run
+from sagerec.run.folder import Run
 from sagerec.training.tracking import read_metrics
 
 console = Console()

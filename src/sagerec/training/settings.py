@@ -6,17 +6,63 @@ from typing import Any, Literal
 
 from tyro.conf import UseAppendAction
 
-from sagerec.core.objectives import Objective, find_objective
-from sagerec.core.rewards import parse_rewards
-from sagerec.semantic_ids.clusters import ClusterKind
-from sagerec.settings import require, require_choices, to_json
-from sagerec.slates.rollouts import RolloutSettings
+from sagerec.actions.clusters import ClusterKind
+from sagerec.config import require, require_choices, to_json
+from sagerec.decoding.rollouts import RolloutSettings
+from sagerec.objectives.rewards import parse_rewards
+from sagerec.objectives.table import Objective, find_objective
 from sagerec.training.tracking import TrackerName, check_trackers
 
 DEFAULT_REWARDS = ("hit=1", "cold*hit=2", "novelty*similarity=0.1", "diversity=0.1")
 """Rewards and weights that won on validation (docs/log.md)."""
 CRITERION = ("recall=2", "cold_recall=0.25", "coarse_entropy=0.5")
 """What a validated policy is worth: losing 1 % of Recall costs what 4 % of Entropy or 8 % of Cold-Recall gain."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSettings:
+    """How the policy is trained."""
+
+    epochs: int = 20
+    """Passes over the training sequences, at most."""
+    batch_size: int = 128
+    """Sequences a step."""
+    learning_rate: float = 2e-3
+    """Highest learning rate of AdamW."""
+    weight_decay: float = 0.1
+    """Weight decay of the matrices."""
+    warmup_share: float = 0.05
+    """Share of the steps in which the learning rate rises from 0; a cosine to a fiftieth follows."""
+    clip_norm: float = 1.0
+    """Largest norm of the gradient."""
+    validate_every: int = 5
+    """Epochs between validations; 0 never validates and keeps the last weights."""
+    validation_users: int = 30_000
+    """Validation cases drawn for early stopping, at most."""
+    patience: int = 3
+    """Validations without a better Recall@10 after which training stops."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the matrix products; auto is bfloat16 where the hardware computes it natively."""
+    compile: bool = False
+    """Compile the layers with torch.compile."""
+    track: tuple[TrackerName, ...] = ()
+    """Where metrics go beside metrics.jsonl: tensorboard, mlflow, wandb (extras of these names)."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
+    seed: int = 0
+    """Seed of the weights, the order of the batches and dropout."""
+
+    def __post_init__(self) -> None:
+        require_choices(self)
+        check_trackers(self.track)
+        require(self.epochs >= 1, f"epochs is {self.epochs}; expected at least 1")
+        require(self.batch_size >= 1, f"batch_size is {self.batch_size}; expected at least 1")
+        require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}; expected above 0")
+        require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; expected 0 or above")
+        require(0 <= self.warmup_share < 1, f"warmup_share is {self.warmup_share}; expected from 0 to below 1")
+        require(self.clip_norm > 0, f"clip_norm is {self.clip_norm}; expected above 0")
+        require(self.validate_every >= 0, f"validate_every is {self.validate_every}; expected 0 or above")
+        require(self.patience >= 1, f"patience is {self.patience}; expected at least 1")
 
 
 @dataclass(frozen=True, slots=True)

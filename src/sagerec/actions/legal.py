@@ -10,7 +10,7 @@ Shapes: R prefixes, M legal continuations, X excluded items of each row, n items
 import torch
 from torch import Tensor
 
-from sagerec.core.trie import ROOT, Children, Trie
+from sagerec.actions.trie import ROOT, Children, Trie
 
 NO_ITEM = -1
 

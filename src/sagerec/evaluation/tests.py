@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from sagerec.catalogue.simulated_store import SimulatedStore, expected_answers
 from sagerec.catalogue.splits import Cases
-from sagerec.catalogue.store import Store, expected_answers
-from sagerec.core import metrics
-from sagerec.core.metrics import Clusters
+from sagerec.evaluation import intervals, metrics
+from sagerec.evaluation.metrics import Clusters
 
 GROUPS = 20
 """Of the jackknife."""
@@ -42,7 +42,7 @@ def measure(
     clusters: Clusters,
     n_items: int,
     *,
-    store: Store | None = None,
+    store: SimulatedStore | None = None,
     k: int = 10,
 ) -> Measured:
     """The compared metrics at k of one system; `cold` (N,) marks the cold items; a simulated store answers too."""
@@ -71,14 +71,14 @@ def summarise(found: Measured, n_items: int, *, samples: int, seed: int, k: int 
     values = {}
     for name, by_seed in found.by_seed.items():
         if name == "coverage@10":
-            interval = metrics.jackknife(
+            interval = intervals.jackknife(
                 _mean_coverage(len(found.lists), n_items, k),
                 _beside(found.lists, k),
                 groups=min(GROUPS, len(found.lists[0])),
                 rng=rng,
             )
         else:
-            interval = metrics.bootstrap_mean(found.per_case[name], samples=samples, rng=rng)
+            interval = intervals.bootstrap_mean(found.per_case[name], samples=samples, rng=rng)
         deviation = float(by_seed.std(ddof=1)) if len(by_seed) > 1 else None
         values[name] = asdict(interval) | {"seed_std": deviation}
     return values
@@ -163,7 +163,7 @@ def _coverage_difference(
         return first(lists[:, :width]) - second(lists[:, width:])
 
     both = np.concatenate([_beside(a.lists, k), _beside(b.lists, k)], axis=1)
-    interval = metrics.jackknife(statistic, both, groups=min(GROUPS, len(both)), rng=rng)
+    interval = intervals.jackknife(statistic, both, groups=min(GROUPS, len(both)), rng=rng)
     return interval.value, ((interval.high - interval.low) / (2 * NormalDist().inv_cdf(0.975))) ** 2
 
 

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from sagerec.artifacts import read_manifest, write_artifact
 from sagerec.catalogue.audit import write_events_used
 from sagerec.catalogue.splits import Cases, Part, Sequences
-from sagerec.core.metrics import first_rank, ndcg_at, recall_at
+from sagerec.config import from_json, require, to_json
 from sagerec.errors import ArtifactError
+from sagerec.evaluation.metrics import first_rank, ndcg_at, recall_at
 from sagerec.policies.lazy_decoder import FastDropout, Layer, LazyDecoderSettings
-from sagerec.settings import from_json, require, to_json
 from sagerec.training.batches import make_windows
-from sagerec.training.loop import CRITERION, TrainSettings, choose_device, fit, validation_sample
+from sagerec.training.loop import CRITERION, choose_device, fit, validation_sample
+from sagerec.training.settings import TrainSettings
 
 WEIGHTS = "model.safetensors"
 

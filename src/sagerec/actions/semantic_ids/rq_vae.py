@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sagerec.semantic_ids.quantisers import Quantisation, kmeans, mean_square, perplexity
+from sagerec.actions.semantic_ids.quantisers import Quantisation, kmeans, mean_square, perplexity
 
 logger = logging.getLogger(__name__)
 BATCHES, SMALLEST_BATCH, LARGEST_BATCH = 32, 16, 256

@@ -1,11 +1,4 @@
-"""The pipeline: a run folder, and the stages that fill it.
-
-    RUN/dataset        the log and the catalogue, copied, so that a run needs nothing else
-    RUN/split          the part of every event
-    RUN/semantic_ids   codes, vectors, trie
-    RUN/policy         the supervised policy      (RUN/policy-refit: with the validation event, for deployment)
-    RUN/sasrec         the trained baseline, if asked for
-    RUN/evaluation*.json   one report a row: the policy's is evaluation.json
+"""The pipeline: the stages that fill a run folder (`folder`), in their order.
 
 A stage whose artefact is there and fits (same inputs, settings and seed) is skipped; one that does not fit is made
 again, and the log says why.
@@ -22,11 +15,14 @@ import numpy as np
 import polars as pl
 
 from sagerec import artifacts
+from sagerec.actions.semantic_ids.add import Addition, code_new_items, write_addition
+from sagerec.actions.semantic_ids.build import SemanticIds, SemanticIdSettings, build_semantic_ids
 from sagerec.catalogue.audit import EVENTS_USED, Finding, audit_order, audit_stage, read_events_used
-from sagerec.catalogue.dataset import INTERACTIONS, ITEM_ID, ITEMS, SOURCE, Dataset, has_manifest, read_dataset
+from sagerec.catalogue.dataset import INTERACTIONS, ITEM_ID, ITEMS, SOURCE, has_manifest, read_dataset
 from sagerec.catalogue.grow import grow_dataset, known_items, read_new_items
-from sagerec.catalogue.splits import Part, Split, SplitSettings, learnt_counts, make_split, read_split, write_split
-from sagerec.catalogue.store import TRUTH, Store, read_store
+from sagerec.catalogue.splits import Part, SplitSettings, learnt_counts, make_split, read_split, write_split
+from sagerec.config import to_json
+from sagerec.decoding.cases import list_cases
 from sagerec.errors import ArtifactError, DatasetError
 from sagerec.evaluation.diagnose import Diagnosis, diagnose
 from sagerec.evaluation.evaluate import (
@@ -36,15 +32,11 @@ from sagerec.evaluation.evaluate import (
     excludes_history,
     write_evaluation,
 )
-from sagerec.policies.lazy_decoder import LazyDecoder, LazyDecoderSettings
+from sagerec.policies.lazy_decoder import LazyDecoderSettings
 from sagerec.progress import progress_bar
-from sagerec.semantic_ids.add import Addition, code_new_items, write_addition
-from sagerec.semantic_ids.build import SemanticIds, SemanticIdSettings, build_semantic_ids, read_semantic_ids
-from sagerec.settings import to_json
-from sagerec.slates.cases import list_cases
-from sagerec.training.align_settings import AlignSettings
+from sagerec.run.folder import Run, open_run
 from sagerec.training.alignment import align_policy
-from sagerec.training.loop import TrainSettings
+from sagerec.training.settings import AlignSettings, TrainSettings
 from sagerec.training.supervised import read_policy, train_policy
 
 logger = logging.getLogger(__name__)
@@ -74,62 +66,6 @@ class RunSettings:
     """How the policy is trained."""
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
     """What is measured."""
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A run folder that holds at least a dataset and a split."""
-
-    folder: Path
-    """Where it is."""
-    data: Dataset
-    """The log and the catalogue."""
-    split: Split
-    """The part of every event."""
-
-    def manifest(self, name: str) -> artifacts.Manifest:
-        """Manifest of one artefact of the run. Raises: ArtifactError."""
-        kind = next((kind for kind in ("policy", "sasrec") if name.startswith(kind)), name)
-        return artifacts.read_manifest(self.folder / name, kind)
-
-    def hashes(self, *names: str) -> dict[str, str]:
-        """Content hashes of artefacts, for `made_from`."""
-        return {name: self.manifest(name).content_hash for name in names}
-
-    def grown_from(self, *names: str) -> dict[str, list[str]]:
-        """Content hashes that artefacts had before items were added to them, for `misfit`."""
-        return {name: self.manifest(name).grown_from for name in names}
-
-    def ids(self) -> SemanticIds:
-        """The Semantic IDs. Raises: ArtifactError where they are of another number of items than the dataset."""
-        ids = read_semantic_ids(self.folder / "semantic_ids")
-        if len(ids.codes) != self.data.n_items:
-            raise ArtifactError(
-                f"{self.folder / 'semantic_ids'} holds {len(ids.codes):,} items and the dataset {self.data.n_items:,}; "
-                "make the Semantic IDs again, or, where `sagerec ids add` was cut short, give it the same items again"
-            )
-        return ids
-
-    def aligned(self) -> list[str]:
-        """Names of the aligned policies."""
-        found = (p.name for p in self.folder.glob("policy-*") if (p / artifacts.MANIFEST).is_file())
-        return sorted(name for name in found if name != "policy-refit")
-
-    def store(self) -> Store | None:
-        """The simulated store that the dataset is, None where it is none."""
-        return read_store(self.folder / "dataset") if (self.folder / "dataset" / TRUTH).is_file() else None
-
-    def policy(self, name: str = "policy", *, device: str = "auto") -> LazyDecoder:
-        """A trained policy of the run."""
-        return read_policy(self.folder / name, self.ids(), device=device)
-
-
-def open_run(folder: str | Path) -> Run:
-    """Open a run folder. Raises: ArtifactError where there is none."""
-    folder = Path(folder)
-    if not (folder / "dataset").is_dir():
-        raise ArtifactError(f"{folder} is not a run folder; make one with: sagerec run DATASET --out {folder}")
-    return Run(folder, read_dataset(folder / "dataset"), read_split(folder / "split"))
 
 
 def prepare(dataset: Path, out: Path, settings: SplitSettings) -> Run:

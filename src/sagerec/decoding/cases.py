@@ -8,11 +8,11 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from sagerec.actions.legal import NO_ITEM
 from sagerec.catalogue.splits import Cases
+from sagerec.decoding.beam import exact_lists
+from sagerec.decoding.slates import write_slates
 from sagerec.policies.lazy_decoder import LazyDecoder
-from sagerec.slates.autoregressive import write_slates
-from sagerec.slates.beam import exact_lists
-from sagerec.slates.legal import NO_ITEM
 
 
 def list_cases(

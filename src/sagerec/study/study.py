@@ -10,19 +10,20 @@ from typing import Any
 import torch
 
 from sagerec import artifacts
-from sagerec import run as pipeline
-from sagerec.baselines import evaluate_baseline, sasrec_trials
+from sagerec.actions.clusters import item_clusters
+from sagerec.baselines.tuning import evaluate_baseline, sasrec_trials
 from sagerec.catalogue.splits import learnt_counts
+from sagerec.config import require, to_json
 from sagerec.errors import SettingsError
-from sagerec.evaluation.compare import Measured, differences, judge, measure, seed_variances, summarise
-from sagerec.run import Run, RunSettings, read_lists
-from sagerec.semantic_ids.clusters import item_clusters
-from sagerec.settings import require, to_json
+from sagerec.evaluation.tests import Measured, differences, judge, measure, seed_variances, summarise
+from sagerec.run import stages as pipeline
+from sagerec.run.folder import Run
+from sagerec.run.stages import RunSettings, read_lists
+from sagerec.study.design import ABLATIONS, CONTROL, REFERENCE, STUDY, CompareSettings
 from sagerec.study.jobs import Job, chosen_point, chosen_settings, do_jobs, read_trials, tuning_jobs
-from sagerec.study.settings import ABLATIONS, CONTROL, REFERENCE, STUDY, CompareSettings
 
 
-def compare(dataset: Path, folder: Path, settings: CompareSettings) -> dict[str, Any]:
+def run_study(dataset: Path, folder: Path, settings: CompareSettings) -> dict[str, Any]:
     """Do the whole study, or what is left of it; writes and returns STUDY/study.json.
 
     Raises: SettingsError where the split reserves nothing.

@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sagerec.core.groups import group_log_softmax, pad_groups
-from sagerec.core.trie import ROOT
+from sagerec.actions.groups import group_log_softmax, pad_groups
+from sagerec.actions.legal import NO_ITEM, excluded_paths, has_free_item, used_up
+from sagerec.actions.trie import ROOT
 from sagerec.errors import SettingsError
 from sagerec.policies.protocol import ContextT, Policy, PrefixT
-from sagerec.slates.legal import NO_ITEM, excluded_paths, has_free_item, used_up
 
 
 class Slates(NamedTuple):

@@ -3,13 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from sagerec.baselines import BaselineName, sasrec_grid
-from sagerec.core.objectives import find_objective
-from sagerec.evaluation.sasrec import TUNED, SasRecSettings
-from sagerec.run import RunSettings
-from sagerec.settings import require
-from sagerec.training.align_settings import AlignSettings
-from sagerec.training.loop import TrainSettings
+from sagerec.baselines.sasrec import TUNED, SasRecSettings
+from sagerec.baselines.tuning import BaselineName, sasrec_grid
+from sagerec.config import require
+from sagerec.objectives.table import find_objective
+from sagerec.run.stages import RunSettings
+from sagerec.training.settings import AlignSettings, TrainSettings
 
 STUDY, CONTROL, REFERENCE = "study.json", "sft", "gbpo"
 ABLATIONS = ("sage_no_boost", "sage_no_penalty", "sage_coupled", "sage_token", "sage_bound")
