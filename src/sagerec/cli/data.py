@@ -21,6 +21,7 @@ from sagerec.cli.tables import (
     console,
     print_description,
 )
+from sagerec.run.folder import open_run
 
 
 @dataclass(frozen=True)
