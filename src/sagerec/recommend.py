@@ -17,7 +17,7 @@ from sagerec.decoding.beam import exact_lists
 from sagerec.decoding.cases import distinct_rows
 from sagerec.decoding.slates import write_slates
 from sagerec.errors import DatasetError
-from sagerec.policies.lazy_decoder import LazyDecoder
+from sagerec.policies.protocol import AnyPolicy
 from sagerec.run.folder import open_run
 
 
@@ -25,7 +25,7 @@ from sagerec.run.folder import open_run
 class Recommender:
     """A policy with the names of its items."""
 
-    policy: LazyDecoder
+    policy: AnyPolicy
     """In evaluation mode."""
     item_ids: IdMap
     """External item ids."""
@@ -46,12 +46,12 @@ class Recommender:
         if not history:
             raise DatasetError("the history is empty; expected at least one item id, the oldest first")
         known = torch.from_numpy(self.item_ids.index(history))[None].to(self.policy.device)
-        items = known[:, -self.policy.settings.max_items :]
+        items = known[:, -self.policy.max_items :]
         lengths = torch.tensor([items.shape[1]], device=self.policy.device)
         excluded = distinct_rows(known) if exclude_history else None
         if slate:
             slates = write_slates(self.policy, items, lengths, k=k, temperature=0.0, excluded=excluded)
-            found, scores = slates.items[0, 0], slates.logprobs[0, 0].sum(dim=-1)
+            found, scores = slates.items[0, 0], slates.scores()[0, 0]
         else:
             lists = exact_lists(self.policy, items, lengths, k=k, excluded=excluded)
             found, scores = lists.items[0], lists.logprobs[0]

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 from scipy import sparse
 
-from sagerec.actions.semantic_ids.build import SemanticIds
+from sagerec.actions.space import ActionSpace
 from sagerec.catalogue.dataset import CATEGORIES, Dataset
 from sagerec.errors import DatasetError
 
@@ -18,18 +18,18 @@ ClusterKind = Literal["category", "first-code", "coarse"]
 COARSE_CLUSTERS = 32
 
 
-def entropy_clusters(data: Dataset, ids: SemanticIds) -> dict[str, sparse.csr_matrix]:
+def entropy_clusters(data: Dataset, space: ActionSpace) -> dict[str, sparse.csr_matrix]:
     """The clusters of the two entropies: categories where there are some, else first codes; and the coarse ones."""
     fine: ClusterKind = "category" if data.has_categories() else "first-code"
-    return {"entropy": item_clusters(data, ids, fine), "coarse_entropy": item_clusters(data, ids, "coarse")}
+    return {"entropy": item_clusters(data, space, fine), "coarse_entropy": item_clusters(data, space, "coarse")}
 
 
-def item_clusters(data: Dataset, ids: SemanticIds, kind: ClusterKind) -> sparse.csr_matrix:
+def item_clusters(data: Dataset, space: ActionSpace, kind: ClusterKind) -> sparse.csr_matrix:
     """Membership of items in clusters, (N, Q) with rows that sum to 1.
 
     category: an item with n categories belongs to each by 1/n (one without any, to a cluster of its own kind);
-    first-code: the first code of its Semantic ID; coarse: first codes joined by k-means over their centroids into
-    at most 32 clusters.
+    first-code: the first token of its sequence; coarse: the groups of `ActionSpace.centroids` (of Semantic IDs, the
+    first codes) joined by k-means over their centroids into at most 32 clusters.
 
     Raises: DatasetError for `category` where no item has one.
     """
@@ -42,12 +42,16 @@ def item_clusters(data: Dataset, ids: SemanticIds, kind: ClusterKind) -> sparse.
         weights = 1.0 / table["n"].to_numpy()
         shape = (data.n_items, int(column.max()) + 1)
         return sparse.csr_matrix((weights, (table["row"].to_numpy(), column)), shape=shape)
-    cluster = ids.codes[:, 0].astype(np.int64)
-    if kind == "coarse" and len(ids.codebooks[0]) > COARSE_CLUSTERS:
-        kmeans = faiss.Kmeans(
-            ids.codebooks.shape[2], COARSE_CLUSTERS, niter=25, seed=0, min_points_per_centroid=1, spherical=False
-        )
-        kmeans.train(np.ascontiguousarray(ids.codebooks[0]))
-        cluster = kmeans.index.search(np.ascontiguousarray(ids.codebooks[0]), 1)[1][:, 0][cluster]
+    if kind == "first-code":
+        cluster = space.first_tokens()
+    else:
+        centroids, cluster = space.centroids()
+        if len(centroids) > COARSE_CLUSTERS:
+            points = np.ascontiguousarray(centroids)
+            kmeans = faiss.Kmeans(
+                points.shape[1], COARSE_CLUSTERS, niter=25, seed=0, min_points_per_centroid=1, spherical=False
+            )
+            kmeans.train(points)
+            cluster = kmeans.index.search(points, 1)[1][:, 0][cluster]
     ones = np.ones(data.n_items)
     return sparse.csr_matrix((ones, (np.arange(data.n_items), cluster)), shape=(data.n_items, int(cluster.max()) + 1))

@@ -1,60 +1,91 @@
-"""Which continuations are legal, and their log-probabilities: the one distribution that everything uses.
+"""Which continuations are legal: the one distribution that training, sampling, lists and losses use.
 
-A token is legal where the trie has it. In a slate it must also lead to an item that does not stand there yet, and
-sampler and loss renormalise over exactly these tokens. A list of the K best items needs no renormalisation: it
-skips what is excluded.
+A token is legal where the trie has it. In a slate it must also lead to an item that does not stand there yet and that
+the user did not have, and sampler and loss renormalise over exactly these tokens. A list of the K best items needs no
+renormalisation: it skips what is barred.
 
-Shapes: R prefixes, M legal continuations, X excluded items of each row, n items, L codes per item.
+Shapes: R rows (users, or slates), X items of a row, P used-up nodes, S prefixes, M legal continuations.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sagerec.actions.space import ActionSpace
 from sagerec.actions.trie import ROOT, Children, Trie
 
 NO_ITEM = -1
 
 
-def excluded_paths(trie: Trie, codes: Tensor, excluded: Tensor) -> Tensor:
-    """States (R, X, L + 1) along the codes (N, L) of excluded items (R, X); -1 for no item and after an item's end.
+@dataclass(frozen=True, slots=True)
+class Barred:
+    """The nodes of the trie under which no item is left, for each row."""
 
-    Items that share their codes count once a row: what is barred is an ID.
+    trie: Trie
+    """The trie."""
+    keys: Tensor
+    """(P,) int64, ascending: row x nodes of the trie + node."""
+
+    def repeated(self, times: int) -> "Barred":
+        """Each row `times` over, its copies one after another."""
+        row, node = self.keys // self.trie.n_nodes, self.keys % self.trie.n_nodes
+        rows = row[:, None] * times + torch.arange(times, device=row.device)
+        return Barred(self.trie, (rows * self.trie.n_nodes + node[:, None]).flatten().sort().values)
+
+    def with_items(self, space: ActionSpace, items: Tensor) -> "Barred":
+        """Each of the R rows with more items (R, X), -1 for none."""
+        return _close(self.trie, torch.cat([self.keys, _leaf_keys(space, items)]))
+
+    def under(self, rows: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Position among `states` (S,), and place among its siblings, (m,) each, of every used-up child.
+
+        `rows` (S,) says whose. The children of a node are consecutive, so the used-up ones are a run of the keys: the
+        cost is theirs, whatever the number of children.
+        """
+        if len(self.keys) == 0:
+            return states.new_zeros(0), states.new_zeros(0)
+        first, end = self.trie.first_child[states].long(), self.trie.first_child[states + 1].long()
+        base = rows * self.trie.n_nodes
+        low, high = torch.searchsorted(self.keys, base + first), torch.searchsorted(self.keys, base + end)
+        at = torch.repeat_interleave(high - low)
+        index = torch.arange(len(at), device=at.device) - ((high - low).cumsum(0) - (high - low))[at] + low[at]
+        return at, self.keys[index] - base[at] - first[at]
+
+    def leaves_free(self, rows: Tensor, states: Tensor, children: Children) -> Tensor:
+        """(M,) bool: an item is left under each of the `children`, which are all those of `states` (S,)."""
+        free = torch.ones_like(children.node, dtype=torch.bool)
+        at, place = self.under(rows, states)
+        count = self.trie.first_child[states + 1].long() - self.trie.first_child[states]
+        free[(count.cumsum(0) - count)[at] + place] = False
+        return free
+
+
+def bar(space: ActionSpace, items: Tensor) -> Barred:
+    """What is used up where the items (R, X) of each row, -1 for none, are barred.
+
+    Items that share a sequence are barred together.
     """
-    flat = excluded.flatten()
-    known = flat >= 0
-    paths = torch.full((len(flat), codes.shape[1] + 1), NO_ITEM, device=excluded.device)
-    paths[known] = trie.walk(codes[flat[known]])
-    if len(codes) > int(trie.size[ROOT]):
-        ids = paths[:, -1].view(excluded.shape)
-        known &= ~((ids[:, :, None] == ids[:, None, :]).tril(-1).any(dim=2)).flatten()
-        paths[~known] = NO_ITEM
-    own = codes[flat[known]]
-    ended = torch.zeros_like(paths, dtype=torch.bool)
-    ended[known, 1:] = own < 0
-    return paths.masked_fill(ended, NO_ITEM).view(*excluded.shape, paths.shape[1])
+    return _close(space.trie, _leaf_keys(space, items))
 
 
-def used_up(trie: Trie, states: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and place among its siblings, (m,) each, of every child of states (R,) whose items are all excluded.
-
-    `excluded` (R, X) holds, for each row, the states of the excluded items at the children's depth (-1 = none, or an
-    item whose codes end before). A child is used up when as many excluded items lie under it as items. The cost is
-    that of the excluded items, whatever the number of children.
-    """
-    ordered = excluded.sort(dim=1).values
-    first = trie.first_child[states].long()[:, None]
-    end = trie.first_child[states + 1].long()[:, None]
-    number = torch.searchsorted(ordered, ordered, right=True) - torch.searchsorted(ordered, ordered)
-    inside = (ordered >= first) & (ordered < end)
-    row, column = (inside & (number >= trie.size[ordered.clamp(min=0)])).nonzero(as_tuple=True)
-    return row, ordered[row, column] - first[row, 0]
+def _leaf_keys(space: ActionSpace, items: Tensor) -> Tensor:
+    """Keys of the leaves of items (R, X)."""
+    row, column = (items >= 0).nonzero(as_tuple=True)
+    return row * space.trie.n_nodes + space.leaf(items[row, column])
 
 
-def has_free_item(trie: Trie, states: Tensor, children: Children, excluded: Tensor) -> Tensor:
-    """(M,) bool: some item under the child is not excluded; `children` are all those of states (R,). See `used_up`."""
-    free = torch.ones_like(children.node, dtype=torch.bool)
-    if excluded.shape[1]:
-        row, place = used_up(trie, states, excluded)
-        count = trie.first_child[states + 1].long() - trie.first_child[states]
-        free[(count.cumsum(0) - count)[row] + place] = False
-    return free
+def _close(trie: Trie, keys: Tensor) -> Barred:
+    """Barred nodes and all nodes that they use up: a node is, when its used-up children hold as many items as it."""
+    used = torch.unique(keys)
+    while len(used):
+        row, node = used // trie.n_nodes, used % trie.n_nodes
+        inner = node != ROOT
+        parents, owner = torch.unique(row[inner] * trie.n_nodes + trie.parents(node[inner]), return_inverse=True)
+        held = torch.zeros_like(parents).index_add_(0, owner, trie.size[node[inner]].long())
+        full = parents[held == trie.size[parents % trie.n_nodes]]
+        grown = torch.unique(torch.cat([used, full]))
+        if len(grown) == len(used):
+            break
+        used = grown
+    return Barred(trie, used)

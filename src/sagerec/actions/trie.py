@@ -41,6 +41,10 @@ class Children:
         """The children for which `keep` (M,) is true."""
         return Children(self.parent[keep], self.node[keep], self.token[keep])
 
+    def of_rows(self, rows: Tensor) -> "Children":
+        """The same children where the states asked for are `rows` (B,) of a larger batch."""
+        return Children(rows[self.parent], self.node, self.token)
+
 
 @dataclass(frozen=True, slots=True)
 class Trie:
@@ -120,6 +124,10 @@ class Trie:
                 "so. Choose among children() or allowed()"
             )
         return low
+
+    def parents(self, states: Tensor) -> Tensor:
+        """The states (B,) int64 that `states` (B,), none of them the root, are children of."""
+        return torch.searchsorted(self.first_child, states.to(self.first_child.dtype), right=True) - 1
 
     def is_leaf(self, states: Tensor) -> Tensor:
         """(B,) bool: the sequence is complete and no token may follow."""

@@ -1,7 +1,7 @@
 """SASRec with a full or sampled softmax: the baseline to beat, in the same harness.
 
 Kang and McAuley (2018) with the softmax loss that makes it strong (Klenitskiy and Vasilev 2023; Petrov and Macdonald
-2023): the causal encoder of the LazyDecoder over item embeddings, scored against the same embeddings.
+2023): causal layers over item embeddings, scored against the same embeddings.
 
 Shapes: B users, T history items, N items, D width, P targets, S sampled items.
 """
@@ -24,7 +24,7 @@ from sagerec.catalogue.splits import Cases, Part, Sequences
 from sagerec.config import from_json, require, to_json
 from sagerec.errors import ArtifactError
 from sagerec.evaluation.metrics import first_rank, ndcg_at, recall_at
-from sagerec.policies.lazy_decoder import FastDropout, Layer, LazyDecoderSettings
+from sagerec.policies.layers import FastDropout, Layer, check_shape
 from sagerec.training.batches import make_windows
 from sagerec.training.loop import CRITERION, choose_device, fit, validation_sample
 from sagerec.training.settings import TrainSettings
@@ -50,13 +50,9 @@ class SasRecSettings:
     """Negatives of a sampled softmax, shared by the batch; 0 scores the whole catalogue."""
 
     def __post_init__(self) -> None:
-        self.encoder()
+        check_shape(width=self.width, heads=self.heads, dropout=self.dropout, max_items=self.max_items)
         require(self.layers >= 1, f"layers is {self.layers}; expected at least 1")
         require(self.sampled >= 0, f"sampled is {self.sampled}; expected 0 (all items) or above")
-
-    def encoder(self) -> LazyDecoderSettings:
-        """The shape of the causal layers, which the LazyDecoder's settings check."""
-        return LazyDecoderSettings(width=self.width, heads=self.heads, dropout=self.dropout, max_items=self.max_items)
 
 
 TUNED = TrainSettings(epochs=40)
@@ -69,10 +65,12 @@ class SasRec(nn.Module):
     def __init__(self, settings: SasRecSettings, n_items: int) -> None:
         super().__init__()
         self.settings = settings
-        shape = settings.encoder()
         self.items = nn.Embedding(n_items, settings.width)
         nn.init.normal_(self.items.weight, std=0.02)
-        self.layers = nn.ModuleList(Layer(shape) for _ in range(settings.layers))
+        self.layers = nn.ModuleList(
+            Layer(width=settings.width, heads=settings.heads, expansion=4, dropout=settings.dropout)
+            for _ in range(settings.layers)
+        )
         self.norm = nn.LayerNorm(settings.width)
         self.dropout = FastDropout(settings.dropout)
 

@@ -84,7 +84,7 @@ def evaluate_baseline(
         return found, 1.0
 
     stem = f"evaluation-{name}-refit" if refit else f"evaluation-{name}"
-    return report_lists(run, stem, settings, lists, run.ids(), made_from | run.hashes("semantic_ids"))
+    return report_lists(run, stem, settings, lists, run.space(), made_from | run.hashes(run.actions))
 
 
 def _tuned_knn(events: Sequences, sample: Cases, shared: dict[str, Any]) -> ListCases:

@@ -110,7 +110,8 @@ class Export:
             run = open_run(self.dataset)
             data, split, made_from = run.data, run.split, run.hashes("dataset", "split")
             if (self.dataset / "semantic_ids").is_dir():
-                tokens = [[f"<{chr(97 + k)}_{c}>" for k, c in enumerate(row)] for row in run.ids().codes.tolist()]
+                table = run.space().padded().tolist()
+                tokens = [[f"<{chr(97 + k)}_{c}>" for k, c in enumerate(row) if c >= 0] for row in table]
         else:
             data = read_dataset(self.dataset)
             split = make_split(data, self.split)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from sagerec.actions.semantic_ids.build import SemanticIdSettings
+from sagerec.actions.registry import ActionSettings
 from sagerec.baselines.tuning import BaselineName, evaluate_baseline
 from sagerec.catalogue.splits import SplitSettings
 from sagerec.cli.arguments import FLAT, Folder
@@ -15,7 +15,7 @@ from sagerec.cli.tables import (
     print_ids,
     print_reports,
 )
-from sagerec.policies.lazy_decoder import LazyDecoderSettings
+from sagerec.policies.registry import PolicySettings
 from sagerec.recommend import load
 from sagerec.report.training_plots import write_plots
 from sagerec.run import stages as pipeline
@@ -83,12 +83,12 @@ class Ids:
 
     run: Folder
     """Run folder."""
-    ids: Annotated[SemanticIdSettings, FLAT] = field(default_factory=SemanticIdSettings)
+    ids: Annotated[ActionSettings, FLAT] = field(default_factory=ActionSettings)
     """How items become codes."""
 
     def __call__(self) -> None:
         run = open_run(self.run)
-        pipeline.make_ids(run, self.ids)
+        pipeline.make_actions(run, self.ids)
         print_ids(run)
 
 
@@ -123,7 +123,7 @@ class Train:
 
     run: Folder
     """Run folder."""
-    policy: LazyDecoderSettings = field(default_factory=LazyDecoderSettings)
+    policy: PolicySettings = field(default_factory=PolicySettings)
     """Shape of the policy."""
     train: TrainSettings = field(default_factory=TrainSettings)
     """How the policy is trained."""

@@ -1,1 +1,1 @@
-"""Lists and slates: what a policy shows, decoded exactly through the trie."""
+"""Decoding: lists, slates and rollouts of any policy over any action space."""

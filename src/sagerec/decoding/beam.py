@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sagerec.actions.groups import group_log_softmax, pad_groups
-from sagerec.actions.legal import NO_ITEM, excluded_paths, has_free_item
+from sagerec.actions.legal import NO_ITEM, bar
 from sagerec.actions.trie import ROOT
 from sagerec.errors import SettingsError
 from sagerec.policies.protocol import ContextT, Policy, PrefixT
@@ -53,24 +53,22 @@ def beam_lists(
     """
     if beams < k:
         raise SettingsError(f"beams is {beams} and k is {k}; expected at least as many beams as places")
-    trie, device = policy.trie, policy.codes.device
+    trie, device = policy.space.trie, policy.device
     user = torch.arange(n_users, device=device)
     states = torch.full((n_users,), ROOT, device=device)
     scores = torch.zeros(n_users, device=device)
     pruned = torch.full((n_users,), -math.inf, device=device)
     items = torch.full((n_users, k), NO_ITEM, device=device)
     logprobs = torch.full((n_users, k), -math.inf, device=device)
-    paths = None if excluded is None else excluded_paths(trie, policy.codes, excluded)
+    barred = None if excluded is None else bar(policy.space, excluded)
     n_excluded = torch.zeros_like(user) if excluded is None else (excluded >= 0).sum(dim=1)
     prefix = policy.begin(context)
-    level = 0
     while len(states):
         children = trie.children(states)
         step = group_log_softmax(policy.child_logits(prefix, children), children.parent, len(states))
         totals = scores[children.parent] + step
-        if paths is not None:
-            free = has_free_item(trie, states, children, paths[user, :, level + 1])
-            totals = totals.masked_fill(~free, -math.inf)
+        if barred is not None:
+            totals = totals.masked_fill(~barred.leaves_free(user, states, children), -math.inf)
         owner = user[children.parent]
         # One more than the beams, to know the best prefix that is dropped.
         rows, position = pad_groups(totals, owner, n_users, -math.inf)
@@ -97,7 +95,6 @@ def beam_lists(
         states, scores, user = node[grows], score[grows], owner[grows]
         if len(states):
             prefix = policy.step(prefix, children.parent[chosen][grows], children.token[chosen][grows])
-        level += 1
     return BeamLists(items, logprobs, logprobs[:, -1] >= pruned)
 
 

@@ -12,11 +12,11 @@ from sagerec.actions.legal import NO_ITEM
 from sagerec.catalogue.splits import Cases
 from sagerec.decoding.beam import exact_lists
 from sagerec.decoding.slates import write_slates
-from sagerec.policies.lazy_decoder import LazyDecoder
+from sagerec.policies.protocol import AnyPolicy
 
 
 def list_cases(
-    policy: LazyDecoder,
+    policy: AnyPolicy,
     cases: Cases,
     *,
     k: int,
@@ -39,7 +39,7 @@ def list_cases(
     policy.eval()
     for begin in range(0, len(cases), batch_size):
         index = order[begin : begin + batch_size]
-        history, length = cases.histories(index, policy.settings.max_items)
+        history, length = cases.histories(index, policy.max_items)
         items = torch.from_numpy(history).to(policy.device)
         lengths = torch.from_numpy(length).to(policy.device)
         excluded = None

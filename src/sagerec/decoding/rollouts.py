@@ -3,7 +3,7 @@
 Slates are sampled, or come from beam search: with K = 1 each of the most probable items is a slate, with K > 1 the beam
 list is one. Both kinds are scored under one distribution, that of `write_slates`, which the loss uses too.
 
-Shapes: B users, G slates of each, K places, X excluded items, L codes per item.
+Shapes: B users, G slates of each, K places, X excluded items.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sagerec.actions.legal import NO_ITEM
 from sagerec.decoding.beam import beam_lists
-from sagerec.decoding.slates import Slates, slate_logprobs, write_slates
+from sagerec.decoding.slates import FreeTokens, Slates, join_tokens, slate_logprobs, write_slates
 from sagerec.errors import SettingsError
 from sagerec.policies.protocol import ContextT, Policy, PrefixT
 
@@ -66,7 +66,7 @@ def roll_out(
 ) -> Slates:
     """Slates (B, G, K) for histories (B, T) with lengths (B,), samples first, and their log-probabilities.
 
-    `uniforms` (B, samples, K, L) decide the samples. `excluded` (B, X) items, -1 = none, never appear.
+    `uniforms` (B, samples, K) decide the samples. `excluded` (B, X) items, -1 = none, never appear.
 
     Raises: SettingsError where the catalogue has too few items.
     """
@@ -96,5 +96,18 @@ def roll_out(
         scored = slate_logprobs(
             policy, items, lengths, slates, temperature=settings.temperature, excluded=excluded, context=context
         )
-        parts.append(Slates(slates, scored.logprobs, scored.free))
-    return Slates(*(torch.cat(columns, dim=1) for columns in zip(*parts, strict=True)))
+        parts.append(Slates(slates, scored.tokens))
+    return _beside(parts)
+
+
+def _beside(parts: list[Slates]) -> Slates:
+    """The slates of several parts, one after another for each user."""
+    if len(parts) == 1:
+        return parts[0]
+    total, begin, tokens = sum(part.items.shape[1] for part in parts), 0, []
+    for part in parts:
+        slates, k = part.items.shape[1:]
+        user, place = part.tokens.item // (slates * k), part.tokens.item % (slates * k)
+        tokens.append(FreeTokens(part.tokens.logprobs, (user * total + begin) * k + place))
+        begin += slates
+    return Slates(torch.cat([part.items for part in parts], dim=1), join_tokens(tokens))

@@ -1,11 +1,14 @@
 """Autoregressive slates: K distinct items written one after another, sampled or greedy, and their log-probabilities.
 
-P(i_1 … i_K | u) = prod_k P(i_k | u, i_<k), each code from softmax(logits / temperature) over the legal codes. The
+P(i_1 … i_K | u) = prod_k P(i_k | u, i_<k), each token from softmax(logits / temperature) over the legal tokens. The
 history is encoded once and shared by a user's G slates, in writing and in the loss; an item that already stands in a
-slate is masked in the trie, code by code, and the rest renormalised.
+slate is barred in the trie, token by token, and the rest renormalised.
 
-Shapes: B users, G slates of each, K places, X excluded items, L codes per item, R prefixes, D draws from each, W
-continuations of the prefix that has most.
+Where only one token is legal its log-probability is 0 under every policy. Such forced tokens are left out of all that
+is returned: only free tokens enter ratios, means, objectives and divergences.
+
+Shapes: B users, G slates of each, K places, X excluded items, R prefixes, D draws from each, W continuations of the
+prefix that has most, F free tokens of all slates together.
 """
 
 import math
@@ -15,32 +18,42 @@ import torch
 from torch import Tensor
 
 from sagerec.actions.groups import group_log_softmax, pad_groups
-from sagerec.actions.legal import NO_ITEM, excluded_paths, has_free_item, used_up
+from sagerec.actions.legal import NO_ITEM, Barred, bar
 from sagerec.actions.trie import ROOT
 from sagerec.errors import SettingsError
 from sagerec.policies.protocol import ContextT, Policy, PrefixT
 
 
+class FreeTokens(NamedTuple):
+    """Log-probabilities of the free tokens of slates (B, G, K): slate by slate, item by item, in the order written."""
+
+    logprobs: Tensor
+    """(F,) nats of each."""
+    item: Tensor
+    """(F,) int64 which item it belongs to, a position in the flattened slates; ascending."""
+
+
 class Slates(NamedTuple):
-    """Slates and the log-probabilities of their codes under the distribution that drew them."""
+    """Slates and the log-probabilities of their tokens under the distribution that drew them."""
 
     items: Tensor
-    """(B, G, K) int64 items (rows of the trie)."""
-    logprobs: Tensor
-    """(B, G, K, L) nats of each code, at the temperature of the draw (1 for greedy); 0 after an item's last code."""
-    free: Tensor
-    """(B, G, K, L) bool: more than one code was legal there."""
+    """(B, G, K) int64 items."""
+    tokens: FreeTokens
+    """At the temperature of the draw (1 for greedy)."""
+
+    def scores(self) -> Tensor:
+        """(B, G, K) log-probability of each item given those before it, in nats."""
+        total = self.tokens.logprobs.new_zeros(self.items.numel())
+        return total.index_add(0, self.tokens.item, self.tokens.logprobs).view(self.items.shape)
 
 
 class SlateLogprobs(NamedTuple):
     """Log-probabilities of given slates, with gradient."""
 
-    logprobs: Tensor
-    """(B, G, K, L) nats of each code; 0 where only one is legal, and after an item's last code."""
-    free: Tensor
-    """(B, G, K, L) bool: more than one code is legal there, so that the policy has a choice."""
+    tokens: FreeTokens
+    """Of their free tokens."""
     entropy: Tensor
-    """() mean entropy in nats of the first code, over the contexts and the places of the slates."""
+    """() mean entropy in nats of the first token, over the contexts and the places of the slates."""
 
 
 @torch.no_grad()
@@ -59,10 +72,11 @@ def write_slates(
 ) -> Slates:
     """Write `slates` slates of `k` distinct items for each history (B, T) with lengths (B,).
 
-    `temperature` 0 is greedy: the most probable code at each step. `top_p` below 1 draws only among the most probable
-    codes that together hold that share; log-probabilities stay those of the whole distribution. `excluded` (B, X)
-    items, -1 = none, never appear. The draws are the inverse of the distribution function at `uniforms` (B, G, K, L) in
-    [0, 1), from `generator` if not given, so that a user's slates do not hang on who else is in the batch.
+    `temperature` 0 is greedy: the most probable token at each step. `top_p` below 1 draws only among the most probable
+    tokens that together hold that share; log-probabilities stay those of the whole distribution. `excluded` (B, X)
+    items, -1 = none, never appear. An item is the inverse of its distribution function at one of `uniforms` (B, G, K)
+    float64 in [0, 1), drawn by `generator` if not given: each token takes what the one before left of it. So a user's
+    slates do not hang on who else is in the batch, nor on how long the sequences are.
 
     Raises: SettingsError where the catalogue minus the excluded has fewer than `k` items, or for a temperature
     below 0 or a `top_p` outside (0, 1].
@@ -71,73 +85,73 @@ def write_slates(
         raise SettingsError(f"temperature is {temperature}; expected 0 (greedy) or above")
     if not 0 < top_p <= 1:
         raise SettingsError(f"top_p is {top_p}; expected above 0, at most 1")
-    batch, device, n_codes = len(items), policy.codes.device, policy.codes.shape[1]
-    barred = torch.full((batch, 0), NO_ITEM, device=device) if excluded is None else excluded
-    most = int((barred >= 0).sum(dim=1).max()) if barred.numel() else 0
-    n_sequences = int(policy.trie.size[ROOT])
-    if k + most > n_sequences:
+    batch, device, space = len(items), policy.device, policy.space
+    out = torch.full((batch, 0), NO_ITEM, device=device) if excluded is None else excluded
+    most = int((out >= 0).sum(dim=1).max()) if out.numel() else 0
+    if k + most > space.n_sequences:
         raise SettingsError(
-            f"k is {k} with {most} excluded items, and the catalogue has {n_sequences}; expected a smaller slate"
+            f"k is {k} with {most} excluded items, and the catalogue has {space.n_sequences}; expected a smaller slate"
         )
     if uniforms is None:
-        uniforms = torch.rand(batch, slates, k, n_codes, generator=generator, device=device)
+        uniforms = torch.rand(batch, slates, k, generator=generator, device=device, dtype=torch.float64)
     context = policy.encode(items, lengths)
-    paths = excluded_paths(policy.trie, policy.codes, barred)
-    written: list[Tensor] = []
-    logprobs: list[Tensor] = []
-    choices: list[Tensor] = []
+    barred = bar(space, out)
+    written, parts = [], []
     for place in range(k):
         # All slates of a user share the first place's distribution: one prefix, and a draw for each.
-        draws = uniforms[:, :, place] if place == 0 else uniforms[:, :, place].flatten(0, 1).unsqueeze(1)
-        found, steps, free = _write_item(policy, policy.begin(context), paths, draws, temperature, top_p)
+        draws = uniforms[:, :, place] if place == 0 else uniforms[:, :, place].reshape(-1, 1)
+        found, tokens = _write_item(policy, policy.begin(context), barred, draws, temperature, top_p)
         written.append(found.view(batch, slates))
-        logprobs.append(steps.view(batch, slates, n_codes))
-        choices.append(free.view(batch, slates, n_codes))
+        parts.append(FreeTokens(tokens.logprobs, tokens.item * k + place))
         if place + 1 < k:
             if place == 0:
-                context = policy.encode(items, lengths, slates=slates)
-                paths = paths.repeat_interleave(slates, dim=0)
-            paths = torch.cat([paths, excluded_paths(policy.trie, policy.codes, found.view(-1, 1))], dim=1)
+                context, barred = policy.encode(items, lengths, slates=slates), barred.repeated(slates)
+            barred = barred.with_items(space, found.view(-1, 1))
             context = policy.append(context, written[-1])
-    return Slates(torch.stack(written, dim=2), torch.stack(logprobs, dim=2), torch.stack(choices, dim=2))
+    return Slates(torch.stack(written, dim=2), join_tokens(parts))
+
+
+def join_tokens(parts: list[FreeTokens]) -> FreeTokens:
+    """The tokens of all parts in the order of their items; those of one item keep theirs."""
+    if len(parts) == 1:
+        return parts[0]
+    item = torch.cat([part.item for part in parts])
+    order = item.argsort(stable=True)
+    return FreeTokens(torch.cat([part.logprobs for part in parts])[order], item[order])
 
 
 def _write_item(
     policy: Policy[ContextT, PrefixT],
     prefix: PrefixT,
-    paths: Tensor,
+    barred: Barred,
     uniforms: Tensor,
     temperature: float,
     top_p: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """D more items from each of R empty prefixes that exclude the items with `paths` (R, X, L + 1).
-
-    `uniforms` (R, D, L). Returns items (R, D), logprobs and free places (R, D, L).
-    """
-    trie, device = policy.trie, paths.device
-    n_rows, draws, n_codes = uniforms.shape
+) -> tuple[Tensor, FreeTokens]:
+    """D more items (R, D) from each of R empty prefixes, for which `barred` has a row each; `uniforms` (R, D)."""
+    trie, device = policy.space.trie, uniforms.device
+    n_rows, draws = uniforms.shape
     found = torch.full((n_rows * draws,), NO_ITEM, device=device)
-    logprobs = torch.zeros(n_rows * draws, n_codes, device=device)
-    free = torch.zeros_like(logprobs, dtype=torch.bool)
+    left = uniforms.double()  # (live prefixes, draws of each): what of the uniform is not used up
     # Row of the prefix, place in `found`: at the root D draws from each prefix, then one from each.
     source, slot = torch.arange(n_rows, device=device), torch.arange(n_rows * draws, device=device).view(n_rows, draws)
     states = torch.full((n_rows,), ROOT, device=device)
-    for level in range(n_codes):
-        table, first = _legal_table(policy, prefix, states, paths[source, :, level + 1], level, temperature)
-        place = _draw(table, uniforms.reshape(-1, n_codes)[slot, level], temperature, top_p)
-        logprobs[slot.flatten(), level] = table.gather(1, place).flatten()
-        free[slot, level] = _has_choice(table)[:, None]
+    steps: list[FreeTokens] = []
+    while len(states):
+        table, first = _legal_table(policy, prefix, states, barred, source, temperature, at_root=not steps)
+        place, left = _draw(table, left, temperature, top_p)
+        free = _has_choice(table)
+        steps.append(FreeTokens(table.gather(1, place)[free].flatten(), slot[free].flatten()))
         node = (first[:, None] + place).flatten()
         owner = torch.arange(len(states), device=device).repeat_interleave(place.shape[1])
-        slot, source = slot.flatten(), source[owner]
+        slot, source, left = slot.flatten(), source[owner], left.flatten()
         ends = trie.is_decided(node)
         found[slot[ends]] = trie.only_item(node[ends])
-        states, source, slot = node[~ends], source[~ends], slot[~ends].unsqueeze(1)
-        if len(states) == 0:
-            break
-        prefix = policy.step(prefix, owner[~ends], trie.token[states].long())
-    shape = (n_rows, draws, n_codes)
-    return found.view(n_rows, draws), logprobs.view(shape), free.view(shape)
+        goes = ~ends
+        states, source, slot, left = node[goes], source[goes], slot[goes].unsqueeze(1), left[goes].unsqueeze(1)
+        if len(states):
+            prefix = policy.step(prefix, owner[goes], trie.token[states].long())
+    return found.view(n_rows, draws), join_tokens(steps)
 
 
 def _has_choice(table: Tensor) -> Tensor:
@@ -149,27 +163,36 @@ def _legal_table(
     policy: Policy[ContextT, PrefixT],
     prefix: PrefixT,
     states: Tensor,
-    excluded: Tensor,
-    level: int,
+    barred: Barred,
+    rows: Tensor,
     temperature: float,
+    *,
+    at_root: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (R, W) of the children of states (R,), -inf where used up or absent; their first nodes (R,)."""
-    trie, scale = policy.trie, temperature or 1.0
+    """Log-probabilities (R, W) of the children of states (R,), -inf where used up or absent; their first nodes (R,).
+
+    `rows` (R,) says which row of `barred` each state has.
+    """
+    trie, scale = policy.space.trie, temperature or 1.0
     first = trie.first_child[states].long()
-    if level == 0:
+    if at_root:
         logits = policy.root_logits(prefix) / scale
     else:
         children = trie.children(states)
         logits, _ = pad_groups(policy.child_logits(prefix, children) / scale, children.parent, len(states), -math.inf)
-    if excluded.shape[1]:
-        logits = logits.index_put(used_up(trie, states, excluded), logits.new_tensor(-math.inf))
+    if len(barred.keys):
+        logits = logits.index_put(barred.under(rows, states), logits.new_tensor(-math.inf))
     return logits.log_softmax(dim=1), first
 
 
-def _draw(table: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Columns (R, D) drawn from log-probabilities (R, W) at uniforms (R, D): the first whose share exceeds u."""
+def _draw(table: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+    """Columns (R, D) drawn from log-probabilities (R, W) at uniforms (R, D), and what is left of these.
+
+    The column is the first whose cumulated share exceeds u; what is left is where in that column's share u lies, from
+    0 to 1: again uniform, whatever the column.
+    """
     if temperature == 0:
-        return table.argmax(dim=1, keepdim=True).expand(-1, uniforms.shape[1])
+        return table.argmax(dim=1, keepdim=True).expand(-1, uniforms.shape[1]), uniforms
     shares = table.double().exp()
     if top_p < 1:
         ordered, order = shares.sort(dim=1, descending=True)
@@ -178,7 +201,11 @@ def _draw(table: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> 
     below = shares.cumsum(dim=1)
     total = below[:, -1:]
     last = (below < total).sum(dim=1, keepdim=True)  # the last column with a share, should u be rounded up to 1
-    return torch.minimum(torch.searchsorted(below, uniforms.double() * total, right=True), last)
+    wanted = uniforms * total
+    place = torch.minimum(torch.searchsorted(below, wanted, right=True), last)
+    share = shares.gather(1, place)
+    left = (wanted - (below.gather(1, place) - share)) / share
+    return place, left.clamp(0.0, 1.0 - 2.0**-53)
 
 
 def slate_logprobs(
@@ -191,16 +218,17 @@ def slate_logprobs(
     excluded: Tensor | None = None,
     context: ContextT | None = None,
 ) -> SlateLogprobs:
-    """Log-probabilities of the codes of given slates (B, G, K) after histories (B, T) with lengths (B,).
+    """Log-probabilities of the free tokens of given slates (B, G, K) after histories (B, T) with lengths (B,).
 
     The distribution is that of `write_slates`: at the same weights it gives back the log-probabilities that were
-    stored. Each history is encoded once, and the first place's distribution is computed once for all G slates.
-    `context` is what `policy.encode` says of the histories, where it is known already.
+    stored. Each history is encoded once, the first token's distribution is computed once for all G slates, and the
+    rest of all items is read in one pass. `context` is what `policy.encode` says of the histories, where it is known.
     """
     batch, n_slates, k = slates.shape
-    trie, codes, device = policy.trie, policy.codes, slates.device
+    space, device = policy.space, slates.device
+    trie = space.trie
     context = policy.encode(items, lengths) if context is None else context
-    barred = torch.full((batch, 0), NO_ITEM, device=device) if excluded is None else excluded
+    out = torch.full((batch, 0), NO_ITEM, device=device) if excluded is None else excluded
     user = torch.arange(batch, device=device)[:, None, None]
     source = user.expand(-1, n_slates, 1)  # the row of `begin` that each place is decoded from
     if k > 1:
@@ -212,35 +240,37 @@ def slate_logprobs(
         used = torch.ones(k - 1, k - 1, dtype=torch.bool, device=device).tril()
         before = slates[:, :, None, :-1].masked_fill(~used, NO_ITEM).flatten(1, 2)
         before = torch.cat([before.new_full((batch, 1, k - 1), NO_ITEM), before], dim=1)
-        history = barred[:, None].expand(-1, states_per_user, -1)
-        barred = torch.cat([history, before], dim=2).flatten(0, 1)
-    prefix = policy.begin(context)
-    paths = excluded_paths(trie, codes, barred)
-    source, own = source.flatten(), codes[slates.flatten()]
-    nodes = trie.walk(own)
-    root = torch.full((len(paths),), ROOT, device=device)
-    table, first = _legal_table(policy, prefix, root, paths[:, :, 1], 0, temperature)
-    columns = [table[source, nodes[:, 1] - first[0]]]
-    choices = [_has_choice(table)[source]]
-    live = torch.arange(len(own), device=device)
-    owner = source
-    for level in range(1, own.shape[1]):
-        going = ~trie.is_decided(nodes[live, level])
-        live, owner = live[going], owner[going]
-        column, choice = torch.zeros(len(own), device=device), torch.zeros(len(own), dtype=torch.bool, device=device)
-        if len(live):
-            states = nodes[live, level]
-            prefix = policy.step(prefix, owner, own[live, level - 1])
+        history = out[:, None].expand(-1, states_per_user, -1)
+        out = torch.cat([history, before], dim=2).flatten(0, 1)
+    prefix, barred = policy.begin(context), bar(space, out)
+    source = source.flatten()
+    paths = space.paths(slates.flatten())
+    root = torch.full((len(out),), ROOT, device=device)
+    rows = torch.arange(len(out), device=device)
+    table, first = _legal_table(policy, prefix, root, barred, rows, temperature, at_root=True)
+    firsts = (paths.depth == 0).nonzero()[:, 0]
+    logprobs = torch.zeros(len(paths.node), device=device).index_put(
+        (firsts,), table[source, paths.node[firsts] - first[0]]
+    )
+    free = torch.zeros(len(paths.node), dtype=torch.bool, device=device)
+    free[firsts] = _has_choice(table)[source]
+    chosen = ((paths.depth > 0) & space.has_choice(paths.parent)).nonzero()[:, 0]
+    if len(chosen):
+        # Tokens that must be read: those before the last place where the trie leaves a choice.
+        reach = torch.zeros(len(source), dtype=torch.int64, device=device)
+        reach = reach.scatter_reduce(0, paths.owner[chosen], paths.depth[chosen], "amax")
+        read = paths.depth < reach[paths.owner]
+        prefixes = policy.follow(prefix, source, trie.token[paths.node[read]].long(), reach)
+        for depth, grown in enumerate(prefixes, start=1):
+            row = (reach >= depth).cumsum(0) - 1  # of each item among the prefixes of this depth
+            at = chosen[paths.depth[chosen] == depth]
+            owner, states = paths.owner[at], paths.parent[at]
             children = trie.children(states)
-            free = has_free_item(trie, states, children, paths[source[live], :, level + 1])
-            children = children.select(free)
-            logits = policy.child_logits(prefix, children) / temperature
-            steps = group_log_softmax(logits, children.parent, len(live))
-            column = column.index_put((live,), steps[children.node == nodes[live, level + 1][children.parent]])
-            choice[live] = torch.bincount(children.parent, minlength=len(live)) > 1
-            owner = torch.arange(len(live), device=device)
-        columns.append(column)
-        choices.append(choice)
+            children = children.select(barred.leaves_free(source[owner], states, children))
+            logits = policy.child_logits(grown, children.of_rows(row[owner])) / temperature
+            steps = group_log_softmax(logits, children.parent, len(at))
+            taken = children.node == paths.node[at][children.parent]
+            logprobs = logprobs.index_put((at,), steps[taken])
+            free[at] = torch.bincount(children.parent, minlength=len(at)) > 1
     entropy = -(table.exp() * table.clamp(min=torch.finfo(table.dtype).min)).sum(dim=1).mean()
-    free = torch.stack(choices, dim=1).view(batch, n_slates, k, -1)
-    return SlateLogprobs(torch.stack(columns, dim=1).view(batch, n_slates, k, -1), free, entropy)
+    return SlateLogprobs(FreeTokens(logprobs[free], paths.owner[free]), entropy)

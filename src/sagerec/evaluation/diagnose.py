@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sagerec.actions.space import ActionSpace
 from sagerec.evaluation import metrics
 
 HIT, UNSEEN = "hit", "never trained on"
@@ -30,21 +31,21 @@ class Diagnosis:
 
 
 def diagnose(
-    lists: np.ndarray, targets: np.ndarray, codes: np.ndarray, counts: np.ndarray, edges: tuple[int, ...]
+    lists: np.ndarray, targets: np.ndarray, space: ActionSpace, counts: np.ndarray, edges: tuple[int, ...]
 ) -> Diagnosis:
     """Outcomes and Recall by popularity of lists (n, K), -1 where there is none, for targets (n,).
 
-    `codes` (N, L) are the Semantic IDs, `counts` (N,) the training interactions of each item, `edges` the upper ends
-    of the buckets but the last.
+    `counts` (N,) are the interactions of each item that was learnt from, `edges` the upper ends of the buckets but the
+    last.
     """
     hit = (lists == targets[:, None]).any(axis=1)
     unseen = ~hit & (counts[targets] == 0)
     outcomes = {HIT: float(hit.mean()), UNSEEN: float(unseen.mean())}
     left = ~hit & ~unseen
-    shared = lists >= 0
-    for level in range(codes.shape[1]):
-        shared = shared & (codes[lists, level] == codes[targets, level][:, None])
-        missed = left & ~shared.any(axis=1)
+    for level in range(space.longest):
+        node = space.nodes_at(targets, level)
+        shared = ((space.nodes_at(np.maximum(lists, 0), level) == node[:, None]) & (lists >= 0)).any(axis=1)
+        missed = left & (node >= 0) & ~shared
         outcomes[f"missed at code {level + 1}"] = float(missed.mean())
         left &= ~missed
     if left.any():

@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 
 from sagerec.actions.clusters import entropy_clusters
-from sagerec.actions.semantic_ids.build import SemanticIds
+from sagerec.actions.space import ActionSpace
 from sagerec.artifacts import write_json
 from sagerec.catalogue.dataset import Dataset
 from sagerec.catalogue.simulated_store import SimulatedStore, expected_answers
@@ -68,7 +68,7 @@ def evaluate_lists(
     cases: Cases,
     data: Dataset,
     split: Split,
-    ids: SemanticIds,
+    space: ActionSpace,
     settings: EvaluateSettings,
     *,
     shared_ids: bool = False,
@@ -89,13 +89,13 @@ def evaluate_lists(
     rng = np.random.default_rng(settings.seed)
     counts = learnt_counts(data, split)
     cold = counts[cases.targets] <= settings.cold_max_count
-    groups = _shared_groups(ids) if shared_ids else (np.arange(data.n_items), np.ones(data.n_items, dtype=np.int64))
+    groups = _shared_groups(space) if shared_ids else (np.arange(data.n_items), np.ones(data.n_items, dtype=np.int64))
     listed, sizes = groups
     ranks = metrics.first_rank(lists, listed[cases.targets])
     entry_sizes = np.where(lists >= 0, sizes[lists], 1)
     ranks = metrics.expanded_rank(ranks, entry_sizes)
     target_sizes = sizes[cases.targets]
-    clusters = entropy_clusters(data, ids)
+    clusters = entropy_clusters(data, space)
     values: dict[str, Any] = {}
 
     def interval(per_case: np.ndarray) -> dict[str, float]:
@@ -138,14 +138,10 @@ def _catalogue_statistic(
     return lambda lists: statistic(lists, n_items, k)
 
 
-def _shared_groups(ids: SemanticIds) -> tuple[np.ndarray, np.ndarray]:
-    """For each item (N,), the item that lists show for its ID, and how many items share the ID."""
-    _, inverse, counts = np.unique(ids.codes, axis=0, return_inverse=True, return_counts=True)
-    inverse = inverse.reshape(-1)
-    listed = np.empty(len(counts), dtype=np.int64)
-    leaves = ids.trie.item[ids.trie.item >= 0].numpy()
-    listed[inverse[leaves]] = leaves
-    return listed[inverse], counts[inverse]
+def _shared_groups(space: ActionSpace) -> tuple[np.ndarray, np.ndarray]:
+    """For each item (N,), the item that lists show for its sequence, and how many items share the sequence."""
+    listed = space.listed_as(np.arange(space.n_items)).astype(np.int64)
+    return listed, np.bincount(listed, minlength=space.n_items)[listed]
 
 
 def _by_popularity(

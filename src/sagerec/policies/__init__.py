@@ -1,1 +1,1 @@
-"""Policies: what writes items token by token, behind one small protocol."""
+"""Policies: what writes items token by token. `protocol` is what the rest knows of them, `registry` makes them."""

@@ -10,20 +10,21 @@ Shapes: B users, G slates of each, T history items, S cached positions, P target
 of a level, D width, H heads, N items.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from sagerec.actions.groups import group_log_softmax
-from sagerec.actions.trie import PADDING, ROOT, Children, Trie
+from sagerec.actions.space import ActionSpace
+from sagerec.actions.trie import PADDING, ROOT, Children
 from sagerec.config import require
+from sagerec.policies.layers import FastDropout, KeyValue, Layer, check_shape
+from sagerec.policies.protocol import Policy
 
-KeyValue = tuple[Tensor, Tensor]
-ROTARY_BASE = 1000.0
 CODE_ROWS = ("item_codes.weight", "prefix_codes.weight", "head", "head_bias")
 """Weights with a row a code, level after level."""
 DENSE_SHARE = 16
@@ -54,14 +55,10 @@ class LazyDecoderSettings:
     """Add an embedding of the item's own to its code embeddings."""
 
     def __post_init__(self) -> None:
-        require(
-            self.heads >= 1 and self.width % (2 * self.heads) == 0,
-            f"width {self.width} and heads {self.heads}: expected a width that 2 x heads divides",
-        )
+        check_shape(width=self.width, heads=self.heads, dropout=self.dropout, max_items=self.max_items)
         require(self.encoder_layers >= 1, f"encoder_layers is {self.encoder_layers}; expected at least 1")
         require(self.decoder_layers >= 1, f"decoder_layers is {self.decoder_layers}; expected at least 1")
-        require(0 <= self.dropout < 1, f"dropout is {self.dropout}; expected from 0 to below 1")
-        require(self.max_items >= 1, f"max_items is {self.max_items}; expected at least 1")
+        require(self.expansion >= 1, f"expansion is {self.expansion}; expected at least 1")
 
 
 class Context(NamedTuple):
@@ -88,98 +85,25 @@ class Prefix(NamedTuple):
     """Codes written so far."""
 
 
-class FastDropout(nn.Module):
-    """Dropout whose mask costs one random byte a value: eight times fewer draws than `nn.Dropout` on a CPU.
-
-    The rate is rounded to 1/256, and the kept values are scaled by the rate that was really used.
-    """
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.threshold = round(rate * 256)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.threshold == 0:
-            return x
-        words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device)
-        bytes_ = words.random_(-(2**63), 2**63 - 1).view(torch.uint8)[: x.numel()].view(x.shape)
-        return x * ((bytes_ >= self.threshold).to(x.dtype) * (256 / (256 - self.threshold)))
-
-
-def rotate(x: Tensor, positions: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al. 2021) of x (B, H, T, E) at positions (B or 1, T)."""
-    half = x.shape[-1] // 2
-    frequencies = ROTARY_BASE ** (-torch.arange(half, device=x.device) / half)
-    angles = positions[:, None, :, None] * frequencies
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-class Layer(nn.Module):
-    """Pre-norm self-attention and feed-forward, each added to what came in."""
-
-    def __init__(self, settings: LazyDecoderSettings) -> None:
-        super().__init__()
-        width, inner = settings.width, settings.expansion * settings.width
-        self.heads = settings.heads
-        self.norm_attention = nn.LayerNorm(width)
-        self.query_key_value = nn.Linear(width, 3 * width)
-        self.attention_output = nn.Linear(width, width)
-        self.norm_feed_forward = nn.LayerNorm(width)
-        self.feed_forward_in = nn.Linear(width, inner)
-        self.feed_forward_out = nn.Linear(inner, width)
-        self.dropout = FastDropout(settings.dropout)
-
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        positions: Tensor | None = None,
-        cache: KeyValue | None = None,
-        mask: Tensor | None = None,
-    ) -> tuple[Tensor, KeyValue]:
-        """Attend from x (B, T, D) to `cache` and x itself.
-
-        `positions` (B or 1, T) rotates queries and keys. `mask` (B, 1, T, S + T) bool names what each position sees;
-        without it, all of the cache where there is one, else itself and those before. Returns the output and the
-        grown cache.
-        """
-        batch, length, width = x.shape
-        qkv = self.query_key_value(self.norm_attention(x)).view(batch, length, 3, self.heads, width // self.heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        if positions is not None:
-            query, key = rotate(query, positions), rotate(key, positions)
-        if cache is not None:
-            key, value = torch.cat([cache[0], key], dim=2), torch.cat([cache[1], value], dim=2)
-        causal = cache is None and mask is None
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
-        merged = attended.transpose(1, 2).reshape(batch, length, width)
-        x = x + self.dropout(self.attention_output(merged))
-        inner = self.dropout(F.gelu(self.feed_forward_in(self.norm_feed_forward(x))))
-        return x + self.dropout(self.feed_forward_out(inner)), (key, value)
-
-
-class LazyDecoder(nn.Module):
-    """The policy. Calls: see `sagerec.policies.protocol.Policy`; `target_logprobs` is what training uses."""
+class LazyDecoder(Policy[Context, Prefix]):
+    """The policy. Calls: see `sagerec.policies.protocol.Policy`."""
 
     codes: Tensor
     content: Tensor
     level_offsets: Tensor
 
-    def __init__(self, settings: LazyDecoderSettings, codes: Tensor, trie: Trie, vectors: Tensor | None = None) -> None:
-        """Codes (N, L) int64, their trie, and the content vectors (N, Dv) that `settings.content` asks for."""
+    def __init__(self, settings: LazyDecoderSettings, space: ActionSpace) -> None:
         super().__init__()
         require(
-            not settings.content or vectors is not None,
-            "the policy's setting content is on, and no vectors are given; give them or switch content off",
+            not settings.content or space.vectors is not None,
+            "the policy's setting content is on, and the items have no vectors; switch content off",
         )
-        self.settings = settings
-        self.trie = trie
+        self.settings, self.space, self.max_items = settings, space, settings.max_items
+        codes = space.padded()
         width = settings.width
         sizes = [int(size) for size in codes.max(dim=0).values + 1]
         self.level_sizes = sizes
-        self.n_first_codes = len(trie.children(torch.tensor([ROOT])).token)
+        self.n_first_codes = len(space.trie.children(torch.tensor([ROOT], device=codes.device)).token)
         self.register_buffer("codes", codes, persistent=False)
         offsets = torch.tensor([0, *sizes]).cumsum(0)[:-1]
         self.register_buffer("level_offsets", offsets, persistent=False)
@@ -196,36 +120,26 @@ class LazyDecoder(nn.Module):
         ):
             nn.init.normal_(weight, std=0.02)
         if settings.content:
-            assert vectors is not None
-            self.register_buffer("content", vectors, persistent=False)
-            self.content_map = nn.Linear(vectors.shape[1], width)
+            assert space.vectors is not None
+            self.register_buffer("content", torch.from_numpy(space.vectors), persistent=False)
+            self.content_map = nn.Linear(space.vectors.shape[1], width)
         if settings.item_embedding:
             self.item_embedding = nn.Embedding(len(codes), width)
             nn.init.normal_(self.item_embedding.weight, std=0.02)
-        self.encoder = nn.ModuleList(Layer(settings) for _ in range(settings.encoder_layers))
+        shape: dict[str, Any] = {name: getattr(settings, name) for name in ("width", "heads", "expansion", "dropout")}
+        self.encoder = nn.ModuleList(Layer(**shape) for _ in range(settings.encoder_layers))
         self.encoder_norm = nn.LayerNorm(width)
-        self.decoder = nn.ModuleList(Layer(settings) for _ in range(settings.decoder_layers))
+        self.decoder = nn.ModuleList(Layer(**shape) for _ in range(settings.decoder_layers))
         self.decoder_norm = nn.LayerNorm(width)
         self.dropout = FastDropout(settings.dropout)
 
-    @property
-    def n_items(self) -> int:
-        return len(self.codes)
+    def layers(self) -> Iterable[nn.Module]:
+        """The encoder's and the decoder's."""
+        return [*self.encoder, *self.decoder]
 
-    @property
-    def device(self) -> torch.device:
-        return self.head.device
-
-    def move(self, device: torch.device | str) -> "LazyDecoder":
-        """Move weights, codes and trie to a device."""
-        self.trie = self.trie.to(device)
-        return self.to(device)
-
-    def listed_as(self, items: np.ndarray) -> np.ndarray:
-        """(n,) the item that stands in lists for each of items (n,): itself, unless several share its codes."""
-        codes = self.codes[torch.from_numpy(items.astype(np.int64)).to(self.device)]
-        found: np.ndarray = self.trie.item[self.trie.walk(codes)[:, -1]].cpu().numpy()
-        return found
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Take trained weights, grown to the codes of today."""
+        self.load_state_dict(grow_weights(weights, self))
 
     def embed_items(self, items: Tensor) -> Tensor:
         """Embeddings (…, D) of item indices (…)."""
@@ -295,6 +209,25 @@ class LazyDecoder(nn.Module):
         caches = tuple((key[rows], value[rows]) for key, value in prefix.caches)
         return self._decode(x, caches, prefix.level + 1)
 
+    def follow(self, prefix: Prefix, rows: Tensor, tokens: Tensor, lengths: Tensor) -> list[Prefix]:
+        """Whole code sequences at once; see the protocol. Sequences of one length go through the decoder together."""
+        begin = lengths.cumsum(0) - lengths
+        longest = int(lengths.max()) if len(lengths) else 0
+        outputs = prefix.output.new_zeros(len(tokens), prefix.output.shape[1])
+        for length in range(1, longest + 1):
+            same = (lengths == length).nonzero()[:, 0]
+            if not len(same):
+                continue
+            places = torch.arange(length, device=tokens.device)
+            at = begin[same, None] + places
+            x = self.prefix_codes(tokens[at] + self.level_offsets[:length]) + self.level_embedding[1 : length + 1]
+            # The prefix's own position is in the cache; below it the codes see one another causally.
+            mask = (places[:, None] + 1 >= torch.arange(length + 1, device=tokens.device))[None, None]
+            for layer, (key, value) in zip(self.decoder, prefix.caches, strict=True):
+                x, _ = layer(x, cache=(key[rows[same]], value[rows[same]]), mask=mask)
+            outputs = outputs.index_put((at,), self.decoder_norm(x))
+        return [Prefix(outputs[begin[lengths >= d] + d - 1], (), d) for d in range(1, longest + 1)]
+
     def _decode(self, x: Tensor, caches: tuple[KeyValue, ...] | None, level: int) -> Prefix:
         x = (x + self.level_embedding[level]).unsqueeze(1)
         grown = []
@@ -305,7 +238,9 @@ class LazyDecoder(nn.Module):
 
     def root_logits(self, prefix: Prefix) -> Tensor:
         """Logits of the root's children; see the protocol."""
-        return self._root_logits(prefix.output, self.trie.children(prefix.output.new_zeros(1, dtype=torch.int64)).token)
+        return self._root_logits(
+            prefix.output, self.space.trie.children(prefix.output.new_zeros(1, dtype=torch.int64)).token
+        )
 
     def child_logits(self, prefix: Prefix, children: Children) -> Tensor:
         """Logits of legal continuations; see the protocol."""
@@ -330,6 +265,11 @@ class LazyDecoder(nn.Module):
         """(R, n) float32 logits of the root's n tokens from decoder outputs (R, D)."""
         return F.linear(output, self.head[tokens], self.head_bias[tokens]).float()
 
+    def next_item_loss(self, items: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
+        """Mean negative log-probability of targets; see the protocol."""
+        states, _ = self.encode_all(items)
+        return -self.target_logprobs(states[counted], targets[counted]).sum(dim=1).mean()
+
     def target_logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Log-probabilities (P, L) in nats of the codes of items `targets` (P,) after encoder states (P, D).
 
@@ -338,8 +278,8 @@ class LazyDecoder(nn.Module):
         after a code sequence's end give 0 too.
         """
         codes = self.codes[targets]
-        states = self.trie.walk(codes)
-        needed = (~self.trie.is_decided(states[:, :-1])).sum(dim=1)
+        states = self.space.trie.walk(codes)
+        needed = (~self.space.trie.is_decided(states[:, :-1])).sum(dim=1)
         logprobs = torch.zeros(codes.shape, device=hidden.device)
         for depth in sorted(set(needed.tolist())):
             rows = (needed == depth).nonzero()[:, 0]
@@ -357,11 +297,11 @@ class LazyDecoder(nn.Module):
             x, _ = layer(x)
         x = self.decoder_norm(x)
         # All rows stand at the root first: its children are listed once, and one dense softmax serves.
-        root = self.trie.children(states[:1, 0])
+        root = self.space.trie.children(states[:1, 0])
         first = self._root_logits(x[:, 0], root.token).log_softmax(dim=-1)
         columns = [first.gather(1, torch.searchsorted(root.token, codes[:, :1].contiguous())).squeeze(1)]
         for level in range(1, depth):
-            children = self.trie.children(states[:, level])
+            children = self.space.trie.children(states[:, level])
             logits = self._logits(x[:, level], level, children)
             steps = group_log_softmax(logits, children.parent, len(states))
             columns.append(steps[children.node == states[children.parent, level + 1]])
@@ -380,6 +320,6 @@ def grow_weights(weights: dict[str, Tensor], policy: LazyDecoder) -> dict[str, T
     for name in CODE_ROWS:
         grown[name] = torch.cat([weights[name], weights[name][-1:].expand(more_codes, *weights[name].shape[1:])])
     if (name := "item_embedding.weight") in weights:
-        more_items = policy.n_items - len(weights[name])
+        more_items = policy.space.n_items - len(weights[name])
         grown[name] = torch.cat([weights[name], weights[name].new_zeros(more_items, weights[name].shape[1])])
     return grown

@@ -228,7 +228,7 @@ def differences_to_start(
     counts = learnt_counts(run.data, run.split)
     most = report["settings"].get("cold_max_count", EvaluateSettings().cold_max_count)
     is_cold = counts[targets] <= most
-    clusters = item_clusters(run.data, run.ids(), "coarse")
+    clusters = item_clusters(run.data, run.space(), "coarse")
     ranks = [first_rank(part, targets) for part in lists]
     recall = recall_at(ranks[0], k).astype(float) - recall_at(ranks[1], k)
     entropy = entropy_at(lists[0], clusters, k) - entropy_at(lists[1], clusters, k)

@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sagerec import artifacts
-from sagerec.actions.semantic_ids.build import SemanticIds, read_semantic_ids
+from sagerec.actions.registry import kind_in
+from sagerec.actions.space import ActionSpace
 from sagerec.catalogue.dataset import Dataset, read_dataset
 from sagerec.catalogue.simulated_store import TRUTH, SimulatedStore, read_store
 from sagerec.catalogue.splits import Split, read_split
 from sagerec.errors import ArtifactError
-from sagerec.policies.lazy_decoder import LazyDecoder
-from sagerec.training.supervised import read_policy
+from sagerec.policies.protocol import AnyPolicy
+from sagerec.policies.registry import read_policy
+from sagerec.training.loop import choose_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +48,21 @@ class Run:
         """Content hashes that artefacts had before items were added to them, for `misfit`."""
         return {name: self.manifest(name).grown_from for name in names}
 
-    def ids(self) -> SemanticIds:
-        """The Semantic IDs. Raises: ArtifactError where they are of another number of items than the dataset."""
-        ids = read_semantic_ids(self.folder / "semantic_ids")
-        if len(ids.codes) != self.data.n_items:
+    @property
+    def actions(self) -> str:
+        """Name of the artefact of the action space. Raises: ArtifactError where there is none."""
+        return kind_in(self.folder).name
+
+    def space(self) -> ActionSpace:
+        """The action space. Raises: ArtifactError where it is of another number of items than the dataset."""
+        kind = kind_in(self.folder)
+        space = kind.read(self.folder / kind.name)
+        if space.n_items != self.data.n_items:
             raise ArtifactError(
-                f"{self.folder / 'semantic_ids'} holds {len(ids.codes):,} items and the dataset {self.data.n_items:,}; "
+                f"{self.folder / kind.name} holds {space.n_items:,} items and the dataset {self.data.n_items:,}; "
                 "make the Semantic IDs again, or, where `sagerec ids add` was cut short, give it the same items again"
             )
-        return ids
+        return space
 
     def aligned(self) -> list[str]:
         """Names of the aligned policies."""
@@ -65,9 +73,9 @@ class Run:
         """The simulated store that the dataset is, None where it is none."""
         return read_store(self.folder / "dataset") if (self.folder / "dataset" / TRUTH).is_file() else None
 
-    def policy(self, name: str = "policy", *, device: str = "auto") -> LazyDecoder:
-        """A trained policy of the run."""
-        return read_policy(self.folder / name, self.ids(), device=device)
+    def policy(self, name: str = "policy", *, device: str = "auto") -> AnyPolicy:
+        """A trained policy of the run, in evaluation mode."""
+        return read_policy(self.folder / name, self.space()).move(choose_device(device))
 
 
 def open_run(folder: str | Path) -> Run:

@@ -15,8 +15,9 @@ import numpy as np
 import polars as pl
 
 from sagerec import artifacts
-from sagerec.actions.semantic_ids.add import Addition, code_new_items, write_addition
-from sagerec.actions.semantic_ids.build import SemanticIds, SemanticIdSettings, build_semantic_ids
+from sagerec.actions.registry import KINDS, ActionSettings, kind_in, kind_of
+from sagerec.actions.semantic_ids.add import Addition
+from sagerec.actions.space import ActionSpace
 from sagerec.catalogue.audit import EVENTS_USED, Finding, audit_order, audit_stage, read_events_used
 from sagerec.catalogue.dataset import INTERACTIONS, ITEM_ID, ITEMS, SOURCE, has_manifest, read_dataset
 from sagerec.catalogue.grow import grow_dataset, known_items, read_new_items
@@ -32,16 +33,15 @@ from sagerec.evaluation.evaluate import (
     excludes_history,
     write_evaluation,
 )
-from sagerec.policies.lazy_decoder import LazyDecoderSettings
+from sagerec.policies.registry import PolicySettings, describe_policy, read_policy
 from sagerec.progress import progress_bar
 from sagerec.run.folder import Run, open_run
 from sagerec.training.alignment import align_policy
 from sagerec.training.settings import AlignSettings, TrainSettings
-from sagerec.training.supervised import read_policy, train_policy
+from sagerec.training.supervised import train_policy
 
 logger = logging.getLogger(__name__)
 AUDITED: dict[str, tuple[Part, ...]] = {
-    "semantic_ids": ("train",),
     "policy": ("train",),
     "sasrec": ("train", "align"),
     "policy-refit": ("train", "align", "valid"),
@@ -58,9 +58,9 @@ class RunSettings:
 
     split: SplitSettings = field(default_factory=SplitSettings)
     """How the log is divided."""
-    ids: SemanticIdSettings = field(default_factory=SemanticIdSettings)
+    ids: ActionSettings = field(default_factory=ActionSettings)
     """How items become codes."""
-    policy: LazyDecoderSettings = field(default_factory=LazyDecoderSettings)
+    policy: PolicySettings = field(default_factory=PolicySettings)
     """Shape of the policy."""
     train: TrainSettings = field(default_factory=TrainSettings)
     """How the policy is trained."""
@@ -90,22 +90,13 @@ def prepare(dataset: Path, out: Path, settings: SplitSettings) -> Run:
     return Run(out, data, read_split(out / "split"))
 
 
-def make_ids(run: Run, settings: SemanticIdSettings) -> SemanticIds:
-    """The Semantic-ID stage of a run."""
-    folder, made_from = run.folder / "semantic_ids", run.hashes("dataset", "split")
-    if settings.existing:
-        made_from["existing"] = artifacts.hash_file(_existing_file(settings.existing))
-    if is_needed(folder, "semantic_ids", made_from=made_from, settings=to_json(settings), seed=settings.seed):
-        train = run.split.sequences(run.data, "train")
-        build_semantic_ids(folder, run.data, train, settings, made_from=made_from)
-    return run.ids()
-
-
-def _existing_file(name: str) -> Path:
-    """The file of existing IDs. Raises: ArtifactError where it is missing."""
-    if not Path(name).is_file():
-        raise ArtifactError(f"{name} is missing; give the index.json that holds the existing Semantic IDs")
-    return Path(name)
+def make_actions(run: Run, settings: Any) -> ActionSpace:
+    """The stage that makes the action space of a run: Semantic IDs, or what `settings` belong to."""
+    kind = kind_of(settings)
+    folder, made_from = run.folder / kind.name, run.hashes("dataset", "split") | kind.inputs(settings)
+    if is_needed(folder, kind.name, made_from=made_from, settings=to_json(settings), seed=settings.seed):
+        kind.build(folder, run.data, run.split.sequences(run.data, "train"), settings, made_from=made_from)
+    return run.space()
 
 
 def add_items(folder: Path, items: Path) -> Addition:
@@ -116,10 +107,12 @@ def add_items(folder: Path, items: Path) -> Addition:
 
     Raises: DatasetError for an item that the run has already, or what `read_new_items` refuses; ArtifactError.
     """
-    run = open_run(folder)
+    run, kind = open_run(folder), kind_in(folder)
+    if kind.code_new_items is None or kind.write_addition is None:
+        raise ArtifactError(f"{folder / kind.name} cannot take more items; make the run anew")
     data, new = run.data, read_new_items(items, run.data)
     known = known_items(new, data)
-    waiting = data.items[ITEM_ID][run.manifest("semantic_ids").sizes["items"] :]
+    waiting = data.items[ITEM_ID][run.manifest(kind.name).sizes["items"] :]
     if len(waiting) and waiting.equals(new[ITEM_ID]):
         logger.info("dataset: has these items already, and the Semantic IDs do not; going on there")
     elif known.any():
@@ -128,24 +121,24 @@ def add_items(folder: Path, items: Path) -> Addition:
             f"{new[ITEM_ID].filter(known)[0]!r} in row {known.arg_max()} (from 0). Drop these rows"
         )
     else:
-        run.ids()  # refuses IDs that do not fit the dataset
+        run.space()  # refuses one that does not fit the dataset
         data = replace(data, items=pl.concat([data.items, new]))
-    addition = code_new_items(folder / "semantic_ids", data)
+    addition = kind.code_new_items(folder / kind.name, data)
     if data is not run.data:
         grow_dataset(folder / "dataset", data.items)
-    write_addition(folder / "semantic_ids", addition, made_from=run.hashes("dataset"))
+    kind.write_addition(folder / kind.name, addition, made_from=run.hashes("dataset"))
     return addition
 
 
-def train(run: Run, policy_settings: LazyDecoderSettings, settings: TrainSettings) -> None:
+def train(run: Run, policy_settings: Any, settings: TrainSettings) -> None:
     """The supervised stage of a run."""
-    folder, made_from = run.folder / "policy", run.hashes("dataset", "split", "semantic_ids")
-    resolved = {"policy": to_json(policy_settings), "train": to_json(settings)}
-    older = run.grown_from("dataset", "semantic_ids")
+    folder, made_from = run.folder / "policy", run.hashes("dataset", "split", run.actions)
+    resolved = {"policy": describe_policy(policy_settings), "train": to_json(settings)}
+    older = run.grown_from("dataset", run.actions)
     if is_needed(folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed, grown_from=older):
         train_policy(
             folder,
-            run.ids(),
+            run.space(),
             run.split.sequences(run.data, "train"),
             run.split.cases(run.data, "valid"),
             policy_settings,
@@ -154,16 +147,16 @@ def train(run: Run, policy_settings: LazyDecoderSettings, settings: TrainSetting
         )
 
 
-def refit(run: Run, policy_settings: LazyDecoderSettings, settings: TrainSettings) -> None:
+def refit(run: Run, policy_settings: Any, settings: TrainSettings) -> None:
     """Train once more on every event but the test's, for as many epochs as were best, without validation."""
     epochs = int(run.manifest("policy").sizes["best_epoch"])
     settings = replace(settings, epochs=epochs, validate_every=0)
-    folder, made_from = run.folder / "policy-refit", run.hashes("dataset", "split", "semantic_ids", "policy")
-    resolved = {"policy": to_json(policy_settings), "train": to_json(settings)}
-    older = run.grown_from("dataset", "semantic_ids")
+    folder, made_from = run.folder / "policy-refit", run.hashes("dataset", "split", run.actions, "policy")
+    resolved = {"policy": describe_policy(policy_settings), "train": to_json(settings)}
+    older = run.grown_from("dataset", run.actions)
     if is_needed(folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed, grown_from=older):
         events = run.split.sequences(run.data, "train", "align", "valid")
-        train_policy(folder, run.ids(), events, None, policy_settings, settings, made_from=made_from)
+        train_policy(folder, run.space(), events, None, policy_settings, settings, made_from=made_from)
 
 
 def align(run: Run, settings: AlignSettings, *, name: str | None = None) -> str:
@@ -173,19 +166,18 @@ def align(run: Run, settings: AlignSettings, *, name: str | None = None) -> str:
     """
     settings = settings.resolved()
     folder = run.folder / f"policy-{name or settings.objective}"
-    made_from = run.hashes("dataset", "split", "semantic_ids", "policy")
+    made_from = run.hashes("dataset", "split", run.actions, "policy")
     policy_settings = run.manifest("policy").settings["policy"]
     resolved = {"policy": policy_settings, "align": settings.what()}
     if is_needed(folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed):
-        ids = run.ids()
-        start, reference = (read_policy(run.folder / "policy", ids, device="cpu") for _ in range(2))
+        space = run.space()
+        start, reference = (read_policy(run.folder / "policy", space) for _ in range(2))
         align_policy(
             folder,
             start,
             reference,
             run.data,
             run.split,
-            ids,
             settings,
             store=run.store(),
             policy_settings=policy_settings,
@@ -196,11 +188,11 @@ def align(run: Run, settings: AlignSettings, *, name: str | None = None) -> str:
 
 def evaluate(run: Run, settings: EvaluateSettings, *, name: str = "policy", device: str = "auto") -> dict[str, Any]:
     """Evaluate a policy of the run; writes and returns its report."""
-    ids = run.ids()
+    space = run.space()
 
     def lists() -> tuple[np.ndarray, float]:
         cases = run.split.cases(run.data, settings.split)
-        policy = read_policy(run.folder / name, ids, device=device)
+        policy = run.policy(name, device=device)
         with progress_bar("evaluating", len(cases)) as bar:
             found, exact = list_cases(
                 policy,
@@ -215,7 +207,7 @@ def evaluate(run: Run, settings: EvaluateSettings, *, name: str = "policy", devi
         return found, float(exact.mean())
 
     suffix = "" if name == "policy" else name.removeprefix("policy")
-    return report_lists(run, f"evaluation{suffix}", settings, lists, ids, run.hashes(name, "semantic_ids"), of_ids=True)
+    return report_lists(run, f"evaluation{suffix}", settings, lists, space, run.hashes(name, run.actions), of_ids=True)
 
 
 def report_lists(
@@ -223,13 +215,13 @@ def report_lists(
     stem: str,
     settings: EvaluateSettings,
     lists: Callable[[], tuple[np.ndarray, float]],
-    ids: SemanticIds,
+    space: ActionSpace,
     made_from: dict[str, str],
     *,
     of_ids: bool = False,
 ) -> dict[str, Any]:
     """The report RUN/`stem`.json where it fits, else a new one of `lists`, which gives the lists (U, K) and the share
-    that is proven exact; `of_ids`: they hold Semantic IDs, not single items.
+    that is proven exact; `of_ids`: they hold sequences that several items may share.
     """
     stem = stem if settings.split == "test" else f"{stem}-{settings.split}"
     path = run.folder / f"{stem}.json"
@@ -240,8 +232,8 @@ def report_lists(
             return saved
     cases = run.split.cases(run.data, settings.split)
     found, exact = lists()
-    shared = of_ids and not ids.is_unique
-    report = evaluate_lists(found, cases, run.data, run.split, ids, settings, shared_ids=shared, store=run.store())
+    shared = of_ids and not space.is_unique
+    report = evaluate_lists(found, cases, run.data, run.split, space, settings, shared_ids=shared, store=run.store())
     train_events = run.split.sequences(run.data, "train")
     report |= {
         "history_excluded": excludes_history(train_events, settings),
@@ -279,7 +271,7 @@ def diagnose_lists(run: Run, names: Sequence[str], k: int = 10) -> dict[str, Dia
             raise ArtifactError(f"{path} measures another split or an earlier artefact; evaluate {name} again")
         if lists.shape[1] < k:
             raise ArtifactError(f"the lists of {path} have {lists.shape[1]} places; expected {k} or more: lower --k")
-        found[name] = diagnose(lists[:, :k], cases.targets, run.ids().codes, counts, BUCKET_EDGES)
+        found[name] = diagnose(lists[:, :k], cases.targets, run.space(), counts, BUCKET_EDGES)
     return found
 
 
@@ -294,7 +286,8 @@ def audit(run: Run) -> list[Finding]:
     audit_order(run.data, run.split)
     findings = []
     aligned = {name: ALIGNED_SEES for name in run.aligned()}
-    for name, allowed in (AUDITED | aligned).items():
+    spaces: dict[str, tuple[Part, ...]] = {name: ("train",) for name in KINDS}
+    for name, allowed in (spaces | AUDITED | aligned).items():
         folder = run.folder / name
         if not folder.is_dir():
             continue
@@ -308,7 +301,7 @@ def audit(run: Run) -> list[Finding]:
 def run_all(dataset: Path, out: Path, settings: RunSettings, *, with_refit: bool = False) -> list[dict[str, Any]]:
     """All stages of a run; returns the reports, the policy's first."""
     run = prepare(dataset, out, settings.split)
-    make_ids(run, settings.ids)
+    make_actions(run, settings.ids)
     train(run, settings.policy, settings.train)
     if with_refit:
         refit(run, settings.policy, settings.train)

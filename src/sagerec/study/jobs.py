@@ -112,7 +112,7 @@ def do_job(folder: Path, job: Job, run_settings: RunSettings, threads: int, devi
         "objective": job.objective,
         "settings": {axis: getattr(job.settings, axis) for axis in axes},
         "align": job.settings.what(),
-        "made_from": run.hashes("dataset", "split", "semantic_ids", "policy"),
+        "made_from": run.hashes("dataset", "split", run.actions, "policy"),
         "metrics": {},
     }
     path = folder / "trials" / f"{job.name}.json"
@@ -137,7 +137,7 @@ def do_job(folder: Path, job: Job, run_settings: RunSettings, threads: int, devi
 
 def is_done(folder: Path, job: Job, run: Run, run_settings: RunSettings) -> bool:
     """Whether a job's result is there and fits."""
-    made_from = run.hashes("dataset", "split", "semantic_ids", "policy")
+    made_from = run.hashes("dataset", "split", run.actions, "policy")
     if job.kind == "trial":
         path = folder / "trials" / f"{job.name}.json"
         if not path.is_file():
@@ -150,7 +150,7 @@ def is_done(folder: Path, job: Job, run: Run, run_settings: RunSettings) -> bool
         return False
     manifest, saved = run.manifest(policy.name), artifacts.read_json(path)
     same = manifest.settings["align"] == job.settings.what()
-    fits = saved["made_from"] == run.hashes(policy.name, "semantic_ids")
+    fits = saved["made_from"] == run.hashes(policy.name, run.actions)
     return bool(
         same and fits and manifest.made_from == made_from and saved["settings"] == to_json(run_settings.evaluate)
     )

@@ -34,9 +34,10 @@ def run_study(dataset: Path, folder: Path, settings: CompareSettings) -> dict[st
     run = pipeline.prepare(dataset, folder / "run", run_settings.split)
     if run.split.counts()["align"] == 0:
         raise SettingsError("the log marks no event for alignment; add 'align' to its split column, or drop the column")
-    pipeline.make_ids(run, run_settings.ids)
+    pipeline.make_actions(run, run_settings.ids)
     require(
-        run.ids().is_unique, "items share Semantic IDs, which the study's tests cannot tell apart; use --run.ids.unique"
+        run.space().is_unique,
+        "items share Semantic IDs, which the study's tests cannot tell apart; use --run.ids.unique",
     )
     pipeline.train(run, run_settings.policy, run_settings.train)
     pipeline.evaluate(run, run_settings.evaluate, device=run_settings.train.device)
@@ -65,7 +66,7 @@ def describe_study(folder: Path, run: Run, settings: CompareSettings, run_settin
     study, evaluated = settings.study, run_settings.evaluate
     cases = run.split.cases(run.data, evaluated.split)
     cold = learnt_counts(run.data, run.split) <= evaluated.cold_max_count
-    clusters = item_clusters(run.data, run.ids(), "coarse")
+    clusters = item_clusters(run.data, run.space(), "coarse")
     n_items, samples, store = run.data.n_items, study.bootstrap_samples, run.store()
     sources = {"supervised": [""]} | {o: [f"-{o}-s{s}" for s in range(n)] for o, n in study.rows().items()}
     sources |= {name: [f"-{name}"] for name in study.baselines}
@@ -119,7 +120,7 @@ def describe_study(folder: Path, run: Run, settings: CompareSettings, run_settin
             "sasrec_train": to_json(settings.sasrec_train),
             **{name: to_json(getattr(run_settings, name)) for name in ("split", "ids", "policy", "train", "evaluate")},
         },
-        "hashes": run.hashes("dataset", "split", "semantic_ids", "policy"),
+        "hashes": run.hashes("dataset", "split", run.actions, "policy"),
         "versions": artifacts.package_versions(),
         "hardware": hardware(),
         "date": datetime.now(UTC).date().isoformat(),

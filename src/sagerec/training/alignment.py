@@ -15,7 +15,7 @@ minibatches with the next-item loss alone.
 
 A killed run resumes to the same weights, bit for bit on a CPU: what is drawn in a round hangs on seed and round alone.
 
-Shapes: B users, G slates of each, K places, L codes per item, M rewards; units are slates, or items with credit "item".
+Shapes: B users, G slates of each, K places, M rewards; units are slates, or items with credit "item".
 """
 
 import logging
@@ -27,11 +27,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sagerec.actions.clusters import entropy_clusters
-from sagerec.actions.semantic_ids.build import SemanticIds
 from sagerec.artifacts import write_artifact
 from sagerec.catalogue.audit import write_events_used
 from sagerec.catalogue.dataset import Dataset
@@ -42,16 +40,16 @@ from sagerec.decoding.cases import list_cases
 from sagerec.errors import SettingsError
 from sagerec.evaluation import metrics
 from sagerec.objectives.rewards import parse_rewards
-from sagerec.policies.lazy_decoder import LazyDecoder
+from sagerec.policies.protocol import AnyPolicy
+from sagerec.policies.registry import write_weights
 from sagerec.progress import progress_bar
 from sagerec.training import parallel
 from sagerec.training.batches import make_windows, shuffled_batches
 from sagerec.training.checkpoints import load_checkpoint, newest_checkpoint, read_progress, save_checkpoint
 from sagerec.training.feedback import gather_facts, gather_feedback, to_device
 from sagerec.training.loop import choose_device, make_optimizer
-from sagerec.training.rounds import Stage, roll_round, update
+from sagerec.training.rounds import Stage, most_choices, roll_round, update
 from sagerec.training.settings import STORE_METRICS, AlignSettings, parse_criterion
-from sagerec.training.supervised import WEIGHTS
 from sagerec.training.tracking import Trackers, keep_records, open_trackers
 
 logger = logging.getLogger(__name__)
@@ -59,7 +57,7 @@ VALIDATION_K, VALIDATION_BEAMS = 10, 20
 
 
 def validate(
-    policy: LazyDecoder,
+    policy: AnyPolicy,
     cases: Cases,
     data: Dataset,
     cold: np.ndarray,
@@ -75,7 +73,7 @@ def validate(
     lists, _ = list_cases(
         policy, cases, k=VALIDATION_K, beams=VALIDATION_BEAMS, widen=False, exclude_history=exclude_history
     )
-    ranks = metrics.first_rank(lists, policy.listed_as(cases.targets))
+    ranks = metrics.first_rank(lists, policy.space.listed_as(cases.targets))
     recall = metrics.recall_at(ranks, VALIDATION_K)
     chosen = cold[cases.targets]
     answers = {} if store is None else expected_answers(store, cases, lists)
@@ -99,17 +97,16 @@ def criterion_value(found: dict[str, float], start: dict[str, float], weights: d
 
 def align_policy(
     folder: Path,
-    start: LazyDecoder,
-    reference: LazyDecoder,
+    start: AnyPolicy,
+    reference: AnyPolicy,
     data: Dataset,
     split: Split,
-    ids: SemanticIds,
     settings: AlignSettings,
     *,
     store: SimulatedStore | None = None,
     policy_settings: dict[str, Any],
     made_from: dict[str, str],
-) -> LazyDecoder:
+) -> AnyPolicy:
     """Run the stage on the events of the part `align` and write its artefact to `folder`.
 
     `start` is trained, `reference` a second copy of it that stays. Work in progress stands in `folder` + `.training`.
@@ -134,7 +131,7 @@ def align_policy(
     device = choose_device(parallel.rank_device(settings.device))
     parallel.join_ranks(device)
     weights = parse_rewards(settings.reward)
-    facts = gather_facts(data, split, ids, clusters=settings.clusters, cold_max_count=settings.cold_max_count)
+    facts = gather_facts(data, split, start.space, clusters=settings.clusters, cold_max_count=settings.cold_max_count)
     train = split.sequences(data, "train")
     stage = Stage(
         settings=settings,
@@ -147,11 +144,12 @@ def align_policy(
         optimizer=make_optimizer(start, settings.learning_rate, settings.weight_decay),
         work=work,
         rewards=weights,
-        replay=make_windows(train, start.settings.max_items) if settings.replay_weight else None,
+        longest=settings.k * most_choices(start.space),
+        replay=make_windows(train, start.max_items) if settings.replay_weight else None,
     )
     validation = split.cases(data, "valid").sample(settings.validation_users, np.random.default_rng(settings.seed))
     cold = learnt_counts(data, split) <= settings.cold_max_count
-    clusters = entropy_clusters(data, ids)
+    clusters = entropy_clusters(data, start.space)
 
     def measure() -> dict[str, float]:
         found = {}
@@ -177,7 +175,7 @@ def align_policy(
         with write_artifact(
             folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed, sizes=summary
         ) as fresh:
-            save_file({k: v.contiguous().cpu() for k, v in stage.policy.state_dict().items()}, fresh / WEIGHTS)
+            write_weights(fresh, stage.policy)
             write_events_used(fresh, seen)
             keep_records(work, fresh)
         shutil.rmtree(work)
@@ -188,7 +186,7 @@ def align_policy(
 def run_rounds(stage: Stage, measure: Any, made_from: dict[str, str]) -> dict[str, Any]:
     """The rounds of the algorithm box, from the newest checkpoint on; leaves the kept weights in the policy."""
     settings, policy, work = stage.settings, stage.policy, stage.work
-    lengths = np.minimum(stage.cases.rows - stage.cases.starts, policy.settings.max_items)
+    lengths = np.minimum(stage.cases.rows - stage.cases.starts, policy.max_items)
     per_round = max(1, settings.round_users // settings.batch_users)
     n_batches = math.ceil(len(stage.cases) / settings.batch_users)
     smallest = len(stage.cases) - (n_batches - 1) * settings.batch_users

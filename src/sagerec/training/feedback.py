@@ -12,8 +12,8 @@ from scipy import sparse
 from torch import Tensor
 
 from sagerec.actions.clusters import ClusterKind, item_clusters
-from sagerec.actions.semantic_ids.build import SemanticIds
 from sagerec.actions.semantic_ids.embedders import unit_rows
+from sagerec.actions.space import ActionSpace
 from sagerec.catalogue.dataset import CATEGORIES, Dataset
 from sagerec.catalogue.similarity import history_scores, item_similarities
 from sagerec.catalogue.simulated_store import SimulatedStore
@@ -38,22 +38,24 @@ def membership(table: sparse.csr_matrix) -> Membership:
     return Membership(torch.from_numpy(cluster), torch.from_numpy(share), int(table.shape[1]))
 
 
-def gather_facts(data: Dataset, split: Split, ids: SemanticIds, *, clusters: ClusterKind, cold_max_count: int) -> Facts:
-    """The facts of a catalogue; coldness and novelty come from the training part alone."""
+def gather_facts(
+    data: Dataset, split: Split, space: ActionSpace, *, clusters: ClusterKind, cold_max_count: int
+) -> Facts:
+    """The facts of a catalogue; coldness and novelty come from what is learnt from, the reserved events among it."""
     counts = learnt_counts(data, split)
     bits = np.log2(counts.sum() + len(counts)) - np.log2(counts + 1.0)
     return Facts(
         cold=torch.from_numpy(counts <= cold_max_count),
         novelty=torch.from_numpy((bits / bits.max()).astype(np.float32)),
-        clusters=membership(item_clusters(data, ids, clusters)),
-        vectors=torch.from_numpy(unit_rows(ids.vectors)),
-        categories=_categories(data, ids) if data.has_categories() else None,
+        clusters=membership(item_clusters(data, space, clusters)),
+        vectors=None if space.vectors is None else torch.from_numpy(unit_rows(space.vectors)),
+        categories=_categories(data, space) if data.has_categories() else None,
     )
 
 
-def _categories(data: Dataset, ids: SemanticIds) -> Membership:
+def _categories(data: Dataset, space: ActionSpace) -> Membership:
     """Categories of items; one without any is in none, for two such items have nothing in common."""
-    found = membership(item_clusters(data, ids, "category"))
+    found = membership(item_clusters(data, space, "category"))
     without = data.items.select(pl.col(CATEGORIES).list.drop_nulls().list.len().fill_null(0) == 0)[CATEGORIES]
     found.cluster[torch.from_numpy(without.to_numpy().copy())] = -1
     return found
@@ -115,6 +117,8 @@ def gather_feedback(
             "the reward 'category' needs categories, and no item has one; add the column 'categories' to items.parquet "
             "or choose 'similarity'"
         )
+    if rewards.VECTORS in needs and facts.vectors is None:
+        raise RewardError("the reward 'similarity' needs content vectors, and this action space has none")
     if rewards.COLLABORATIVE in needs:
         train = split.sequences(data, "train")
         similar = item_similarities(train, data.n_items, neighbours=NEIGHBOURS, shrinkage=SHRINKAGE)

@@ -1,7 +1,7 @@
 """A round of alignment: slates, rewards, advantages, and the updates that they serve.
 
-Shapes: B contexts of a minibatch, G slates of each, K places, L codes per item, M rewards; units are slates, or items
-with credit "item".
+Shapes: B contexts of a minibatch, G slates of each, K places, M rewards, F free tokens of all slates. Units are slates,
+or items with credit "item": B' = B of G slates each, or B K of G items each; T the most free tokens of a unit.
 """
 
 import math
@@ -14,19 +14,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sagerec.actions.space import ActionSpace
 from sagerec.catalogue.splits import Cases
 from sagerec.decoding.rollouts import roll_out
-from sagerec.decoding.slates import slate_logprobs
+from sagerec.decoding.slates import FreeTokens, slate_logprobs
 from sagerec.errors import NumericalError, TrainingError
 from sagerec.objectives.loss import PolicyLoss, compute_advantages, policy_loss
 from sagerec.objectives.rewards import Facts, RewardInputs, compute_rewards, slate_coldness, slate_diversity
-from sagerec.policies.lazy_decoder import LazyDecoder
+from sagerec.policies.protocol import AnyPolicy
 from sagerec.training import parallel
 from sagerec.training.batches import Windows, shuffled_batches
 from sagerec.training.feedback import Feedback
 from sagerec.training.loop import learning_rate_at
 from sagerec.training.settings import AlignSettings
-from sagerec.training.supervised import next_item_loss
 
 REPLAY = 1
 """Tells the replay's random order from that of the contexts."""
@@ -38,9 +38,9 @@ class Stage:
 
     settings: AlignSettings
     """How."""
-    policy: LazyDecoder
+    policy: AnyPolicy
     """That is aligned."""
-    reference: LazyDecoder
+    reference: AnyPolicy
     """That alignment started from."""
     optimizer: torch.optim.Optimizer
     """Of the policy."""
@@ -56,6 +56,8 @@ class Stage:
     """Who answers for the users."""
     work: Path
     """Where a bad batch is saved."""
+    longest: int = 1
+    """Free tokens that a unit of K items can have, at most: the constant of the aggregation "constant"."""
     replay: Windows | None = None
     """Training sequences for the replay, None without one."""
 
@@ -79,17 +81,53 @@ class CaseBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the free tokens of slates stand in a table of units, so that one unit's tokens are one row."""
+
+    place: Tensor
+    """(F,) int64 position of each token in the flattened table."""
+    mask: Tensor
+    """(B', G, T) bool: the places that hold one."""
+
+    def fill(self, values: Tensor) -> Tensor:
+        """Values (F,) of the tokens as a table (B', G, T), 0 where there is none."""
+        return values.new_zeros(self.mask.numel()).index_put((self.place,), values).view(self.mask.shape)
+
+
+def lay_out(tokens: FreeTokens, slates: tuple[int, int, int], *, per_item: bool) -> Layout:
+    """The layout of the free tokens of slates (B, G, K) by units: slates, or items with the place as their group."""
+    batch, group, k = slates
+    unit = tokens.item // k
+    if per_item:
+        unit = (tokens.item // (group * k) * k + tokens.item % k) * group + unit % group
+    counts = torch.bincount(unit, minlength=batch * group * (k if per_item else 1))
+    longest = max(int(counts.max()), 1)
+    order = unit.argsort(stable=True)
+    rank = torch.empty_like(unit)
+    rank[order] = torch.arange(len(unit), device=unit.device) - (counts.cumsum(0) - counts)[unit[order]]
+    mask = torch.arange(longest, device=unit.device) < counts[:, None]
+    return Layout(unit * longest + rank, mask.view(-1, group, longest))
+
+
+def most_choices(space: ActionSpace) -> int:
+    """Free tokens of the item that has most of them."""
+    paths = space.paths(torch.arange(space.n_items, device=space.device))
+    free = torch.bincount(paths.owner, space.has_choice(paths.parent).double(), minlength=1)
+    return max(int(free.max()), 1)
+
+
+@dataclass(frozen=True, slots=True)
 class Rollouts:
-    """The slates of a minibatch's contexts. Units: B' = B of G slates each, or B K of G items each."""
+    """The slates of a minibatch's contexts."""
 
     slates: Tensor
     """(B, G, K) items."""
+    layout: Layout
+    """Of their free tokens, which alone count."""
     old_logprobs: Tensor
-    """(B, G, K, L) nats, under the policy that wrote them."""
-    free: Tensor
-    """(B, G, K, L) bool: the codes that count, those where the policy had a choice."""
+    """(B', G, T) nats, under the policy that wrote them."""
     reference: Tensor | None
-    """(B, G, K, L) nats, under the policy that alignment started from; None where nobody asks."""
+    """(B', G, T) nats, under the policy that alignment started from; None where nobody asks."""
     rewards: Tensor
     """(B', G, M) of units."""
     diversity: Tensor
@@ -116,12 +154,12 @@ def as_units(x: Tensor, per_item: bool) -> Tensor:
 def read_cases(stage: Stage, index: np.ndarray) -> CaseBatch:
     """The rank's share of the cases `index`."""
     own, policy = index[parallel.own_share(len(index))], stage.policy
-    history, length = stage.cases.histories(own, policy.settings.max_items)
+    history, length = stage.cases.histories(own, policy.max_items)
     items, lengths = (torch.from_numpy(x).to(policy.device) for x in (history, length))
     excluded = None
     if stage.exclude_history:
         excluded = torch.from_numpy(stage.cases.taken(own)).to(policy.device)
-    targets = torch.from_numpy(policy.listed_as(stage.cases.targets[own])).to(policy.device).long()
+    targets = torch.from_numpy(policy.space.listed_as(stage.cases.targets[own])).to(policy.device).long()
     return CaseBatch(len(index), own, items, lengths, excluded, targets)
 
 
@@ -130,21 +168,24 @@ def roll_minibatch(stage: Stage, contexts: CaseBatch, generator: torch.Generator
     settings, policy = stage.settings, stage.policy
     rollout, per_item = settings.rollout, settings.credit == "item"
     # Every rank draws for all contexts and takes its own, so that a context's slates do not hang on the ranks.
-    shape = (contexts.total, rollout.slates - rollout.n_beams, rollout.k, policy.codes.shape[1])
-    uniforms = torch.rand(shape, generator=generator)[parallel.own_share(contexts.total)].to(policy.device)
+    shape = (contexts.total, rollout.slates - rollout.n_beams, rollout.k)
+    uniforms = torch.rand(shape, generator=generator, dtype=torch.float64)[parallel.own_share(contexts.total)]
     history = (contexts.items, contexts.lengths)
-    slates, old, free = roll_out(policy, *history, rollout, excluded=contexts.excluded, uniforms=uniforms)
+    rolled = roll_out(policy, *history, rollout, excluded=contexts.excluded, uniforms=uniforms.to(policy.device))
+    slates = rolled.items
+    layout = lay_out(rolled.tokens, (len(slates), rollout.slates, rollout.k), per_item=per_item)
     reference = None
     if with_reference:
         with torch.no_grad():
-            reference = slate_logprobs(
+            scored = slate_logprobs(
                 stage.reference, *history, slates, temperature=settings.temperature, excluded=contexts.excluded
-            ).logprobs
+            )
+            reference = layout.fill(scored.tokens.logprobs)
     inputs = RewardInputs(
         sample_ids=torch.from_numpy(stage.cases.rows[contexts.index]).to(policy.device),
         slates=slates,
         targets=contexts.targets,
-        logprobs=old.sum(dim=(2, 3)),
+        logprobs=rolled.scores().sum(dim=2),
         facts=stage.facts,
         feedback=stage.feedback.answers(
             contexts.index,
@@ -160,7 +201,8 @@ def roll_minibatch(stage: Stage, contexts: CaseBatch, generator: torch.Generator
         earned = earned.transpose(1, 2).flatten(0, 1)
         diversity = as_units(diversity.unsqueeze(2).expand_as(slates), True)
         coldness = as_units(stage.facts.cold[slates].float(), True)
-    return Rollouts(slates, old, free, reference, earned, diversity, coldness)
+    old = layout.fill(rolled.tokens.logprobs)
+    return Rollouts(slates, layout, old, reference, earned, diversity, coldness)
 
 
 def roll_round(stage: Stage, batches: Sequence[np.ndarray], number: int) -> tuple[list[Minibatch], dict[str, float]]:
@@ -181,7 +223,7 @@ def roll_round(stage: Stage, batches: Sequence[np.ndarray], number: int) -> tupl
     gathered, tokens = [], []
     for c, r in zip(contexts, rolled, strict=True):
         gathered.append(gather_units(r.rewards, c.total, units))
-        tokens.append(gather_units(as_units(r.free, per_item).sum(dim=2), c.total, units))
+        tokens.append(gather_units(r.layout.mask.sum(dim=2), c.total, units))
     rewards = torch.cat(gathered)
     weights = torch.tensor(list(stage.rewards.values()), device=policy.device)
     advantages = compute_advantages(settings.row, rewards, weights=weights, tokens=torch.cat(tokens))
@@ -222,7 +264,7 @@ def rollout_figures(stage: Stage, made: list[Minibatch], rewards: Tensor, advant
             )
         ),
         "coldness": torch.cat([r.coldness.flatten() for r in rolled]).mean().item(),
-        "kl_nats": k3(first.old_logprobs, first.reference, first.free).item(),
+        "kl_nats": k3(first.old_logprobs, first.reference, first.layout.mask).item(),
         "invalid_rate": (items < 0).float().mean().item(),
         "duplicate_rate": repeats.sum().item() / items.numel(),
     }
@@ -242,29 +284,29 @@ def k3(new: Tensor, reference: Tensor, counted: Tensor, total: Tensor | None = N
 def losses(stage: Stage, batch: Minibatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
     """The rank's part of the loss of a minibatch, and detached figures."""
     settings, policy, contexts = stage.settings, stage.policy, batch.contexts
-    row, per_item = settings.row, settings.credit == "item"
+    row = settings.row
     share = len(contexts.index) / contexts.total
     total = torch.zeros((), device=policy.device)
     logged: dict[str, Tensor] = {}
     if batch.rollouts is not None:
         assert batch.advantages is not None
         policy.eval()
-        slates = batch.rollouts.slates
-        new, counted, entropy = slate_logprobs(
+        layout = batch.rollouts.layout
+        scored, entropy = slate_logprobs(
             policy,
             contexts.items,
             contexts.lengths,
-            slates,
+            batch.rollouts.slates,
             temperature=settings.temperature,
             excluded=contexts.excluded,
         )
-        mask = as_units(counted, per_item)
+        new, mask = layout.fill(scored.logprobs), layout.mask
         n_units = mask.new_tensor(mask.shape[0] * mask.shape[1], dtype=torch.float32)
-        sizes = {"slate": n_units, "token": mask.sum().float(), "constant": n_units * mask.shape[2]}
+        sizes = {"slate": n_units, "token": mask.sum().float(), "constant": n_units * stage.longest}
         found = policy_loss(
             row,
-            logprobs=as_units(new, per_item),
-            old_logprobs=as_units(batch.rollouts.old_logprobs, per_item),
+            logprobs=new,
+            old_logprobs=batch.rollouts.old_logprobs,
             mask=mask,
             advantages=batch.advantages,
             diversity=batch.rollouts.diversity,
@@ -276,16 +318,18 @@ def losses(stage: Stage, batch: Minibatch, step: int) -> tuple[Tensor, dict[str,
         logged |= {"policy_loss": found.loss.detach(), "entropy_nats": entropy.detach()}
         if settings.kl_weight:
             assert batch.rollouts.reference is not None
-            n_codes = parallel.add_up(counted.sum().float())
-            total = total + settings.kl_weight * k3(new, batch.rollouts.reference, counted, n_codes)
+            n_tokens = parallel.add_up(mask.sum().float())
+            total = total + settings.kl_weight * k3(new, batch.rollouts.reference, mask, n_tokens)
         if settings.entropy_weight:
             total = total - settings.entropy_weight * share * entropy
     # Dropout hangs on seed, update and rank alone, so that a resumed run draws the same masks.
     torch.manual_seed(settings.seed * 7_368_787 + step + parallel.rank() * 1_000_000_007)
     policy.train()
     if weight := 1.0 if row.trains_on_targets else settings.sft_weight:
-        hidden = policy.encode(contexts.items, contexts.lengths).hidden[:, 0]
-        sft = -policy.target_logprobs(hidden, contexts.targets).sum() / contexts.total
+        # One target a context, after its last item; the rank's part of the mean over all contexts.
+        last = torch.arange(contexts.items.shape[1], device=policy.device) == contexts.lengths[:, None] - 1
+        targets = contexts.targets[:, None].expand_as(contexts.items)
+        sft = policy.next_item_loss(contexts.items, targets, last) * share
         total = total + weight * sft
         logged["sft_loss_nats"] = sft.detach()
     if stage.replay is not None:
@@ -296,7 +340,7 @@ def losses(stage: Stage, batch: Minibatch, step: int) -> tuple[Tensor, dict[str,
     return total, logged
 
 
-def replay_loss(policy: LazyDecoder, windows: Windows, step: int, settings: AlignSettings) -> Tensor:
+def replay_loss(policy: AnyPolicy, windows: Windows, step: int, settings: AlignSettings) -> Tensor:
     """The rank's part of the mean next-item loss over the training sequences of update `step`, in nats an item."""
     per_epoch = math.ceil(len(windows) / settings.batch_users)
     epoch, number = divmod(step, per_epoch)
@@ -308,7 +352,7 @@ def replay_loss(policy: LazyDecoder, windows: Windows, step: int, settings: Alig
         return torch.zeros((), device=policy.device)
     inputs, targets, counted = (torch.from_numpy(x).to(policy.device) for x in windows.batch(own))
     n_own = counted.sum().float()
-    return next_item_loss(policy, inputs, targets, counted) * n_own / parallel.add_up(n_own.clone())
+    return policy.next_item_loss(inputs, targets, counted) * n_own / parallel.add_up(n_own.clone())
 
 
 def bound_figures(found: PolicyLoss, mask: Tensor) -> dict[str, Tensor]:

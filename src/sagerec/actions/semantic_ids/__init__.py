@@ -1,1 +1,1 @@
-"""The action space: items -> vectors -> residual codes -> unique Semantic IDs and their trie."""
+"""Semantic IDs, an action space: items -> vectors -> residual codes -> unique IDs."""

@@ -34,14 +34,17 @@ from sagerec.actions.semantic_ids.quantisers import (
     separate,
 )
 from sagerec.actions.semantic_ids.rq_vae import rq_vae
+from sagerec.actions.space import ActionSpace, ragged_paths
 from sagerec.actions.trie import ROOT, Trie, build_trie, read_trie, write_trie
-from sagerec.artifacts import read_manifest, write_artifact
+from sagerec.artifacts import hash_file, read_manifest, write_artifact
 from sagerec.catalogue.audit import write_events_used
 from sagerec.catalogue.dataset import CATEGORIES, Dataset
 from sagerec.catalogue.splits import Sequences
 from sagerec.config import require, require_choices, to_json
 from sagerec.errors import ArtifactError
 
+KIND = "semantic_ids"
+"""Of the artefact, and its folder in a run."""
 TENSORS, NETWORK = "ids.safetensors", "network.safetensors"
 PROJECTIONS, VOCABULARY = "projections.safetensors", "categories.parquet"
 
@@ -112,36 +115,20 @@ class SemanticIdSettings:
         require(self.vae_commitment >= 0, f"vae_commitment is {self.vae_commitment}; expected 0 or above")
 
 
-@dataclass(frozen=True, slots=True)
-class SemanticIds:
-    """The codes of every item, and the trie over the distinct ones."""
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class SemanticIds(ActionSpace):
+    """The codes of every item as an action space; where items share an ID, lists hold the one most often trained on."""
 
-    codes: np.ndarray
-    """(N, L) int32 code sequence of each item."""
     vectors: np.ndarray
     """(N, D) float32 weighted vectors that were quantised."""
+    codes: np.ndarray
+    """(N, L) int32 code sequence of each item."""
     codebooks: np.ndarray
     """(levels, C, D) float32 centroids."""
-    trie: Trie
-    """Index over the distinct code sequences; where items share one, it holds the one most often trained on."""
-    content_hash: str = ""
-    """Content hash of the artefact, once written."""
-    grown_from: tuple[str, ...] = ()
-    """Content hashes of the artefact before items were added to it: a policy trained on one of these serves still."""
 
-    @property
-    def length(self) -> int:
-        """Codes per item."""
-        return int(self.codes.shape[1])
-
-    @property
-    def is_unique(self) -> bool:
-        """Whether every item has an ID of its own."""
-        return int(self.trie.size[ROOT]) == len(self.codes)
-
-    def level_sizes(self) -> list[int]:
-        """Codes in use at each place: the largest code plus one."""
-        return [int(size) for size in self.codes.max(axis=0) + 1]
+    def centroids(self) -> tuple[np.ndarray, np.ndarray]:
+        """The centroids of the first codes, and the first code of each item."""
+        return self.codebooks[0], self.codes[:, 0].astype(np.int64)
 
 
 def chosen_codebook_size(n_items: int) -> int:
@@ -242,7 +229,7 @@ def build_semantic_ids(
     }
     with write_artifact(
         folder,
-        "semantic_ids",
+        KIND,
         made_from=made_from,
         settings=to_json(settings),
         seed=settings.seed,
@@ -256,6 +243,15 @@ def build_semantic_ids(
         write_trie(fresh / "trie", trie)
         write_events_used(fresh, train.rows)
     return read_semantic_ids(folder)
+
+
+def inputs(settings: SemanticIdSettings) -> dict[str, str]:
+    """Content hash of the file of existing IDs, where one is given. Raises: ArtifactError where it is missing."""
+    if not settings.existing:
+        return {}
+    if not Path(settings.existing).is_file():
+        raise ArtifactError(f"{settings.existing} is missing; give the index.json that holds the existing Semantic IDs")
+    return {"existing": hash_file(Path(settings.existing))}
 
 
 def sizes_of(codes: np.ndarray, trie: Trie, *, levels: int) -> dict[str, object]:
@@ -292,10 +288,14 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 
 def read_semantic_ids(folder: Path) -> SemanticIds:
     """Read the artefact back, the trie memory-mapped. Raises: ArtifactError."""
-    manifest = read_manifest(folder, "semantic_ids")
+    manifest, tensors, trie = read_manifest(folder, KIND), read_tensors(folder / TENSORS), read_trie(folder / "trie")
+    codes = tensors["codes"]
+    nodes, offsets = ragged_paths(trie, codes.ravel(), np.full(len(codes), codes.shape[1]))
     return SemanticIds(
-        **read_tensors(folder / TENSORS),
-        trie=read_trie(folder / "trie"),
+        **tensors,
+        trie=trie,
+        nodes=nodes,
+        offsets=offsets,
         content_hash=manifest.content_hash,
         grown_from=tuple(manifest.grown_from),
     )

@@ -1,0 +1,1 @@
+"""Action spaces: what a policy may write. Items as token sequences, their trie, and which continuations are legal."""

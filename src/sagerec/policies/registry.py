@@ -1,0 +1,91 @@
+"""The one place that knows concrete policies: it makes them from settings and reads them by the kind a manifest names.
+
+A policy of one's own is one more `PolicyKind`, given to `register_policy`; nothing else changes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from sagerec.actions.space import ActionSpace
+from sagerec.artifacts import read_manifest
+from sagerec.config import from_json, to_json
+from sagerec.errors import ArtifactError, SettingsError
+from sagerec.policies.lazy_decoder import LazyDecoder, LazyDecoderSettings
+from sagerec.policies.protocol import AnyPolicy
+
+WEIGHTS = "model.safetensors"
+PolicySettings = LazyDecoderSettings
+"""The shape of a policy, as the command line offers it."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyKind:
+    """A kind of policy."""
+
+    name: str
+    """As manifests have it."""
+    settings: type[Any]
+    """The dataclass of its shape."""
+    make: Callable[[Any, ActionSpace], AnyPolicy]
+    """A fresh policy of such settings over a space, its weights drawn from torch's global generator."""
+
+
+KINDS: dict[str, PolicyKind] = {"lazy-decoder": PolicyKind("lazy-decoder", LazyDecoderSettings, LazyDecoder)}
+
+
+def register_policy(kind: PolicyKind) -> None:
+    """Make a kind of policy known. Raises: SettingsError for a name that is taken by another."""
+    if KINDS.get(kind.name, kind) != kind:
+        raise SettingsError(f"a policy of the kind {kind.name!r} exists; choose another name")
+    KINDS[kind.name] = kind
+
+
+def kind_of(settings: Any) -> PolicyKind:
+    """The kind that a settings dataclass belongs to. Raises: SettingsError."""
+    for kind in KINDS.values():
+        if type(settings) is kind.settings:
+            return kind
+    expected = ", ".join(kind.settings.__name__ for kind in KINDS.values())
+    raise SettingsError(f"no policy has settings of type {type(settings).__name__}; expected one of {expected}")
+
+
+def describe_policy(settings: Any) -> dict[str, Any]:
+    """A policy's settings for a manifest: its kind, and all fields."""
+    return {"kind": kind_of(settings).name, **to_json(settings)}
+
+
+def make_policy(space: ActionSpace, settings: Any) -> AnyPolicy:
+    """A fresh policy over a space, its weights drawn from torch's global generator. Raises: SettingsError."""
+    return kind_of(settings).make(settings, space)
+
+
+def write_weights(folder: Path, policy: AnyPolicy) -> None:
+    """Save the weights in `folder`."""
+    save_file({name: value.contiguous().cpu() for name, value in policy.state_dict().items()}, folder / WEIGHTS)
+
+
+def read_policy(folder: Path, space: ActionSpace) -> AnyPolicy:
+    """Read a trained policy on the CPU, in evaluation mode; where items were added to the space since, it is grown.
+
+    Raises: ArtifactError where the weights are missing, were trained on another space, or are of an unknown kind.
+    """
+    manifest = read_manifest(folder, "policy")
+    if not {space.content_hash, *space.grown_from} & set(manifest.made_from.values()):
+        raise ArtifactError(f"{folder} was trained on other Semantic IDs than those given; train it again")
+    values = dict(manifest.settings["policy"])
+    name = values.pop("kind", None)
+    if name not in KINDS:
+        raise ArtifactError(f"{folder} holds a policy of the kind {name!r}; expected one of {', '.join(KINDS)}")
+    with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced at once
+        policy = KINDS[name].make(from_json(KINDS[name].settings, values), space)
+    try:
+        policy.load_weights(load_file(folder / WEIGHTS))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ArtifactError(f"{folder / WEIGHTS} cannot be read ({error}); train the policy again") from error
+    return policy.eval()
