@@ -229,7 +229,7 @@ def measure_ours(beam_slates: int | None, settings: AlignBenchmarkSettings) -> d
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     codes = draw_codes(settings.items, settings.codebook_size, np.random.default_rng(settings.seed))
-    policy, reference = (make_policy(codes, build_trie(codes), settings.shape) for _ in range(2))
+    policy, reference = (make_policy(codes, settings.shape) for _ in range(2))
     steps = settings.warm_up + settings.steps
     stage = make_stage(policy, reference, draw_events(settings, steps), beam_slates, settings)
     held = resident_bytes()
@@ -302,7 +302,7 @@ def measure_peer(micro_batch: int, settings: AlignBenchmarkSettings) -> dict[str
     torch.manual_seed(settings.seed)
     codes = draw_codes(settings.items, settings.codebook_size, np.random.default_rng(settings.seed))
     trie = build_trie(codes)
-    peer = make_peer(codes, trie, count(make_policy(codes, trie, settings.shape)), settings.shape)
+    peer = make_peer(codes, trie, count(make_policy(codes, settings.shape)), settings.shape)
     steps = settings.warm_up + settings.peer_steps
     events = draw_events(settings, steps)
     tokens = peer.tokens.numpy()

@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from trie import GB, describe_run, machine_line, peak_bytes, prefix_dictionary, reset_peak, show_limits, table, timed
 
 from sagerec.actions.semantic_ids.quantisers import separate
+from sagerec.actions.space import make_space
 from sagerec.actions.trie import Trie, build_trie
 from sagerec.artifacts import write_json
 from sagerec.config import require
@@ -142,7 +143,7 @@ def main() -> int:
     codes = draw_codes(settings.items, settings.codebook_size, generator)
     histories = torch.from_numpy(generator.integers(0, settings.items, (settings.users, settings.history)))
     trie = build_trie(codes)
-    policy = make_policy(codes, trie, settings)
+    policy = make_policy(codes, settings)
     try:
         peer = make_peer(codes, trie, count(policy), settings)
     except SagerecError as error:
@@ -214,11 +215,11 @@ def draw_codes(n_items: int, codebook_size: int, generator: np.random.Generator)
     return separate(np.column_stack([first_two, third]), np.zeros(n_items))
 
 
-def make_policy(codes: np.ndarray, trie: Trie, settings: DecodeSettings) -> LazyDecoder:
+def make_policy(codes: np.ndarray, settings: DecodeSettings) -> LazyDecoder:
     """The LazyDecoder with random weights and a head of the deviation asked for."""
     shape = LazyDecoderSettings(width=settings.width, max_items=settings.history)
-    vectors = torch.randn(settings.items, settings.width)
-    policy = LazyDecoder(shape, torch.from_numpy(codes).long(), trie, vectors).eval()
+    vectors = torch.randn(settings.items, settings.width).numpy()
+    policy = LazyDecoder(shape, make_space(codes, vectors=vectors)).eval()
     nn.init.normal_(policy.head, std=settings.head_deviation)
     return policy
 
@@ -382,10 +383,10 @@ def distinct(lists: Tensor) -> bool:
 @torch.no_grad()
 def equals_full_scoring(policy: LazyDecoder, histories: Tensor, lists: BeamLists, settings: DecodeSettings) -> bool:
     """Whether lists hold the K best of all items, by log-probability (ties may swap), for the first users."""
-    every = torch.arange(policy.n_items)
+    every = torch.arange(policy.space.n_items)
     for user in range(settings.checked_users):
         context = policy.encode(histories[user : user + 1], torch.tensor([settings.history]))
-        scores = policy.target_logprobs(context.hidden[0].expand(policy.n_items, -1), every).sum(dim=1)
+        scores = policy.target_logprobs(context.hidden[0].expand(policy.space.n_items, -1), every).sum(dim=1)
         best = scores.topk(settings.k).values
         listed = scores[lists.items[user]]
         if not (torch.allclose(best, listed, atol=1e-4) and torch.allclose(best, lists.logprobs[user], atol=1e-4)):

@@ -32,7 +32,7 @@ import tyro
 from rich.console import Console
 from trie import describe_run, machine_line, show_limits, table
 
-from sagerec.actions.semantic_ids.build import SemanticIdSettings
+from sagerec.actions.semantic_ids.build import SemanticIdSettings, read_semantic_ids
 from sagerec.artifacts import write_json
 from sagerec.catalogue.simulate import simulate
 from sagerec.catalogue.simulated_store import StoreSettings, write_store
@@ -41,7 +41,7 @@ from sagerec.config import require
 from sagerec.errors import SettingsError
 from sagerec.evaluation.evaluate import EvaluateSettings
 from sagerec.policies.lazy_decoder import LazyDecoderSettings
-from sagerec.run.stages import evaluate, make_ids, prepare, train
+from sagerec.run.stages import evaluate, make_actions, prepare, train
 from sagerec.training.settings import TrainSettings
 
 OURS: dict[str, dict[str, Any]] = {
@@ -134,7 +134,7 @@ def measure(dataset: Path, out: Path, name: str, values: dict[str, Any], setting
         ids = replace(ids, text_weight=0.0, collaborative_dimensions=8, vae_epochs=2, vae_width=16, vae_latent=4)
         policy, measured = replace(policy, width=16, heads=2), replace(measured, bootstrap_samples=100)
     run = prepare(dataset, out, SplitSettings())
-    made = make_ids(run, ids)
+    make_actions(run, ids)
     train(run, policy, training)
     report = evaluate(run, measured)
     sizes = run.manifest("semantic_ids").sizes
@@ -145,7 +145,7 @@ def measure(dataset: Path, out: Path, name: str, values: dict[str, Any], setting
         "quantiser": name,
         "settings": values,
         "epochs": n_epochs,
-        "codebook_size": made.codebooks.shape[1],
+        "codebook_size": read_semantic_ids(run.folder / "semantic_ids").codebooks.shape[1],
         **{key: sizes[key] for key in ("items", "distinct_ids", "level_sizes", "codes_in_use", "collision_rate")},
         **{key: sizes[key] for key in ("perplexity", "reconstruction_error")},
         "cases": report["cases"],

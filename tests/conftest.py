@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sagerec.actions.semantic_ids.build import SemanticIdSettings
+from sagerec.actions.semantic_ids.build import SemanticIds, SemanticIdSettings, read_semantic_ids
 from sagerec.catalogue.dataset import Dataset, read_dataset
 from sagerec.catalogue.simulate import simulate
 from sagerec.catalogue.simulated_store import StoreSettings, write_store
@@ -53,6 +53,11 @@ def small_run(store_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> R
     out = tmp_path_factory.mktemp("run") / "run"
     run_all(store_folder, out, SMALL_RUN)
     return open_run(out)
+
+
+def semantic_ids(run: RunFolder) -> SemanticIds:
+    """The Semantic IDs of a run, with their codes."""
+    return read_semantic_ids(run.folder / "semantic_ids")
 
 
 @pytest.fixture(scope="session")

@@ -30,13 +30,12 @@ from sagerec.objectives.loss import policy_loss
 from sagerec.objectives.rewards import parse_rewards
 from sagerec.policies.lazy_decoder import LazyDecoderSettings
 from sagerec.run.folder import Run, open_run
-from sagerec.run.stages import align, audit, make_ids, prepare, train
+from sagerec.run.stages import align, audit, make_actions, prepare, train
 from sagerec.training import rounds
 from sagerec.training.batches import Windows, make_windows
 from sagerec.training.feedback import gather_facts, gather_feedback
 from sagerec.training.loop import make_optimizer
 from sagerec.training.settings import AlignSettings, TrainSettings, parse_criterion
-from sagerec.training.supervised import next_item_loss
 from tests.conftest import SMALL_IDS, SMALL_POLICY, SMALL_TRAIN
 
 QUICK = AlignSettings(
@@ -56,7 +55,7 @@ def base_run(store_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """A run over the small store with one event a user reserved, and a supervised policy; tests copy it."""
     out = tmp_path_factory.mktemp("align") / "run"
     run = prepare(store_folder, out, SplitSettings(reserve="event"))
-    make_ids(run, SMALL_IDS)
+    make_actions(run, SMALL_IDS)
     train(run, SMALL_POLICY, SMALL_TRAIN)
     return out
 
@@ -108,7 +107,7 @@ def test_hits_alone_recover_a_policy_that_was_spoilt(tmp_path: Path) -> None:
     """A policy that knows each item's successor is spoilt by noise in its weights; rewarded hits bring recall back."""
     write_store(tmp_path / "store", simulate(StoreSettings(users=300, items=200, dynamics="successor", seed=1)))
     run = prepare(tmp_path / "store", tmp_path / "run", SplitSettings(reserve="event"))
-    make_ids(run, SemanticIdSettings(levels=2, codebook_size=32))
+    make_actions(run, SemanticIdSettings(levels=2, codebook_size=32))
     train(
         run,
         LazyDecoderSettings(width=32, heads=2, encoder_layers=1, dropout=0.0),
@@ -256,7 +255,7 @@ def test_replay_keeps_what_supervised_training_knew(base_run: Path, tmp_path: Pa
     for weight in (0.0, 1.0):
         name = align(run, replace(QUICK, objective="sft", replay_weight=weight, validations=0), name=f"w{weight:.0f}")
         with torch.no_grad():
-            losses[weight] = float(next_item_loss(run.policy(name, device="cpu"), *batch))
+            losses[weight] = float(run.policy(name, device="cpu").next_item_loss(*batch))
         last = json.loads((run.folder / name / "metrics.jsonl").read_text().splitlines()[-1])
         assert ("replay_loss_nats" in last) == (weight > 0)
     assert losses[1.0] < losses[0.0] - 0.05
@@ -342,7 +341,7 @@ def test_item_credit_reaches_the_items_own_codes_alone(run: Run) -> None:
 def stage_of(run: Run, settings: AlignSettings) -> rounds.Stage:
     """A stage as `align_policy` makes it."""
     policy, cases = run.policy(device="cpu"), run.split.cases(run.data, "align")
-    facts = gather_facts(run.data, run.split, run.ids(), clusters="coarse", cold_max_count=5)
+    facts = gather_facts(run.data, run.split, run.space(), clusters="coarse", cold_max_count=5)
     weights = parse_rewards(settings.reward)
     return rounds.Stage(
         settings=settings,
@@ -362,12 +361,13 @@ def test_a_non_finite_gradient_stops_with_the_batch_saved(run: Run) -> None:
     stage = stage_of(run, replace(QUICK, reward=("hit=1", "click=1")).resolved())
     minibatches, _ = rounds.roll_round(stage, [np.arange(8)], 0)
     with torch.no_grad():
-        stage.policy.head.fill_(torch.inf)
+        stage.policy.get_parameter("head").fill_(torch.inf)
     with pytest.raises(TrainingError, match=r"update 3: the loss of sage is nan.*the batch is saved in .*bad-batch-3"):
         rounds.update(stage, minibatches[0], 3, 10)
     stage = stage_of(run, replace(QUICK, reward=("hit=1",), sft_weight=1.0).resolved())
     minibatches, _ = rounds.roll_round(stage, [np.arange(8)], 0)
-    stage.policy.head_bias.register_hook(lambda gradient: gradient * torch.nan)  # type: ignore[no-untyped-call]
+    bias = stage.policy.get_parameter("head_bias")
+    bias.register_hook(lambda gradient: gradient * torch.nan)  # type: ignore[no-untyped-call]
     with pytest.raises(TrainingError, match=r"gradient norm nan at update 3; the batch is saved in .*bad-batch-3"):
         rounds.update(stage, minibatches[0], 3, 10)
     saved = load_file(run.folder / "bad-batch-3-rank0.safetensors")
@@ -408,7 +408,7 @@ def test_logged_feedback_is_keyed_by_event_and_missing_columns_are_named(tmp_pat
     items = store.items.drop("categories")
     write_dataset(tmp_path / "data", items, events)
     run = prepare(tmp_path / "data", tmp_path / "run", SplitSettings(reserve="event"))
-    make_ids(run, SMALL_IDS)
+    make_actions(run, SMALL_IDS)
     train(run, SMALL_POLICY, SMALL_TRAIN)
     stage = stage_of(run, replace(QUICK, reward=("like=1",)).resolved())
     index = np.arange(40)
@@ -434,7 +434,7 @@ def test_logged_feedback_is_keyed_by_event_and_missing_columns_are_named(tmp_pat
         write_dataset(tmp_path / f"data{factor}", items, later)
         other = prepare(tmp_path / f"data{factor}", tmp_path / f"run{factor}", SplitSettings(reserve="event"))
         cases = other.split.cases(other.data, "align")
-        facts = gather_facts(other.data, other.split, run.ids(), clusters="coarse", cold_max_count=5)
+        facts = gather_facts(other.data, other.split, run.space(), clusters="coarse", cold_max_count=5)
         found = gather_feedback(other.data, other.split, cases, None, ["watch"], facts).logged["watch"]
         watched.append(found.tolist())
     assert watched[0] == watched[1]

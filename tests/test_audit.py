@@ -27,7 +27,7 @@ from sagerec.run.folder import Run
 from sagerec.run.stages import audit, prepare
 from sagerec.training.batches import make_windows
 from sagerec.training.supervised import train_policy
-from tests.conftest import SMALL_IDS, SMALL_POLICY, SMALL_TRAIN
+from tests.conftest import SMALL_IDS, SMALL_POLICY, SMALL_TRAIN, semantic_ids
 from tests.test_dataset import dataset
 
 LOG_IDS = replace(SMALL_IDS, text_weight=0.0, category_weight=0.0)
@@ -35,7 +35,7 @@ LOG_IDS = replace(SMALL_IDS, text_weight=0.0, category_weight=0.0)
 ONE_EPOCH = replace(SMALL_TRAIN, epochs=1, validate_every=0)
 
 
-def make_ids(run: Run, *parts: Part) -> SemanticIds:
+def make_actions(run: Run, *parts: Part) -> SemanticIds:
     """The Semantic-ID stage, given the events of these parts."""
     events = run.split.sequences(run.data, *parts)
     return build_semantic_ids(
@@ -47,14 +47,14 @@ def make_policy(run: Run, name: str, *parts: Part) -> None:
     """The supervised stage for an epoch, given the events of these parts."""
     made_from = run.hashes("dataset", "split", "semantic_ids")
     events = run.split.sequences(run.data, *parts)
-    train_policy(run.folder / name, run.ids(), events, None, SMALL_POLICY, ONE_EPOCH, made_from=made_from)
+    train_policy(run.folder / name, semantic_ids(run), events, None, SMALL_POLICY, ONE_EPOCH, made_from=made_from)
 
 
 @pytest.fixture(scope="module")
 def clean(store_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run with Semantic IDs of its training events; tests work on copies."""
     run = prepare(store_folder, tmp_path_factory.mktemp("audit") / "run", SplitSettings())
-    make_ids(run, "train")
+    make_actions(run, "train")
     return run
 
 
@@ -133,7 +133,7 @@ def test_events_used_are_saved_sorted_and_once(tmp_path: Path) -> None:
 
 
 def test_semantic_ids_that_saw_validation_are_caught(run: Run) -> None:
-    make_ids(run, "train", "valid")
+    make_actions(run, "train", "valid")
     with pytest.raises(LeakError) as error:
         audit(run)
     n = run.split.counts()["valid"]
@@ -329,5 +329,5 @@ def test_other_held_out_items_change_no_byte_of_the_semantic_ids(clean: Run, tmp
     write_dataset(tmp_path / "log", clean.data.items, events)
     run = prepare(tmp_path / "log", tmp_path / "run", SplitSettings())
     assert run.hashes("dataset") != clean.hashes("dataset")
-    assert make_ids(run, "train").content_hash == clean.ids().content_hash
+    assert make_actions(run, "train").content_hash == semantic_ids(clean).content_hash
     assert hash_folder(run.folder / "semantic_ids") == hash_folder(clean.folder / "semantic_ids")

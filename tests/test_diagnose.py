@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sagerec.actions.space import make_space
 from sagerec.artifacts import read_json, write_json
 from sagerec.baselines.tuning import evaluate_baseline
 from sagerec.cli import main
@@ -22,10 +23,10 @@ def test_outcomes_by_hand() -> None:
     Targets 0: hit; 1: first code right, second missed; 2: first code missed; 4: never trained on. In the last case
     item 3 is listed for target 2, which has the same codes.
     """
-    codes = np.array([[0, 0], [0, 1], [1, 0], [1, 0], [2, 0]])
+    space = make_space(np.array([[0, 0], [0, 1], [1, 0], [1, 0], [2, 0]]), listed=np.array([0, 1, 2, 4]))
     counts = np.array([9, 1, 3, 3, 0])
     lists = np.array([[0, -1], [0, -1], [0, -1], [0, -1], [3, -1]])
-    found = diagnose(lists, np.array([0, 1, 2, 4, 2]), codes, counts, (5,))
+    found = diagnose(lists, np.array([0, 1, 2, 4, 2]), space, counts, (5,))
     assert found.outcomes == {
         HIT: 0.2,
         UNSEEN: 0.2,
@@ -34,7 +35,7 @@ def test_outcomes_by_hand() -> None:
         "shares its ID with a listed item": 0.2,
     }
     assert found.by_popularity.tolist() == [0.0, 1.0]
-    assert np.isnan(diagnose(lists[:1], np.array([0]), codes, counts, (5,)).by_popularity[0])
+    assert np.isnan(diagnose(lists[:1], np.array([0]), space, counts, (5,)).by_popularity[0])
 
 
 @given(st.integers(0, 2**32 - 1))
@@ -42,7 +43,8 @@ def test_outcomes_by_hand() -> None:
 def test_outcomes_add_up(seed: int) -> None:
     rng = np.random.default_rng(seed)
     codes, counts = rng.integers(0, 3, (30, 2)), rng.integers(0, 4, 30)
-    found = diagnose(rng.integers(-1, 30, (40, 5)), rng.integers(0, 30, 40), codes, counts, (1, 2))
+    space = make_space(codes, listed=np.unique(codes, axis=0, return_index=True)[1])
+    found = diagnose(rng.integers(-1, 30, (40, 5)), rng.integers(0, 30, 40), space, counts, (1, 2))
     assert sum(found.outcomes.values()) == pytest.approx(1)
 
 

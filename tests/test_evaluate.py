@@ -12,7 +12,7 @@ import torch
 
 from sagerec import baselines
 from sagerec.actions.clusters import item_clusters
-from sagerec.actions.semantic_ids.build import SemanticIds
+from sagerec.actions.semantic_ids.build import SemanticIds, index_ids
 from sagerec.actions.trie import build_trie
 from sagerec.artifacts import read_json
 from sagerec.baselines import sasrec as sasrec_module
@@ -26,8 +26,8 @@ from sagerec.catalogue.splits import Sequences, SplitSettings, make_split
 from sagerec.errors import DatasetError, SettingsError, TrainingError
 from sagerec.evaluation.evaluate import EvaluateSettings, evaluate_lists, excludes_history
 from sagerec.run.folder import Run
-from sagerec.run.stages import audit, evaluate, make_ids, prepare, read_lists
-from tests.conftest import SMALL_RUN, SMALL_TRAIN
+from sagerec.run.stages import audit, evaluate, make_actions, prepare, read_lists
+from tests.conftest import SMALL_RUN, SMALL_TRAIN, semantic_ids
 
 TINY_SASREC = SasRecSettings(width=16, heads=2)
 
@@ -52,7 +52,8 @@ def hand_ids(codes: list[list[int]], listed: list[int] | None = None) -> Semanti
     array = np.array(codes, dtype=np.int32)
     leaves = np.arange(len(codes)) if listed is None else np.array(listed)
     codebooks = np.zeros((1, int(array.max()) + 1, 2), dtype=np.float32)
-    return SemanticIds(array, np.zeros((len(codes), 2), dtype=np.float32), codebooks, build_trie(array[leaves], leaves))
+    vectors = np.zeros((len(codes), 2), dtype=np.float32)
+    return index_ids(codes=array, vectors=vectors, codebooks=codebooks, trie=build_trie(array[leaves], leaves))
 
 
 def value(report: dict[str, object], metric: str) -> float:
@@ -121,7 +122,7 @@ def test_clusters_by_hand() -> None:
 
 
 def test_coarse_clusters_join_first_codes(small_run: Run) -> None:
-    ids = small_run.ids()
+    ids = semantic_ids(small_run)
     many = replace(ids, codebooks=np.random.default_rng(0).normal(size=(2, 100, 4)).astype(np.float32))
     coarse = item_clusters(small_run.data, many, "coarse")
     assert coarse.shape[1] <= 32
@@ -235,7 +236,7 @@ def test_baselines_of_a_run_and_a_saved_report_is_reused(small_run: Run, caplog:
 
 def test_sasrec_is_tuned_on_validation_and_learns_from_the_reserved_events(store_folder: Path, tmp_path: Path) -> None:
     run = prepare(store_folder, tmp_path / "run", SplitSettings(reserve="event"))
-    make_ids(run, SMALL_RUN.ids)
+    make_actions(run, SMALL_RUN.ids)
     report = evaluate_baseline(run, "sasrec", SMALL_RUN.evaluate, model=TINY_SASREC, training=SMALL_TRAIN, trials=3)
     trials = sasrec_trials(run, TINY_SASREC, SMALL_TRAIN, 3)
     assert [trial["settings"] for trial in trials] == sasrec_grid(TINY_SASREC, SMALL_TRAIN, 3)
@@ -270,7 +271,7 @@ def test_baselines_learn_from_the_reserved_events(name: BaselineName, store_fold
     lists = []
     for reserve in ("event", "none"):
         run = prepare(store_folder, tmp_path / reserve, SplitSettings(reserve=reserve))
-        make_ids(run, SMALL_RUN.ids)
+        make_actions(run, SMALL_RUN.ids)
         evaluate_baseline(run, name, SMALL_RUN.evaluate)
         lists.append(read_lists(run, f"-{name}"))
     assert np.array_equal(lists[0], lists[1])
@@ -280,7 +281,7 @@ def test_a_trial_of_sasrec_that_diverges_loses(
     store_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = prepare(store_folder, tmp_path / "run", SplitSettings())
-    make_ids(run, SMALL_RUN.ids)
+    make_actions(run, SMALL_RUN.ids)
     train = sasrec_module.train_sasrec
 
     def diverge(folder: Path, *others: Any, **named: Any) -> Any:
@@ -305,7 +306,7 @@ def test_an_empty_part_and_bad_settings_are_errors(small_run: Run) -> None:
     split = replace(make_split(data, SplitSettings()), parts=np.zeros(12, dtype=np.uint8))
     with pytest.raises(DatasetError, match="has 0 cases for test"):
         evaluate_lists(
-            np.zeros((0, 5), int), split.cases(data, "test"), data, split, small_run.ids(), EvaluateSettings()
+            np.zeros((0, 5), int), split.cases(data, "test"), data, split, semantic_ids(small_run), EvaluateSettings()
         )
     for wrong, said in (
         ({"heads": 3}, "heads 3"),

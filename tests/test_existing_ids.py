@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from sagerec.actions.semantic_ids.build import SemanticIdSettings
 from sagerec.actions.semantic_ids.existing import parse_id, read_existing
-from sagerec.actions.trie import ROOT, build_trie
+from sagerec.actions.space import make_space
+from sagerec.actions.trie import ROOT
 from sagerec.artifacts import read_json
 from sagerec.baselines.tuning import evaluate_baseline
 from sagerec.catalogue.dataset import INTERACTIONS, ITEM_ID, ITEMS, Dataset, assemble, read_dataset, write_dataset
@@ -24,8 +25,8 @@ from sagerec.decoding.beam import exact_lists
 from sagerec.errors import ArtifactError, DatasetError, SettingsError
 from sagerec.policies.lazy_decoder import LazyDecoder, LazyDecoderSettings
 from sagerec.run.folder import Run
-from sagerec.run.stages import evaluate, make_ids, prepare, train
-from tests.conftest import SMALL_POLICY, SMALL_RUN, SMALL_TRAIN
+from sagerec.run.stages import evaluate, make_actions, prepare, train
+from tests.conftest import SMALL_POLICY, SMALL_RUN, SMALL_TRAIN, semantic_ids
 
 EXISTING = SemanticIdSettings(quantiser="existing", text_weight=0.0, category_weight=0.0, collaborative_dimensions=8)
 
@@ -131,7 +132,7 @@ def shared_store(store_folder: Path, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="module")
 def shared_run(shared_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = prepare(shared_store, tmp_path_factory.mktemp("run"), SplitSettings())
-    make_ids(run, replace(EXISTING, unique=False))
+    make_actions(run, replace(EXISTING, unique=False))
     train(run, SMALL_POLICY, SMALL_TRAIN)
     return run
 
@@ -141,7 +142,7 @@ def test_a_policy_on_shared_ids_reports_three_views(shared_run: Run) -> None:
 
     So Recall@5 is the share of targets whose ID is first, in all views; at 4, the expected view has four fifths of it.
     """
-    ids = shared_run.ids()
+    ids = semantic_ids(shared_run)
     assert not ids.is_unique
     assert int(ids.trie.size[ROOT]) == 40
     settings = replace(SMALL_RUN.evaluate, k=(4, 5, 10))
@@ -175,9 +176,10 @@ def test_a_baseline_lists_items_not_ids(shared_run: Run) -> None:
 
 def test_made_unique_they_get_a_last_code(shared_store: Path, shared_run: Run, tmp_path: Path) -> None:
     run = prepare(shared_store, tmp_path / "run", SplitSettings())
-    ids = make_ids(run, EXISTING)
+    make_actions(run, EXISTING)
+    ids = semantic_ids(run)
     assert ids.is_unique
-    assert (ids.codes[:, :2] == shared_run.ids().codes).all()
+    assert (ids.codes[:, :2] == semantic_ids(shared_run).codes).all()
     assert sorted(ids.codes[:5, 2].tolist()) == [0, 1, 2, 3, 4]
     assert ids.codebooks.shape == (2, 8, 8)
     sizes = run.manifest("semantic_ids").sizes
@@ -191,12 +193,12 @@ def test_an_index_file_is_part_of_what_the_ids_are_made_from(store_folder: Path,
     items = pl.read_parquet(store_folder / ITEMS)[ITEM_ID].to_list()
     index.write_text(json.dumps({item: ["<a_1>", f"<b_{n % 7}>"] for n, item in enumerate(items)}))
     chosen = replace(EXISTING, existing=str(index))
-    made = make_ids(run, chosen)
-    assert make_ids(run, chosen).content_hash == made.content_hash
+    made = make_actions(run, chosen)
+    assert make_actions(run, chosen).content_hash == made.content_hash
     index.write_text(json.dumps({item: ["<a_1>", f"<b_{n % 6}>"] for n, item in enumerate(items)}))
-    again = make_ids(run, chosen)
+    again = make_actions(run, chosen)
     assert again.content_hash != made.content_hash
-    assert again.level_sizes()[:2] == [2, 6]
+    assert [int(n) for n in semantic_ids(run).codes.max(axis=0) + 1][:2] == [2, 6]
     assert set(read_json(run.folder / "semantic_ids" / "manifest.json")["made_from"]) == {
         "dataset",
         "split",
@@ -204,15 +206,14 @@ def test_an_index_file_is_part_of_what_the_ids_are_made_from(store_folder: Path,
     }
     index.unlink()
     with pytest.raises(ArtifactError, match=r"index\.json is missing; give the index\.json that holds the existing"):
-        make_ids(run, chosen)
+        make_actions(run, chosen)
 
 
 def test_excluded_items_that_share_an_id_bar_it_once() -> None:
     """Items 0 and 1 share (0, 0); 2 is (0, 1), 3 is (1, 0). Without 0 and 1, both 2 and 3 are left, and no other."""
-    codes = torch.tensor([[0, 0], [0, 0], [0, 1], [1, 0]])
-    trie = build_trie(codes[[0, 2, 3]].numpy(), np.array([0, 2, 3]))
+    space = make_space(np.array([[0, 0], [0, 0], [0, 1], [1, 0]]), listed=np.array([0, 2, 3]))
     torch.manual_seed(0)
-    policy = LazyDecoder(LazyDecoderSettings(width=8, heads=2, content=False), codes, trie).eval()
+    policy = LazyDecoder(LazyDecoderSettings(width=8, heads=2, content=False), space).eval()
     history, excluded = torch.tensor([[3]]), torch.tensor([[0, 1]])
     lists = exact_lists(policy, history, torch.tensor([1]), k=3, excluded=excluded)
     assert sorted(lists.items[0].tolist()) == [-1, 2, 3]

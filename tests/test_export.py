@@ -18,6 +18,7 @@ from sagerec.catalogue.splits import Split, SplitSettings, make_split
 from sagerec.cli import main
 from sagerec.errors import DatasetError
 from sagerec.run.folder import Run
+from tests.conftest import semantic_ids
 
 EVENTS = [("u", "a", 1), ("u", "b", 2), ("u", "c", 3), ("u", "a", 4), ("v", "c", 1), ("w", "b", 1), ("w", "c", 2)]
 
@@ -139,5 +140,5 @@ def test_minionerec_of_a_run_comes_back_with_the_same_split(small_run: Run, tmp_
     assert np.array_equal(back.event_items, data.event_items)
     assert np.array_equal(back.event_users, data.event_users)
     assert np.array_equal(make_split(back, SplitSettings()).parts, small_run.split.parts)
-    first = small_run.ids().codes[0].tolist()
+    first = semantic_ids(small_run).codes[0].tolist()
     assert back.items["semantic_id"][0] == "".join(f"<{'abcdefgh'[k]}_{code}>" for k, code in enumerate(first))

@@ -8,9 +8,11 @@ import torch
 
 from sagerec.actions.groups import group_log_softmax
 from sagerec.actions.semantic_ids.quantisers import separate
-from sagerec.actions.trie import ROOT, build_trie
+from sagerec.actions.space import make_space
+from sagerec.actions.trie import ROOT
 from sagerec.errors import SettingsError
-from sagerec.policies.lazy_decoder import FastDropout, LazyDecoder, LazyDecoderSettings
+from sagerec.policies.layers import FastDropout
+from sagerec.policies.lazy_decoder import LazyDecoder, LazyDecoderSettings
 
 N = 60
 
@@ -25,7 +27,7 @@ def small_policy(*, seed: int = 0, variable_length: bool = False, **settings: An
         alone = np.bincount(codes[:, 0] * 4 + codes[:, 1], minlength=16)[codes[:, 0] * 4 + codes[:, 1]] == 1
         codes[alone, 2] = -1
     shape = LazyDecoderSettings(width=16, heads=2, encoder_layers=2, dropout=0.1, max_items=12, **settings)
-    policy = LazyDecoder(shape, torch.from_numpy(codes).long(), build_trie(codes), torch.randn(N, 5))
+    policy = LazyDecoder(shape, make_space(codes, vectors=torch.randn(N, 5).numpy()))
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
             if "norm" not in name:
@@ -109,12 +111,12 @@ def test_stepwise_decoding_gives_the_training_logprobs(variable_length: bool) ->
                 if code < 0:
                     assert expected[user, level] == 0
                     break
-                children = policy.trie.children(state)
+                children = policy.space.trie.children(state)
                 steps = group_log_softmax(policy.child_logits(prefix, children), children.parent, 1)
                 at = children.token.tolist().index(code)
                 torch.testing.assert_close(steps[at], expected[user, level], rtol=1e-4, atol=1e-5)
                 state = children.node[at : at + 1]
-                if not bool(policy.trie.is_leaf(state)):
+                if not bool(policy.space.trie.is_leaf(state)):
                     prefix = policy.step(prefix, torch.tensor([0]), torch.tensor([code]))
     if variable_length:
         assert bool((policy.codes < 0).any())
@@ -130,11 +132,9 @@ def test_gradient_reaches_every_parameter() -> None:
 
 
 def test_listed_as_names_the_item_that_holds_a_shared_id() -> None:
-    codes = np.array([[0, 0], [0, 1], [0, 0], [1, 0]])
-    trie = build_trie(codes[[2, 1, 3]], np.array([2, 1, 3]))
-    shape = LazyDecoderSettings(width=8, heads=1, content=False)
-    policy = LazyDecoder(shape, torch.from_numpy(codes), trie)
-    assert policy.listed_as(np.arange(4)).tolist() == [2, 1, 2, 3]
+    space = make_space(np.array([[0, 0], [0, 1], [0, 0], [1, 0]]), listed=np.array([2, 1, 3]))
+    assert space.listed_as(np.arange(4)).tolist() == [2, 1, 2, 3]
+    assert not space.is_unique
 
 
 def test_fast_dropout_keeps_the_mean_and_the_stated_share() -> None:
@@ -164,5 +164,30 @@ def test_bad_shapes_are_refused(settings: dict[str, Any], message: str) -> None:
 
 
 def test_content_needs_vectors() -> None:
-    with pytest.raises(SettingsError, match="no vectors are given"):
-        LazyDecoder(LazyDecoderSettings(), torch.tensor([[0], [1]]), build_trie(np.array([[0], [1]])))
+    with pytest.raises(SettingsError, match="the items have no vectors"):
+        LazyDecoder(LazyDecoderSettings(), make_space(np.array([[0], [1]])))
+
+
+@pytest.mark.parametrize("settings", [{}, {"decoder_layers": 2}])
+@pytest.mark.parametrize("variable_length", [False, True])
+def test_following_whole_sequences_equals_stepping_token_by_token(
+    settings: dict[str, Any], variable_length: bool
+) -> None:
+    """Outputs and gradients of one teacher-forced pass, for sequences of 0 to 2 codes, against `step`."""
+    policy = small_policy(variable_length=variable_length, **settings)
+    prefix = policy.begin(policy.encode(*histories()))
+    rows, lengths = torch.tensor([4, 0, 0, 2, 1]), torch.tensor([2, 0, 1, 2, 1])
+    codes = policy.codes[torch.tensor([3, 17, 42, 5, 59])]
+    tokens = torch.cat([row[:n] for row, n in zip(codes, lengths, strict=True)])
+    followed = policy.follow(prefix, rows, tokens, lengths)
+    assert [len(p.output) for p in followed] == [4, 2]
+    first = policy.step(prefix, rows[lengths >= 1], codes[lengths >= 1, 0])
+    second = policy.step(first, torch.tensor([0, 2]), codes[lengths >= 2, 1])
+    for one, other in zip(followed, (first, second), strict=True):
+        assert one.level == other.level
+        torch.testing.assert_close(one.output, other.output, rtol=1e-4, atol=1e-5)
+    gradients = []
+    for found in (followed[1].output, second.output):
+        weights = torch.linspace(-1, 1, found.numel()).view_as(found)
+        gradients.append(torch.autograd.grad((found * weights).sum(), policy.prefix_codes.weight, retain_graph=True)[0])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)

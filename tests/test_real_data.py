@@ -9,7 +9,8 @@ from sagerec.actions.semantic_ids.existing import read_existing
 from sagerec.catalogue.dataset import read_dataset
 from sagerec.catalogue.describe import describe
 from sagerec.catalogue.splits import SplitSettings, make_split
-from sagerec.run.stages import audit, make_ids, prepare
+from sagerec.run.stages import audit, make_actions, prepare
+from tests.conftest import semantic_ids
 
 
 def test_amazon_beauty_is_the_papers_benchmark(real_data: Path) -> None:
@@ -41,7 +42,8 @@ def test_amazon_industrial_brings_ids_of_its_own(real_data: Path) -> None:
 
 def test_semantic_ids_of_beauty_are_unique_and_audited(real_data: Path, tmp_path: Path) -> None:
     run = prepare(real_data / "amazon-beauty", tmp_path / "run", SplitSettings())
-    ids = make_ids(run, SemanticIdSettings())
+    make_actions(run, SemanticIdSettings())
+    ids = semantic_ids(run)
     assert len(np.unique(ids.codes, axis=0)) == 12_101
     sizes = run.manifest("semantic_ids").sizes
     assert sizes["level_sizes"][:2] == [4096, 4096]

@@ -32,7 +32,7 @@ from sagerec.report.page import write_report
 from sagerec.report.tradeoffs import pareto_front
 from sagerec.report.training_plots import moving_mean
 from sagerec.run.folder import Run, open_run
-from sagerec.run.stages import align, audit, evaluate, make_ids, prepare, train
+from sagerec.run.stages import align, audit, evaluate, make_actions, prepare, train
 from sagerec.training.settings import AlignSettings
 from tests.conftest import SMALL_IDS, SMALL_POLICY, SMALL_RUN, SMALL_TRAIN
 
@@ -54,7 +54,7 @@ def run(store_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     items.write_parquet(data / ITEMS)
     events.with_columns(user_id=pl.lit(EVIL) + pl.col("user_id")).write_parquet(data / INTERACTIONS)
     made = prepare(data, folder / "run", SplitSettings(reserve="event"))
-    make_ids(made, SMALL_IDS)
+    make_actions(made, SMALL_IDS)
     train(made, SMALL_POLICY, replace(SMALL_TRAIN, epochs=1))
     evaluate(made, SMALL_RUN.evaluate, device="cpu")
     for objective in ("sft", "sage"):

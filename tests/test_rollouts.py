@@ -8,10 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sagerec.actions.legal import NO_ITEM, excluded_paths, has_free_item
+from sagerec.actions.legal import NO_ITEM, bar
+from sagerec.actions.space import ActionSpace
 from sagerec.actions.trie import ROOT
 from sagerec.decoding.rollouts import RolloutSettings, roll_out
-from sagerec.decoding.slates import slate_logprobs, write_slates
+from sagerec.decoding.slates import Slates, slate_logprobs, write_slates
 from sagerec.errors import SettingsError
 from sagerec.policies.lazy_decoder import Context
 from tests.test_policy import N, all_logprobs, histories, small_policy
@@ -20,10 +21,18 @@ from tests.test_slates import slow_slate_logprob
 
 def slow_has_free_item(policy: object, states: torch.Tensor, excluded: torch.Tensor) -> torch.Tensor:
     """The twin: for every child of every state, count the excluded items under it one by one."""
-    trie = policy.trie  # type: ignore[attr-defined]
-    children = trie.children(states)
-    matches = (excluded[children.parent] == children.node[:, None]).sum(dim=1)
-    return torch.as_tensor(matches < trie.size[children.node])
+    space = policy.space  # type: ignore[attr-defined]
+    children, free = space.trie.children(states), []
+    for parent, node in zip(children.parent.tolist(), children.node.tolist(), strict=True):
+        under = [i for i in set(excluded[parent].tolist()) - {NO_ITEM} if node in way(space, i)]
+        free.append(len(under) < int(space.trie.size[node]))
+    return torch.tensor(free)
+
+
+def way(space: ActionSpace, item: int) -> list[int]:
+    """The states on the way of an item's sequence."""
+    nodes: list[int] = space.paths(torch.tensor([item])).node.tolist()
+    return nodes
 
 
 @given(seed=st.integers(0, 1000), barred=st.integers(0, 30), ends=st.booleans())
@@ -33,13 +42,17 @@ def test_used_up_prefixes_are_those_of_a_count_over_all_children(seed: int, barr
     generator = torch.Generator().manual_seed(seed)
     excluded = torch.stack([torch.randperm(N, generator=generator)[:barred] for _ in range(6)])
     excluded = torch.where(torch.rand(excluded.shape, generator=generator) < 0.2, NO_ITEM, excluded)
-    paths = excluded_paths(policy.trie, policy.codes, excluded)
-    states = torch.full((6,), ROOT)
-    for level in range(2):
-        children = policy.trie.children(states)
-        found = has_free_item(policy.trie, states, children, paths[:, :, level + 1])
-        assert torch.equal(found, slow_has_free_item(policy, states, paths[:, :, level + 1]))
-        inner = children.node[~policy.trie.is_leaf(children.node)]
+    closed, rows = bar(policy.space, excluded), torch.arange(6)
+    grown = bar(policy.space, excluded[:, :0]).with_items(policy.space, excluded)
+    assert torch.equal(closed.keys, grown.keys)
+    trie, states = policy.space.trie, torch.full((6,), ROOT)
+    for _ in range(2):
+        children = trie.children(states)
+        found = closed.leaves_free(rows, states, children)
+        assert torch.equal(found, slow_has_free_item(policy, states, excluded))
+        twice = closed.repeated(2).leaves_free(2 * rows + 1, states, children)
+        assert torch.equal(found, twice)
+        inner = children.node[~trie.is_leaf(children.node)]
         if len(inner) == 0:
             break
         states = inner[torch.randint(len(inner), (6,), generator=generator)]
@@ -62,8 +75,9 @@ def test_stored_logprobs_are_those_that_the_loss_recomputes(
     excluded = torch.stack([torch.randperm(N)[:barred] for _ in range(3)]) if barred else None
     how = RolloutSettings(k=k, slates=3, beam_slates=int(beam), temperature=temperature)
     found = roll_out(policy, items, lengths, how, excluded=excluded)
-    again = slate_logprobs(policy, items, lengths, found.items, temperature=temperature, excluded=excluded).logprobs
-    torch.testing.assert_close(found.logprobs, again.detach(), rtol=1e-4, atol=1e-5)
+    again = slate_logprobs(policy, items, lengths, found.items, temperature=temperature, excluded=excluded).tokens
+    assert torch.equal(found.tokens.item, again.item)
+    torch.testing.assert_close(found.tokens.logprobs, again.logprobs.detach(), rtol=1e-4, atol=1e-5)
     assert found.items.shape == (3, 3, k)
     assert all(len(set(slate)) == k for user in found.items.tolist() for slate in user)
     if excluded is not None:
@@ -71,7 +85,7 @@ def test_stored_logprobs_are_those_that_the_loss_recomputes(
     if k == 1 and not ends and temperature == 1.0 and excluded is None:
         scores = all_logprobs(policy, policy.encode(items, lengths).hidden[:, 0])
         expected = scores.gather(1, found.items[:, :, 0])
-        torch.testing.assert_close(again.sum(dim=(2, 3)), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.scores()[:, :, 0], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_slates_in_one_pass_equal_the_slow_twin_and_item_by_item_writing() -> None:
@@ -79,13 +93,13 @@ def test_slates_in_one_pass_equal_the_slow_twin_and_item_by_item_writing() -> No
     policy = small_policy().eval()
     items, lengths = histories(batch=2, longest=5)
     slates = torch.tensor([[[3, 9, 1, 7], [3, 1, 9, 0]], [[5, 4, 3, 2], [10, 11, 12, 13]]])
-    found = slate_logprobs(policy, items, lengths, slates).logprobs
+    found = Slates(slates, slate_logprobs(policy, items, lengths, slates).tokens).scores().detach()
     for user in range(2):
         history = items[user, : lengths[user]].tolist()
         for slate in range(2):
             with torch.no_grad():
                 expected = slow_slate_logprob(policy, history, slates[user, slate].tolist())
-            assert float(found[user, slate].sum().detach()) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+            assert float(found[user, slate].sum()) == pytest.approx(expected, rel=1e-4, abs=1e-4)
     # `extend` gives the states that `append` gives item by item.
     extended = policy.extend(policy.encode(items, lengths), slates[:, :, :-1])
     context = policy.encode(items, lengths, slates=2)
@@ -99,12 +113,14 @@ def test_gradient_of_shared_prompts_equals_that_of_separate_ones() -> None:
     policy = small_policy().eval()
     items, lengths = histories(batch=3)
     slates = roll_out(policy, items, lengths, RolloutSettings(k=2, slates=4, beam_slates=0)).items
-    weights = torch.rand(3, 4, 2, 1, generator=torch.Generator().manual_seed(1))
-    (slate_logprobs(policy, items, lengths, slates).logprobs * weights).sum().backward()  # type: ignore[no-untyped-call]
+    weights = torch.rand(3, 4, 2, generator=torch.Generator().manual_seed(1))
+    found = Slates(slates, slate_logprobs(policy, items, lengths, slates).tokens).scores()
+    (found * weights).sum().backward()  # type: ignore[no-untyped-call]
     together = {n: p.grad.clone() for n, p in policy.named_parameters() if p.grad is not None}
     policy.zero_grad()
     for g in range(4):
-        found = slate_logprobs(policy, items, lengths, slates[:, g : g + 1]).logprobs
+        own = slates[:, g : g + 1]
+        found = Slates(own, slate_logprobs(policy, items, lengths, own).tokens).scores()
         (found * weights[:, g : g + 1]).sum().backward()  # type: ignore[no-untyped-call]
     for name, parameter in policy.named_parameters():
         if parameter.grad is not None:
@@ -114,7 +130,7 @@ def test_gradient_of_shared_prompts_equals_that_of_separate_ones() -> None:
 def test_a_users_slates_do_not_hang_on_the_batch() -> None:
     policy = small_policy().eval()
     items, lengths = histories(batch=4)
-    uniforms = torch.rand(4, 3, 2, policy.codes.shape[1], generator=torch.Generator().manual_seed(0))
+    uniforms = torch.rand(4, 3, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     whole = write_slates(policy, items, lengths, k=2, slates=3, uniforms=uniforms)
     part = write_slates(policy, items[2:], lengths[2:], k=2, slates=3, uniforms=uniforms[2:])
     assert torch.equal(whole.items[2:], part.items)
@@ -128,7 +144,7 @@ def test_temperature_shapes_the_draws() -> None:
     prefix = policy.begin(policy.encode(items, lengths))
     expected = (policy.root_logits(prefix)[0].detach() / 0.5).softmax(0)
     first = policy.codes[found.items.flatten()][:, 0]
-    tokens = policy.trie.children(torch.tensor([ROOT])).token
+    tokens = policy.space.trie.children(torch.tensor([ROOT])).token
     share = torch.stack([(first == token).float().mean() for token in tokens])
     assert float((share - expected).abs().max()) < 4 * math.sqrt(0.25 / 20_000)
 
@@ -170,24 +186,27 @@ def test_beam_slates_read_each_history_once(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("ends", [False, True])
-def test_a_code_counts_where_several_were_legal(ends: bool) -> None:
+def test_a_token_counts_where_several_were_legal(ends: bool) -> None:
     """The twin: item by item, the codes under which an item is left that neither history nor slate bars."""
     policy = small_policy(variable_length=ends).eval()
     items, lengths = histories(batch=3)
     excluded = torch.arange(0, N, 3).expand(3, -1)
-    codes = [[c for c in row if c >= 0] for row in policy.codes.tolist()]
+    codes = [policy.space.sequence(item) for item in range(N)]
     for beams in (0, 1):
         found = roll_out(policy, items, lengths, RolloutSettings(k=2, slates=3, beam_slates=beams), excluded=excluded)
         for user, slate in itertools.product(range(3), range(3)):
             barred = set(range(0, N, 3))
             for place, item in enumerate(found.items[user, slate].tolist()):
-                for level in range(policy.codes.shape[1]):
+                number = (user * 3 + slate) * 2 + place
+                free = 0
+                for level in range(len(codes[item])):
                     legal = {
                         codes[i][level]
                         for i in range(N)
                         if i not in barred and codes[i][:level] == codes[item][:level] and len(codes[i]) > level
                     }
-                    assert bool(found.free[user, slate, place, level]) == (len(legal) > 1), (item, level, legal)
+                    free += len(legal) > 1
+                assert int((found.tokens.item == number).sum()) == free, (item, barred)
                 barred.add(item)
 
 

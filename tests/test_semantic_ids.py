@@ -489,8 +489,8 @@ def test_the_artefact_there_and_back(store_data: Dataset, built: tuple[Path, Sem
     assert (ids.codebooks == quantised.codebooks).all()
     assert (ids.codes == codes).all()
     assert ids.is_unique
-    assert ids.length == 3
-    assert ids.level_sizes() == [int(c.max()) + 1 for c in codes.T]
+    assert ids.codes.shape[1] == 3
+    assert [int(n) for n in ids.codes.max(axis=0) + 1] == [int(c.max()) + 1 for c in codes.T]
     again = read_semantic_ids(folder)
     assert (again.codes == ids.codes).all()
     assert (again.vectors == ids.vectors).all()
@@ -505,7 +505,7 @@ def test_the_artefact_there_and_back(store_data: Dataset, built: tuple[Path, Sem
     assert manifest.sizes["collision_rate"] == collision_rate(quantised.codes) > 0
     assert manifest.sizes["reconstruction_error"] == quantised.errors
     assert manifest.sizes["perplexity"] == quantised.perplexities
-    assert manifest.sizes["level_sizes"] == ids.level_sizes()
+    assert manifest.sizes["level_sizes"] == [int(n) for n in ids.codes.max(axis=0) + 1]
     assert manifest.sizes["dimensions"] == vectors.shape[1] == 16
     assert (manifest.sizes["trie_nodes"], manifest.sizes["trie_bytes"]) == (ids.trie.n_nodes, ids.trie.n_bytes)
     assert read_events_used(folder).tolist() == train.rows.tolist()
@@ -559,7 +559,7 @@ def test_shared_ids_and_the_item_that_the_trie_lists(tmp_path: Path) -> None:
     rows = [[4, 2, 4], [5, 3]]
     shared = shared_ids(tmp_path, rows, unique=False)
     assert not shared.is_unique
-    assert shared.length == 2
+    assert shared.codes.shape[1] == 2
     assert int(shared.trie.size[ROOT]) == 2
     assert len({tuple(shared.codes[i]) for i in (0, 2, 4)}) == len({tuple(shared.codes[i]) for i in (1, 3, 5)}) == 1
     assert sorted(i for i in shared.trie.item.tolist() if i >= 0) == [3, 4]

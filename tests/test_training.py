@@ -27,12 +27,12 @@ from sagerec.catalogue.splits import Sequences, SplitSettings, make_split
 from sagerec.errors import ArtifactError, MissingExtraError, SettingsError, TrainingError
 from sagerec.evaluation.evaluate import EvaluateSettings
 from sagerec.policies.lazy_decoder import LazyDecoderSettings
+from sagerec.policies.registry import read_policy
 from sagerec.run.folder import Run
-from sagerec.run.stages import RunSettings, evaluate, make_ids, prepare, train
+from sagerec.run.stages import RunSettings, evaluate, make_actions, prepare, train
 from sagerec.training.batches import make_windows, shuffled_batches
 from sagerec.training.loop import fit, learning_rate_at
 from sagerec.training.settings import TrainSettings
-from sagerec.training.supervised import next_item_loss, read_policy
 from sagerec.training.tracking import JsonLines, TrackerName, open_trackers
 from tests.conftest import SMALL_IDS, SMALL_POLICY, SMALL_TRAIN
 from tests.test_policy import all_logprobs, small_policy
@@ -103,7 +103,7 @@ def test_loss_is_the_mean_of_the_brute_force_logprobs() -> None:
         expected = [
             -float(all_logprobs(policy, states[b, t][None])[0, targets[b, t]]) for b, t in counted.nonzero().tolist()
         ]
-        loss = float(next_item_loss(policy, inputs, targets, counted))
+        loss = float(policy.next_item_loss(inputs, targets, counted))
     assert loss == pytest.approx(np.mean(expected), rel=1e-5)
 
 
@@ -111,7 +111,7 @@ def test_planted_successors_are_learnt_to_recall_one(tmp_path: Path) -> None:
     """Where the next item is a function of the last, recall@1 reaches 1 on validation and test."""
     write_store(tmp_path / "store", simulate(StoreSettings(users=300, items=200, dynamics="successor", seed=1)))
     run = prepare(tmp_path / "store", tmp_path / "run", SplitSettings())
-    make_ids(run, SemanticIdSettings(levels=2, codebook_size=32))
+    make_actions(run, SemanticIdSettings(levels=2, codebook_size=32))
     settings_ = TrainSettings(epochs=16, batch_size=16, validate_every=16, weight_decay=0.0, device="cpu")
     train(run, LazyDecoderSettings(width=32, heads=2, encoder_layers=1, dropout=0.0), settings_)
     for split in ("valid", "test"):
@@ -121,7 +121,7 @@ def test_planted_successors_are_learnt_to_recall_one(tmp_path: Path) -> None:
 
 def _prepared(store_folder: Path, out: Path) -> Run:
     run = prepare(store_folder, out, SplitSettings())
-    make_ids(run, SMALL_IDS)
+    make_actions(run, SMALL_IDS)
     return run
 
 
@@ -199,7 +199,7 @@ def test_a_finished_stage_is_skipped_and_changed_settings_make_it_again(
     assert read_manifest(run.folder / "policy", "policy") == first
     train(run, SMALL_POLICY, replace(SMALL_TRAIN, learning_rate=1e-3))
     assert "policy: making it again, for its setting train is" in caplog.text
-    make_ids(run, replace(SMALL_IDS, codebook_size=8))
+    make_actions(run, replace(SMALL_IDS, codebook_size=8))
     with pytest.raises(ArtifactError, match="was trained on other Semantic IDs"):
         run.policy()
 
@@ -382,7 +382,7 @@ def test_weights_of_a_damaged_file_are_refused(small_run: Run, tmp_path: Path) -
         (folder / path.name).write_bytes(path.read_bytes())
     (folder / "model.safetensors").write_bytes(b"broken")
     with pytest.raises((ArtifactError,), match=r"model\.safetensors cannot be read"):
-        read_policy(folder, small_run.ids())
+        read_policy(folder, small_run.space())
 
 
 def test_training_lowers_the_loss(small_run: Run, store_data: Dataset) -> None:

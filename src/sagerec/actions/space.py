@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sagerec.actions.trie import PADDING, ROOT, Trie
+from sagerec.actions.trie import PADDING, ROOT, Trie, build_trie
 from sagerec.errors import TrieError
 
 SpaceT = TypeVar("SpaceT", bound="ActionSpace")
@@ -160,3 +160,16 @@ def ragged_paths(trie: Trie, tokens: np.ndarray, lengths: np.ndarray) -> tuple[T
         kept = size[going] > depth
         states, going = states[kept], going[kept]
     return nodes, offsets
+
+
+def make_space(
+    sequences: np.ndarray, *, listed: np.ndarray | None = None, vectors: np.ndarray | None = None
+) -> ActionSpace:
+    """The space of items with sequences (N, L), padded on the right with -1, and maybe vectors (N, D).
+
+    Where items share a sequence, `listed` names the one of each that stands for them all. Raises: TrieError.
+    """
+    trie = build_trie(sequences) if listed is None else build_trie(sequences[listed], listed)
+    inside = sequences != PADDING
+    nodes, offsets = ragged_paths(trie, sequences[inside], inside.sum(axis=1))
+    return ActionSpace(trie=trie, nodes=nodes, offsets=offsets, vectors=vectors)

@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -99,7 +99,7 @@ def read_trials(folder: Path, objective: str) -> list[dict[str, Any]]:
 
 
 def do_job(folder: Path, job: Job, run_settings: RunSettings, threads: int, device: str) -> str:
-    """Run one job in a process of its own; returns its name."""
+    """Run one job; returns its name."""
     torch.set_num_threads(threads)
     run = open_run(folder / "run")
     settings = replace(job.settings, device=device)
@@ -172,19 +172,22 @@ def do_jobs(folder: Path, jobs: Sequence[Job], settings: StudySettings, run_sett
         job.settings.device if job.settings.device != "auto" else f"cuda:{i % gpus}" if gpus else "cpu"
         for i, job in enumerate(left)
     ]
-    with (
-        progress_bar("study", len(left)) as bar,
-        ProcessPoolExecutor(settings.processes, mp_context=get_context("spawn")) as pool,
-    ):
-        waiting = {
-            pool.submit(do_job, folder, job, run_settings, threads, device)
-            for job, device in zip(left, devices, strict=True)
-        }
-        for done, future in enumerate(as_completed(waiting), start=1):
-            try:
-                name = future.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+    calls = [(folder, job, run_settings, threads, device) for job, device in zip(left, devices, strict=True)]
+    with progress_bar("study", len(left)) as bar:
+        for done, name in enumerate(finished(calls, settings.processes), start=1):
             bar.update(done, name)
             logger.info("%s is done; %d of %d left", name, len(left) - done, len(left))
+
+
+def finished(calls: Sequence[tuple[Path, Job, RunSettings, int, str]], processes: int) -> Iterator[str]:
+    """Names of jobs as they are done: here one after another, or in several processes."""
+    if processes == 1:
+        yield from (do_job(*call) for call in calls)
+        return
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        try:
+            for future in as_completed([pool.submit(do_job, *call) for call in calls]):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise

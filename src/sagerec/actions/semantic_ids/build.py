@@ -6,7 +6,7 @@ RQ-VAE, `network.safetensors`.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -288,14 +288,12 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 
 def read_semantic_ids(folder: Path) -> SemanticIds:
     """Read the artefact back, the trie memory-mapped. Raises: ArtifactError."""
-    manifest, tensors, trie = read_manifest(folder, KIND), read_tensors(folder / TENSORS), read_trie(folder / "trie")
-    codes = tensors["codes"]
+    manifest = read_manifest(folder, KIND)
+    ids = index_ids(**read_tensors(folder / TENSORS), trie=read_trie(folder / "trie"))
+    return replace(ids, content_hash=manifest.content_hash, grown_from=tuple(manifest.grown_from))
+
+
+def index_ids(*, codes: np.ndarray, vectors: np.ndarray, codebooks: np.ndarray, trie: Trie) -> SemanticIds:
+    """The Semantic IDs of codes (N, L) whose trie is there."""
     nodes, offsets = ragged_paths(trie, codes.ravel(), np.full(len(codes), codes.shape[1]))
-    return SemanticIds(
-        **tensors,
-        trie=trie,
-        nodes=nodes,
-        offsets=offsets,
-        content_hash=manifest.content_hash,
-        grown_from=tuple(manifest.grown_from),
-    )
+    return SemanticIds(codes=codes, vectors=vectors, codebooks=codebooks, trie=trie, nodes=nodes, offsets=offsets)
