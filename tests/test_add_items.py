@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sagerec import load
+from sagerec.actions.registry import KINDS
 from sagerec.actions.semantic_ids.add import fill_collaborative
 from sagerec.actions.semantic_ids.build import SemanticIds, index_ids
 from sagerec.actions.semantic_ids.embedders import embed_text, project_text
@@ -26,7 +27,6 @@ from sagerec.catalogue.splits import SplitSettings
 from sagerec.cli import main
 from sagerec.errors import ArtifactError, DatasetError
 from sagerec.policies.lazy_decoder import CODE_ROWS, LazyDecoder, LazyDecoderSettings, grow_weights
-from sagerec.run import stages as pipeline
 from sagerec.run.folder import Run, open_run
 from sagerec.run.stages import add_items, audit, evaluate, make_actions, prepare, run_all, train
 from tests.conftest import SMALL_IDS, SMALL_POLICY, SMALL_RUN, SMALL_TRAIN, semantic_ids
@@ -261,7 +261,7 @@ def test_items_can_be_added_again_and_other_ids_are_still_refused(run: Run, tmp_
     assert again.data.n_items == 214
     assert len(again.manifest("semantic_ids").grown_from) == 2
     assert again.manifest("semantic_ids").grown_from[0] == first["semantic_ids"]
-    assert again.policy(device="cpu").n_items == 214
+    assert again.policy(device="cpu").space.n_items == 214
     train(again, SMALL_POLICY, SMALL_TRAIN)
     assert hashes(again)["policy"] == first["policy"]
     make_actions(again, replace(CHEAP, seed=1))
@@ -286,12 +286,15 @@ def test_cut_short_it_goes_on_with_the_same_items(
     """The dataset has the items and the Semantic IDs do not: nothing is read until the same call ends the work."""
     path = new_items(run, tmp_path / "items.parquet")
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "write_addition", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        stopped = replace(
+            KINDS["semantic_ids"], write_addition=lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        patch.setitem(KINDS, "semantic_ids", stopped)
         with pytest.raises(KeyboardInterrupt):
             add_items(run.folder, path)
     half = open_run(run.folder)
     with pytest.raises(ArtifactError, match=r"holds 200 items and the dataset 207; .+ give it the same items again$"):
-        semantic_ids(half)
+        half.space()
     with pytest.raises(ArtifactError, match="holds 200 items and the dataset 207"):
         add_items(run.folder, new_items(run, tmp_path / "others.parquet", prefix="other"))
     add_items(run.folder, path)

@@ -61,6 +61,29 @@ def test_objectives_import_torch_alone() -> None:
         assert packages <= OBJECTIVES_MAY_IMPORT, f"{path.name} imports {packages - OBJECTIVES_MAY_IMPORT}"
 
 
+def test_only_the_registry_knows_concrete_policies() -> None:
+    """Outside policies/ the protocol, the registry and shared layers are all that is imported."""
+    allowed = {"sagerec.policies.protocol", "sagerec.policies.registry", "sagerec.policies.layers"}
+    found = []
+    for path in SOURCE.rglob("*.py"):
+        if "policies" not in path.relative_to(SOURCE).parts:
+            names = {name for name in imports(path) if name.startswith("sagerec.policies")}
+            found += [f"{path.relative_to(SOURCE)} imports {name}" for name in sorted(names - allowed)]
+    assert found == []
+
+
+def test_only_the_registry_of_actions_knows_how_semantic_ids_are_made() -> None:
+    """What decodes, trains and evaluates knows action spaces; Semantic IDs are one kind."""
+    blind = ("policies", "decoding", "evaluation", "training", "study", "recommend.py")
+    allowed = {"sagerec.actions.semantic_ids.embedders"}
+    found = []
+    for path in SOURCE.rglob("*.py"):
+        if path.relative_to(SOURCE).parts[0] in blind:
+            names = {name for name in imports(path) if name.startswith("sagerec.actions.semantic_ids")}
+            found += [f"{path.relative_to(SOURCE)} imports {name}" for name in sorted(names - allowed)]
+    assert found == []
+
+
 def test_no_pickle_and_no_eval() -> None:
     for path in SOURCE.rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
