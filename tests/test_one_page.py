@@ -38,7 +38,7 @@ def page() -> Any:
     ],
 )
 def test_the_page_makes_the_updates_of_the_stage(run: Run, page: Any, change: dict[str, Any]) -> None:
-    """Weights after two passes: apart by less than 2 % of the way that they went (AdamW magnifies rounding)."""
+    """Weights after two passes: apart by less than .2 % of the way that they went (AdamW magnifies rounding)."""
     args = replace(page.Args(slates=8, batch_users=32, round_users=64, learning_rate=2e-3), **change)
     store, mine = run.store(), run.policy(device="cpu")
     start = {name: value.clone() for name, value in mine.state_dict().items()}
@@ -49,7 +49,7 @@ def test_the_page_makes_the_updates_of_the_stage(run: Run, page: Any, change: di
         for one, other in ((start, theirs), (mine.state_dict(), theirs))
     )
     assert moved > 0.5
-    assert apart < 0.02 * moved, (apart, moved)
+    assert apart < 0.002 * moved, (apart, moved)
 
 
 def test_the_page_is_one_page() -> None:
