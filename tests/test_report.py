@@ -26,7 +26,6 @@ from sagerec.objectives.table import OBJECTIVES
 from sagerec.report.coefficients import choose_objectives, coefficients
 from sagerec.report.drawing import Line, Style, canvas, draw_lines, to_svg
 from sagerec.report.examples import gather_examples, group_users
-from sagerec.report.markup import Html, tag
 from sagerec.report.material import gather
 from sagerec.report.page import write_report
 from sagerec.report.tradeoffs import pareto_front
