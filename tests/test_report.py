@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sagerec import artifacts
 from sagerec.baselines.tuning import evaluate_baseline
@@ -24,9 +26,8 @@ from sagerec.cli import main
 from sagerec.errors import ArtifactError
 from sagerec.objectives.table import OBJECTIVES
 from sagerec.report.coefficients import choose_objectives, coefficients
-from sagerec.report.drawing import Line, Style, canvas, draw_lines, to_svg
+from sagerec.report.drawing import Line, Style, adapt, canvas, draw_lines, to_svg
 from sagerec.report.examples import gather_examples, group_users
-from sagerec.report.markup import Html, tag
 from sagerec.report.material import gather
 from sagerec.report.page import write_report
 from sagerec.report.tradeoffs import pareto_front
@@ -36,7 +37,7 @@ from sagerec.run.stages import align, audit, evaluate, make_actions, prepare, tr
 from sagerec.training.settings import AlignSettings
 from tests.conftest import SMALL_IDS, SMALL_POLICY, SMALL_RUN, SMALL_TRAIN
 
-EVIL = '<script>alert("1")</script>&\'"</td>$x_1$'
+EVIL = '<script>alert("1")</script>&\'"</td>$x_1${{ 7*7 }}{% raise %}'
 ALIGN = AlignSettings(
     slates=4, round_users=32, batch_users=32, validations=2, validation_users=40, checkpoint_every=99, device="cpu"
 )
@@ -265,7 +266,15 @@ def test_report_and_align_from_the_command_line(run: Run, tmp_path: Path, capsys
     quick = ["--slates", "4", "--validations", "1", "--round-users", "64", "--batch-users", "64", "--device", "cpu"]
     assert main(["align", str(folder), "--objective", "gbpo", "--reward", "hit=1", *quick]) == 0
     plots = {path.stem: path for path in (folder / "plots" / "policy-gbpo").iterdir()}
-    assert {"reward-1", "ratio", "share-at-upper", "gradient-norm", "entropy", "valid-recall"} <= set(plots)
+    assert {
+        "reward-1",
+        "ratio",
+        "share-at-upper",
+        "gradient-norm",
+        "entropy",
+        "valid-recall",
+        "valid-coarse-entropy",
+    } <= set(plots)
     for path in plots.values():
         assert ET.parse(path).getroot().tag.endswith("svg")
     audit(open_run(folder))
@@ -395,8 +404,8 @@ def test_moving_mean_by_hand() -> None:
 def test_users_are_grouped_by_who_found_the_item() -> None:
     targets = np.array([1, 1, 1, 1])
     start, aligned = np.array([[1], [0], [1], [0]]), np.array([[0], [1], [1], [0]])
-    found = group_users(targets, [("supervised", start), ("sage", aligned)])
-    assert [found.categories[i] for i in found.of_case] == [
+    groups, of_case = group_users(targets, [("supervised", start), ("sage", aligned)])
+    assert [groups[i] for i in of_case] == [
         "found by supervised alone",
         "found by sage alone",
         "found by both",
@@ -422,8 +431,110 @@ def test_a_plot_keeps_small_numbers_hostile_words_and_its_ids_to_itself() -> Non
     assert draw("one") == first
 
 
-def test_markup_escapes_all_but_markup() -> None:
-    assert tag("p", EVIL, title='"') == Html(
-        '<p title="&quot;">&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt;&amp;&#x27;&quot;&lt;/td&gt;$x_1$</p>'
+def test_a_drawing_becomes_part_of_a_page_by_hand() -> None:
+    """Metadata, style element, sizes, fonts and the rotation by -0 go; the id that is used gets the prefix, the other
+    goes, that of a series becomes its class; a colour of the page becomes its variable, another one stays, and so does
+    text that looks like either; 10.129 and 0.005 are cut to 10.12 and 0.00.
+    """
+    drawn = """<?xml version="1.0"?>
+<svg xmlns:xlink="http://www.w3.org/1999/xlink" xmlns="http://www.w3.org/2000/svg" width="9pt" height="9pt"
+  viewBox="0 0 9 9" version="1.1">
+ <metadata><a/></metadata>
+ <defs><style type="text/css">*{stroke-linejoin: round}</style></defs>
+ <!-- a comment -->
+ <g id="series-3-0-range"><path d="M 1.5 10.129
+L 0.005 2
+z
+" clip-path="url(#clip)" style="fill: #00805f; stroke:#123456; font-family: 'A', sans-serif"/></g>
+ <defs><clipPath id="clip"><rect id="lost" width="4" height="5"/></clipPath></defs>
+ <use xlink:href="#clip" fill="#16191d"/>
+ <text x="1.999" transform="rotate(-0 1 2)">#clip  &lt;b> #16191d 1.2345</text>
+</svg>"""
+    assert adapt(drawn, "p", 'A "plot"') == (
+        '<svg viewBox="0 0 9 9" role="img" aria-label="A &quot;plot&quot;" focusable="false"><defs />'
+        '<g class="series s3"><path d="M 1.5 10.12L0.00 2 z" clip-path="url(#p-clip)" '
+        'style="fill: var(--s3); stroke: #123456" /></g>'
+        '<defs><clipPath id="p-clip"><rect width="4" height="5" /></clipPath></defs>'
+        '<use href="#p-clip" fill="var(--ink)" />'
+        '<text x="1.99">#clip  &lt;b&gt; #16191d 1.2345</text></svg>'
     )
-    assert tag("p", tag("b", "x"), None, hidden=True, id=None) == "<p hidden><b>x</b></p>"
+    assert adapt(drawn, "p").startswith('<svg viewBox="0 0 9 9" aria-hidden="true">')
+
+
+@given(
+    st.text(st.characters(exclude_categories=("Cs", "Cc", "Cn")), min_size=1).filter(str.strip),
+    st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=5),
+)
+def test_a_drawing_keeps_its_words_and_its_places_to_a_hundredth(words: str, places: list[float]) -> None:
+    root = ET.Element("{http://www.w3.org/2000/svg}svg")
+    ET.SubElement(root, "{http://www.w3.org/2000/svg}text").text = words
+    path = " L ".join(f"{x:.6f} 0" for x in places)
+    ET.SubElement(root, "{http://www.w3.org/2000/svg}path", d=f"M {path}")
+    text, line = ET.fromstring(adapt(ET.tostring(root, encoding="unicode"), "p", words))
+    assert text.text == words
+    kept = [float(word) for word in re.findall(r"[-\d.]+", line.attrib["d"])[::2]]
+    assert np.abs(np.subtract(kept, places)).max() <= 0.01 + 1e-6
+
+
+@pytest.mark.parametrize(
+    "words", ["[/bold]", "<script>alert(1)</script>", "{{ 7*7 }}", "{% raise %}", "{# x #}", "{{ folder.unlink() }}"]
+)
+def test_a_study_of_hostile_words_shows_them_as_they_are(words: str, tmp_path: Path) -> None:
+    """Each place of a study's record in which words may stand: title, names, kinds, notes, verdicts, settings …"""
+    metrics = {f"{name}@10": {"value": 0.1, "low": 0.0, "high": 0.2} for name in ("recall", "coarse_entropy", words)}
+    test = {"difference": 0.1, "low": None, "high": None, "p_value": None, "p_holm": None, "verdict": words}
+    row = {"name": f"row {words}", "kind": f"kind {words}", "note": f"note {words}", "seeds": [0], "metrics": metrics}
+    trial = {"objective": f"tried {words}", "settings": {f"set {words}": f"to {words}"}, "chosen": True}
+    record = {
+        "title": f"title {words}",
+        "dataset": {f"data {words}": 1},
+        "rows": [row | {"against": {f"rival {words}": {"recall@10": test}}}, {"name": "other", "metrics": metrics}],
+        "trials": [trial | {"metrics": {"recall@10": 0.1 * i, "coarse_entropy@10": 0.2}} for i in range(2)],
+        "published": [{"name": f"paper {words}", "recall@10": 0.1, "source": f"source {words}"}],
+        "settings": {f"setting {words}": f"value {words}"},
+        "versions": {f"package {words}": f"version {words}"},
+        "hashes": {f"artefact {words}": f"hash {words}"},
+        "hardware": f"cores {words}",
+    }
+    artifacts.write_json(tmp_path / "study.json", record)
+    text = write_report(tmp_path).read_text(encoding="utf-8")
+    outline = Outline(text)
+    assert outline.open == []
+    assert len(outline.named("script")) == 1
+    said = "\n".join(outline.text)
+    names = "title row kind note rival tried set to paper source setting value package version artefact hash cores"
+    for name in (*names.split(), "data"):
+        assert f"{name} {words}" in said, name
+    labels = {a["aria-label"] for a in outline.named("div") if "aria-label" in a}
+    assert f"Table: Differences to rival {words}, user by user" in labels
+
+
+def test_a_row_of_one_seed_a_note_and_both_entropies(tmp_path: Path) -> None:
+    """What is not tested has no p-value and is said not to be; the note stands wherever the row is named first."""
+    names = ("recall@10", "coarse_entropy@10", "entropy@10")
+    metrics = {name: {"value": 1.5, "low": None, "high": None, "seed_std": None} for name in names}
+    untested = {"difference": 0.1, "low": None, "high": None, "p_value": None, "p_holm": None, "verdict": "one seed"}
+    tested = {"difference": 0.2, "low": 0.1, "high": 0.3, "p_value": 0.01, "p_holm": 0.02, "verdict": "higher"}
+    rows = [
+        {"name": "sft", "kind": "control", "seeds": [0, 1], "metrics": metrics, "against": {}},
+        {
+            "name": "gspo",
+            "kind": "objective",
+            "seeds": [0],
+            "note": "under-tuned",
+            "metrics": metrics,
+            "against": {"sft": {"recall@10": untested, "coarse_entropy@10": tested, "entropy@10": untested}},
+        },
+    ]
+    artifacts.write_json(tmp_path / "study.json", {"title": "One seed", "rows": rows})
+    outline = Outline(write_report(tmp_path).read_text(encoding="utf-8"))
+    said = " ".join(" ".join(outline.text).split())
+    assert (
+        "gspo (under-tuned) against sft: higher in Coarse entropy@10; not tested (one seed) in Recall@10, Entropy@10."
+        in said
+    )
+    assert "seeds Recall@10 Coarse entropy@10 (bits) Entropy@10 (bits) sft control 0, 1 1.500 1.500 1.500" in said
+    assert "gspo under-tuned objective 0 1.500 one seed 1.500 ▲ higher 1.500 one seed" in said
+    assert "gspo +0.1000 one seed +0.2000 +0.1000 to +0.3000 p .020 ▲ higher +0.1000 one seed" in said
+    assert "“one seed”: nothing says how far chance moves such a row" in said
+    assert [a["class"] for a in outline.named("span") if "verdict" in str(a.get("class"))].count("verdict same") == 4

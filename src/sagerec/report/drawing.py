@@ -6,7 +6,8 @@ own they stay. Text stays text, so that a reader can select and search it.
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sagerec.report.markup import Html
+from sagerec.report.records import Series
 
 INK, MUTED, GRID, SURFACE = "#16191d", "#5b6169", "#dfe2e6", "#fffffe"
 PALETTE = ("#4f5862", "#0067a5", "#c44e00", "#00805f", "#9c3587", "#8a6d00", "#a0303b", "#3d6fd1")
@@ -24,9 +25,12 @@ PALETTE = ("#4f5862", "#0067a5", "#c44e00", "#00805f", "#9c3587", "#8a6d00", "#a
 DASHES = ("-", "-", (0, (5, 1.6)), (0, (1.4, 1.2)), (0, (6, 1.5, 1.4, 1.5)), (0, (3, 1)), (0, (8, 2)), (0, (2, 2)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
 MOST_SERIES = len(PALETTE)
-VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", SURFACE: "--surface"} | {
-    color: f"--s{i}" for i, color in enumerate(PALETTE)
+VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", SURFACE: "var(--surface)"} | {
+    color: f"var(--s{i})" for i, color in enumerate(PALETTE)
 }
+SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
+REFERENCE = re.compile(r"url\(#([^)]+)\)")
+"""To an id, in a style or a presentation attribute."""
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -127,10 +131,10 @@ def draw_lines(axes: Axes, lines: Sequence[Line]) -> None:
             bars.set_gid(f"{gid}-range")
 
 
-def to_svg(axes: Axes, name: str, *, themed: bool = True) -> Html:
+def to_svg(axes: Axes, name: str, *, label: str = "", themed: bool = True) -> str:
     """The plot as SVG; `name` (letters, digits, hyphens) keeps its ids apart from those of other plots of a page.
 
-    Themed, it has no size of its own and takes its colours from CSS variables.
+    Themed, it is part of a page (see `adapt`), read out as `label`.
     """
     figure = axes.get_figure(root=True)
     assert figure is not None
@@ -138,33 +142,60 @@ def to_svg(axes: Axes, name: str, *, themed: bool = True) -> Html:
     with mpl.rc_context(STYLE | {"svg.hashsalt": name}):
         metadata: dict[str, Any] = {"Date": None, "Creator": None, "Format": None, "Type": None}
         figure.savefig(buffer, format="svg", metadata=metadata, transparent=themed)
-    written = buffer.getvalue()
-    if not themed:
-        return Html(written)
-    svg = written[written.index("<svg ") :]
-    svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.S)
-    for size in ("width", "height"):
-        svg = re.sub(rf'(<svg[^>]*?) {size}="[^"]*"', r"\1", svg, count=1)
-    svg = re.sub(r' (?:version|xmlns(?::xlink)?)="[^"]*"', "", svg)
-    svg = svg.replace("xlink:href", "href")
-    for color, variable in VARIABLES.items():
-        svg = svg.replace(color, f"var({variable})")
-    svg = re.sub(r"font-family: [^;\"]*; ", "", svg)
-    svg = re.sub(r'id="series-(\d+)-[^"]*"', r'class="series s\1"', svg)
-    used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', svg))
-    svg = re.sub(r' id="([^"]*)"', lambda found: f' id="{name}-{found[1]}"' if found[1] in used else "", svg)
-    svg = re.sub(r'(url\(#|href="#)', rf"\1{name}-", svg)
-    svg = re.sub(r' (?:d|x|y|transform)="[^"]*"', _shorten, svg)
-    return Html(re.sub(r">\s+<", "><", svg).strip())
+    return adapt(buffer.getvalue(), name, label) if themed else buffer.getvalue()
 
 
-def _shorten(attribute: re.Match[str]) -> str:
-    """Coordinates to a hundredth of a point."""
-    text = re.sub(r"(\.\d\d)\d+", r"\1", attribute[0]).replace("\n", "").replace(" L ", "L").replace("  ", " ")
-    return "" if "rotate(-0 " in text else text
+def adapt(svg: str, name: str, label: str = "") -> str:
+    """SVG of matplotlib as an element of an HTML page: no size of its own, colours by CSS variables, a series by class.
+
+    Ids that something refers to get the prefix `name`, the others go; coordinates are cut to a hundredth of a point.
+    Without a label it is decoration, which screen readers pass over.
+    """
+    root = ET.fromstring(svg)
+    for parent in list(root.iter()):
+        for child in [child for child in parent if child.tag in (f"{SVG}metadata", f"{SVG}style")]:
+            parent.remove(child)
+    values = [(key.removeprefix(XLINK), value) for element in root.iter() for key, value in element.attrib.items()]
+    used = {value[1:] for key, value in values if key == "href"}
+    used |= {found for _, value in values for found in REFERENCE.findall(value)}
+    for element in root.iter():
+        element.tag = element.tag.removeprefix(SVG)
+        element.attrib = _adapt_attributes(element.attrib, name, used)
+        element.text, element.tail = (text if text and text.strip() else None for text in (element.text, element.tail))
+    for size in ("width", "height", "version"):
+        root.attrib.pop(size, None)
+    root.attrib |= {"role": "img", "aria-label": label, "focusable": "false"} if label else {"aria-hidden": "true"}
+    return ET.tostring(root, encoding="unicode")
 
 
-def swatch(style: Style, *, kind: str, name: str) -> Html:
+def _adapt_attributes(given: Mapping[str, str], name: str, used: set[str]) -> dict[str, str]:
+    """Attributes of an element of `adapt`; `used` are the ids that something refers to."""
+    found = {}
+    for key, value in given.items():
+        if key == "id":
+            if value.startswith("series-"):
+                found["class"] = f"series s{value.split('-')[1]}"
+            elif value in used:
+                found["id"] = f"{name}-{value}"
+        elif key == "style":
+            rules = [[part.strip() for part in rule.split(":", 1)] for rule in value.split(";") if ":" in rule]
+            found[key] = "; ".join(f"{w}: {VARIABLES.get(how, how)}" for w, how in rules if w != "font-family")
+        elif key in ("d", "x", "y", "transform"):
+            if not value.startswith("rotate(-0 "):
+                found[key] = " ".join(re.sub(r"(\.\d\d)\d+", r"\1", value).split()).replace(" L ", "L")
+        elif key in ("href", f"{XLINK}href"):
+            found["href"] = value.replace("#", f"#{name}-", 1)
+        else:
+            found[key] = VARIABLES.get(value, value)
+    return {key: REFERENCE.sub(rf"url(#{name}-\1)", value) for key, value in found.items()}
+
+
+def legend(styles: Mapping[str, Style], *, kind: str, name: str) -> list[Series]:
+    """The legend `name` of a page: for each series its line or its marker (`kind`)."""
+    return [Series(n, style.number, swatch(style, kind=kind, name=f"legend-{name}")) for n, style in styles.items()]
+
+
+def swatch(style: Style, *, kind: str, name: str) -> str:
     """The line or the marker of a series, for the legend `name` of the page."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(0.42, 0.16))
@@ -175,5 +206,4 @@ def swatch(style: Style, *, kind: str, name: str) -> Html:
         else:
             axes.plot((0.5,), (0,), color=style.color, marker=style.marker, markersize=7)
         axes.set(xlim=(0, 1), ylim=(-1, 1))
-        svg = to_svg(axes, f"{name}-{style.number}")
-    return Html(svg.replace("<svg ", '<svg class="swatch" aria-hidden="true" ', 1))
+        return to_svg(axes, f"{name}-{style.number}")

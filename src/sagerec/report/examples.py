@@ -51,7 +51,7 @@ class User:
     target: Item
     """What the user took next."""
     lists: dict[str, list[Item]]
-    """Policy -> its first places."""
+    """Policy -> its first places; the supervised policy's first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +62,10 @@ class Examples:
     """In the order of the groups."""
     shares: dict[str, float]
     """Group -> share of all test users."""
-    policies: list[str]
-    """Names of the lists, the supervised policy's first."""
     cold_max_count: int
     """What cold means here."""
+    places: int = PLACES
+    """Length of the lists."""
 
 
 def choose_policies(material: Material) -> list[str]:
@@ -96,11 +96,11 @@ def gather_examples(material: Material, *, seed: int = 0) -> Examples | None:
     tables = {name: table for name, table in tables.items() if np.array_equal(table["event_row"].to_numpy(), rows)}
     lists = {name: table["items"].to_numpy()[:, :PLACES] for name, table in tables.items()}
     targets = tables[START]["target"].to_numpy()
-    group = group_users(targets, list(lists.items()))
+    groups, of_case = group_users(targets, list(lists.items()))
     rng = np.random.default_rng(seed)
     chosen: list[int] = []
-    for label in group.categories:
-        members = np.flatnonzero(group.of_case == group.categories.index(label))
+    for group in range(len(groups)):
+        members = np.flatnonzero(of_case == group)
         chosen += rng.choice(members, size=min(PER_GROUP, len(members)), replace=False).tolist()
     most = int(material.reports[START]["settings"]["cold_max_count"])
     counts = learnt_counts(run.data, run.split)
@@ -112,36 +112,28 @@ def gather_examples(material: Material, *, seed: int = 0) -> Examples | None:
         users.append(
             User(
                 user_id=run.data.user_ids.external([int(run.data.event_users[row])])[0],
-                group=group.categories[int(group.of_case[case])],
+                group=groups[int(of_case[case])],
                 earlier=begin - first,
                 history=describe_items(run, run.data.event_items[begin:row], counts, most),
                 target=describe_items(run, targets[case : case + 1], counts, most)[0],
                 lists={name: describe_items(run, part[case], counts, most) for name, part in lists.items()},
             )
         )
-    shares = {label: float((group.of_case == i).mean()) for i, label in enumerate(group.categories)}
-    return Examples(users, shares, list(lists), most)
+    shares = {name: float((of_case == i).mean()) for i, name in enumerate(groups)}
+    return Examples(users, shares, most) if users else None
 
 
-@dataclass(frozen=True, slots=True)
-class Groups:
-    """Who found the item taken."""
-
-    categories: list[str]
-    """Names of the groups."""
-    of_case: np.ndarray
-    """(n,) place in `categories` of each case."""
-
-
-def group_users(targets: np.ndarray, lists: Sequence[tuple[str, np.ndarray]]) -> Groups:
-    """Cases by whether the first and the second list hold the target; with one list alone, found or not."""
+def group_users(targets: np.ndarray, lists: Sequence[tuple[str, np.ndarray]]) -> tuple[list[str], np.ndarray]:
+    """Names of the groups, and (n,) the place therein of each case: by whether the first and the second list hold the
+    target; with one list alone, found or not.
+    """
     found = [first_rank(part, targets) > 0 for _, part in lists[:2]]
     if len(found) == 1:
-        return Groups([f"found by {lists[0][0]}", "found by none"], np.where(found[0], 0, 1))
+        return [f"found by {lists[0][0]}", "found by none"], np.where(found[0], 0, 1)
     one, two = lists[1][0], lists[0][0]
     names = [f"found by {one} alone", f"found by {two} alone", "found by both", f"found neither by {one} nor {two}"]
     start, aligned = found
-    return Groups(names, np.select([aligned & ~start, start & ~aligned, aligned & start], [0, 1, 2], default=3))
+    return names, np.select([aligned & ~start, start & ~aligned, aligned & start], [0, 1, 2], default=3)
 
 
 def describe_items(run: Run, items: np.ndarray, counts: np.ndarray, cold_max_count: int) -> list[Item]:

@@ -1,32 +1,38 @@
 """`sagerec report`: one self-contained HTML page of a run or a study.
 
-No network: styles, script and plots stand in the page, and its content policy forbids everything else. It reads without
-the script, which only shows one example user at a time.
+Modules of this package gather plain records; `templates/` lays them out, each section in a template of its name, and
+escapes all text. No network: styles, script and plots stand in the page, and its content policy forbids everything
+else. It reads without the script, which only shows one example user at a time.
 """
 
 import base64
 import hashlib
 import logging
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
-from sagerec.report.markup import Html, join, tag
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from sagerec.report.examples import gather_examples
 from sagerec.report.material import Material, gather
+from sagerec.report.popularity import bucket_section
 from sagerec.report.process import coefficient_section, facts_section, training_section
-from sagerec.report.results import bucket_section, short_section, table_section, tradeoff_section
-from sagerec.report.users import users_section
+from sagerec.report.results import short_section, table_section
+from sagerec.report.tradeoffs import tradeoff_section
 
 logger = logging.getLogger(__name__)
-SECTIONS = (
+SECTIONS: tuple[tuple[str, str, Callable[[Material], object | None]], ...] = (
     ("run", "What was run", facts_section),
     ("short", "In short", short_section),
     ("results", "Results", table_section),
     ("trade-offs", "Trade-offs", tradeoff_section),
     ("popularity", "By popularity", bucket_section),
-    ("users", "Example users", users_section),
+    ("users", "Example users", gather_examples),
     ("training", "Alignment as it ran", training_section),
     ("coefficients", "What each objective does with a ratio", coefficient_section),
 )
+"""Name (of the template, too), heading, and what gathers its record."""
 REPORT = "report.html"
 
 
@@ -45,40 +51,22 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
 
 def render(material: Material) -> str:
     """The page; a section whose data is not there is left out."""
-    title = str(material.study.get("title") or f"Run {material.folder.resolve().name}")
-    found = [(name, heading, body) for name, heading, make in SECTIONS if (body := make(material)) is not None]
-    links = [tag("li", tag("a", heading, href=f"#{name}")) for name, heading, _ in found]
-    sections = [
-        tag("section", tag("h2", heading, id=f"{name}-heading"), body, id=name, aria_labelledby=f"{name}-heading")
-        for name, heading, body in found
-    ]
-    notes = tag("ul", *(tag("li", note) for note in material.notes), class_="notes") if material.notes else None
-    kind = "Study" if material.study else "Run"
-    style, script = read_part("page.css"), read_part("page.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=policy),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("title", f"{title}: sagerec report"),
-        Html('<link rel="icon" href="data:,">'),
-        tag("style", Html(style)),
+    style, script = (
+        resources.files("sagerec.report").joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js")
     )
-    body = tag(
-        "body",
-        tag("a", "Skip to the report", href="#main", class_="skip"),
-        tag("header", tag("p", f"{kind} report, sagerec", class_="kicker"), tag("h1", title)),
-        tag("nav", tag("ul", *links), aria_label="Sections"),
-        tag("main", notes, *sections, id="main"),
-        tag("footer", tag("p", "Every metric is defined in docs/metrics.md of sagerec.")),
-        tag("script", Html(script)),
+    templates = Environment(
+        loader=PackageLoader("sagerec.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    return str(join((Html("<!doctype html>\n"), tag("html", head, body, lang="en"), "\n")))
-
-
-def read_part(name: str) -> str:
-    """A file that stands beside this module."""
-    return resources.files("sagerec.report").joinpath(name).read_text(encoding="utf-8")
+    return templates.get_template("page.html").render(
+        title=str(material.study.get("title") or f"Run {material.folder.resolve().name}"),
+        kind="Study" if material.study else "Run",
+        notes=material.notes,
+        sections=[(name, heading, found) for name, heading, make in SECTIONS if (found := make(material)) is not None],
+        style=style,
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    )

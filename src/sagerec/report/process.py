@@ -9,10 +9,9 @@ from sagerec.artifacts import Manifest
 from sagerec.errors import ArtifactError
 from sagerec.objectives.table import Objective
 from sagerec.report.coefficients import OLD_PROBABILITY, RATIOS, aligned_objective, choose_objectives, coefficients
-from sagerec.report.drawing import MOST_SERIES, Line, Style, canvas, draw_lines, to_svg
-from sagerec.report.markup import Html, details, figure, join, table, tag
+from sagerec.report.drawing import MOST_SERIES, Line, Style, canvas, draw_lines, legend, to_svg
 from sagerec.report.material import Material
-from sagerec.report.results import legend_of
+from sagerec.report.records import Figure, Table
 from sagerec.report.training_plots import Log, draw_panel, panel_table, panels_of, smoothing
 
 STAGES = ("dataset", "split", "semantic_ids", "policy", "policy-refit", "sasrec")
@@ -30,23 +29,27 @@ def manifests_of(material: Material) -> dict[str, Manifest]:
     return found
 
 
-def facts_section(material: Material) -> Html | None:
+def facts_section(material: Material) -> dict[str, object] | None:
     """Dataset, sizes, seeds and dates; settings, versions and hashes on demand."""
     manifests = manifests_of(material)
-    facts = facts_of(material, manifests)
-    listed = tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in facts.items()))
-    parts: list[object] = [listed, alignment_table(material), *settings_tables(material, manifests)]
+    aligned = alignment_tables(material)
     versions = dict(material.study.get("versions") or {})
     if not versions and manifests:
         versions = max(manifests.values(), key=lambda m: m.created).versions
-    if versions:
-        parts.append(details("Versions", table("Versions", ["what", "version"], sorted(versions.items()))))
-    hashes = [[name, tag("code", m.content_hash), m.seed, m.created] for name, m in manifests.items()]
-    hashes += [[name, tag("code", value), "", ""] for name, value in flat(material.study.get("hashes") or {}).items()]
-    if hashes:
-        caption = "Content hashes (SHA-256)"
-        parts.append(details(caption, table(caption, ["artefact", "content hash", "seed", "made (UTC)"], hashes)))
-    return join(parts) if facts or any(part is not None for part in parts[1:]) else None
+    hashes = [[name, m.content_hash, "" if m.seed is None else str(m.seed), m.created] for name, m in manifests.items()]
+    hashes += [[name, str(value), "", ""] for name, value in flat(material.study.get("hashes") or {}).items()]
+    stages = ("split", "semantic_ids", "policy", "sasrec")
+    settings = {name: manifests[name].settings for name in stages if name in manifests}
+    header = ("setting", "value")
+    tables = [
+        *aligned[1:],
+        Table("Settings of the other stages", header, texts(settings)),
+        Table("Settings of the study", header, texts(material.study.get("settings") or {})),
+        Table("Versions", ("what", "version"), sorted(map(list, versions.items()))),
+        Table("Content hashes (SHA-256)", ("artefact", "content hash", "seed", "made (UTC)"), hashes, "hashes"),
+    ]
+    facts, folded = facts_of(material, manifests), [table for table in tables if table.rows]
+    return {"facts": facts, "aligned": aligned[:1], "folded": folded} if facts or aligned or folded else None
 
 
 def facts_of(material: Material, manifests: Mapping[str, Manifest]) -> dict[str, str]:
@@ -106,10 +109,15 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def alignment_table(material: Material) -> Html | None:
-    """Settings of the aligned policies, and what became of them: those in which they differ."""
+def texts(settings: Mapping[str, Any]) -> list[list[str]]:
+    """Nested settings as rows of a table."""
+    return [[name, text_of(value)] for name, value in flat(settings).items()]
+
+
+def alignment_tables(material: Material) -> list[Table]:
+    """The aligned policies by the settings in which they differ and what became of them; the settings they share."""
     if not material.aligned:
-        return None
+        return []
     names = list(dict.fromkeys(key for policy in material.aligned for key in policy.settings))
     differ = [n for n in names if len({str(policy.settings.get(n)) for policy in material.aligned}) > 1]
     shown = list(dict.fromkeys(("objective", *differ)))
@@ -120,52 +128,26 @@ def alignment_table(material: Material) -> Html | None:
         minutes = f"{sizes['seconds'] / 60:.1f}" if "seconds" in sizes else ""
         body.append([policy.name, *(text_of(policy.settings.get(n)) for n in shown), kept, minutes])
     header = ["policy", *(n.replace("_", " ") for n in shown), "kept round", "minutes"]
-    filled = table("Aligned policies: the settings in which they differ", header, body)
     same = [[n, text_of(material.aligned[0].settings.get(n))] for n in names if n not in shown]
     caption = "Settings that all aligned policies share" if len(material.aligned) > 1 else "Settings of the alignment"
-    return join((filled, details(caption, table(caption, ["setting", "value"], same))))
+    aligned = Table("Aligned policies: the settings in which they differ", header, body)
+    return [aligned, Table(caption, ("setting", "value"), same)]
 
 
-def settings_tables(material: Material, manifests: Mapping[str, Manifest]) -> list[Html]:
-    """Settings of the stages before alignment, and the study's own."""
-    rows = []
-    for name in ("split", "semantic_ids", "policy", "sasrec"):
-        if name in manifests:
-            rows += [[f"{name}.{key}", text_of(value)] for key, value in flat(manifests[name].settings).items()]
-    found = [details("Settings of the other stages", table("Settings of the other stages", ["setting", "value"], rows))]
-    if own := flat(material.study.get("settings") or {}):
-        body = [[key, text_of(value)] for key, value in own.items()]
-        found.append(details("Settings of the study", table("Settings of the study", ["setting", "value"], body)))
-    return found if rows else found[1:]
-
-
-def training_section(material: Material) -> Html | None:
+def training_section(material: Material) -> dict[str, object] | None:
     """A plot a logged quantity, a line a policy."""
     logs = [Log(p.name.removeprefix("policy-"), p.lines, material.style(p.group)) for p in material.aligned if p.lines]
-    panels = panels_of(logs)
-    if not panels:
+    groups: dict[str, list[Figure]] = {}
+    for panel in panels_of(logs):
+        data = Table(f"{panel.title}: data", *panel_table(panel, logs))
+        groups.setdefault(panel.group, []).append(Figure(draw_panel(panel, logs), data, keys=panel.keys))
+    if not groups:
         return None
-    groups = list(dict.fromkeys(policy.group for policy in material.aligned))
-    parts: list[object] = [legend_of(material, groups, kind="line", name="training")]
-    width = smoothing(logs)
-    if width > 1:
-        said = f"Lines are moving means over {width} rounds, validations as measured; tables as logged."
-        parts.append(tag("p", said, class_="quiet"))
-    for heading in dict.fromkeys(panel.group for panel in panels):
-        plots = []
-        for panel in (panel for panel in panels if panel.group == heading):
-            header, rows = panel_table(panel, logs)
-            data = table(f"{panel.title}: data", header, rows)
-            spoken = (
-                f"{panel.title}, {panel.y_label or 'value'} over updates, for {', '.join(log.name for log in logs)}"
-            )
-            keys = join(part for key in panel.keys for part in (tag("code", key), " "))
-            plots.append(figure(Html(draw_panel(panel, logs)), spoken, keys, data))
-        parts += [tag("h3", heading), tag("div", *plots, class_="plots")]
-    return tag("div", *parts)
+    styles = {policy.group: material.style(policy.group) for policy in material.aligned}
+    return {"legend": legend(styles, kind="line", name="training"), "smoothed": smoothing(logs), "groups": groups}
 
 
-def coefficient_section(material: Material) -> Html | None:
+def coefficient_section(material: Material) -> dict[str, object]:
     """Curves c(r), of the run's objectives first."""
     rows_of = [(policy.group, aligned_objective(policy.settings)) for policy in material.aligned]
     own = [(group, row) for group, row in rows_of if row is not None]
@@ -182,13 +164,7 @@ def coefficient_section(material: Material) -> Html | None:
     if adaptive is not None and adaptive.needs_diversity:
         varied = [(f"H = {h:g}", adaptive, -1.0, h, 0.0, Style(i + 1)) for i, h in enumerate((0.0, 0.5, 1.0))]
         halves.append(("penalty", f"{adaptive.name}: advantage < 0", varied))
-    plots = [coefficient_plot(*half) for half in halves]
-    said = (
-        "The gradient of a slate is c(r) · A · grad log p: its ratio r = p / q decides how far it may pull. Computed "
-        f"by sagerec.objectives.loss.policy_loss for slates with old probability q = {OLD_PROBABILITY:g}, not from a "
-        "formula of this page. Objectives with one curve share a line; they may differ in advantage, ratio or mean."
-    )
-    return join((tag("p", said), tag("div", *plots, class_="plots two")))
+    return {"old_probability": OLD_PROBABILITY, "figures": [coefficient_plot(*half) for half in halves]}
 
 
 def curve_styles(material: Material, rows: list[Objective]) -> dict[str, Style]:
@@ -203,7 +179,7 @@ Curve = tuple[str, Objective, float, float, float, Style]
 """Label, row, advantage, diversity, coldness, style."""
 
 
-def coefficient_plot(name: str, title: str, curves: list[Curve]) -> Html:
+def coefficient_plot(name: str, title: str, curves: list[Curve]) -> Figure:
     """One plot of c(r) with a legend inside."""
     lines = []
     for text, row, advantage, diversity, coldness, style in curves:
@@ -214,9 +190,8 @@ def coefficient_plot(name: str, title: str, curves: list[Curve]) -> Html:
         axes.legend(axes.get_lines(), [line.name for line in lines], loc="upper left")
         top = max(max(line.y) for line in lines)
         axes.set_ylim(-0.03 * top, 1.08 * top)
-        svg = to_svg(axes, f"curve-{name}")
+        spoken = f"Coefficient c over ratio r. {title}: {', '.join(line.name for line in lines)}"
+        svg = to_svg(axes, f"curve-{name}", label=spoken)
     places = [int(np.abs(RATIOS - r).argmin()) for r in (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)]
     body = [[f"{RATIOS[i]:.2f}", *(f"{line.y[i]:.3f}" for line in lines)] for i in places]
-    data = table(f"c(r), {title}: data", ["r", *(line.name for line in lines)], body)
-    spoken = f"Coefficient c over ratio r. {title}: {', '.join(line.name for line in lines)}"
-    return figure(svg, spoken, title, data)
+    return Figure(svg, Table(f"c(r), {title}: data", ["r", *(line.name for line in lines)], body), title)

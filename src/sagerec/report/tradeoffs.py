@@ -1,14 +1,22 @@
 """Trade-offs: accuracy against diversity, cold start and coverage, and the Pareto front."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 
-from sagerec.report.drawing import INK, MUTED, SURFACE, Style, canvas, to_svg
-from sagerec.report.markup import Html
+from sagerec.report.drawing import INK, MUTED, SURFACE, Style, canvas, legend, to_svg
+from sagerec.report.material import Material
+from sagerec.report.records import Figure, Table
+from sagerec.report.results import label, number
 
+TRADEOFFS = (
+    ("coarse_entropy", "Accuracy and diversity"),
+    ("cold_recall", "Accuracy and cold start"),
+    ("coverage", "Accuracy and coverage"),
+)
 LETTER, HEIGHT = 4.6, 10.0
 """Width and height of a letter of a label, in points."""
 
@@ -31,6 +39,56 @@ class Point:
     """Interval of y."""
     chosen: bool = False
     """Ringed."""
+    settings: str = ""
+    """Of a trial, in a line."""
+
+
+def tradeoff_section(material: Material) -> dict[str, object] | None:
+    """Rows on test, and a study's trials on validation: a plot for each of TRADEOFFS that at least two of them have."""
+    tried = [t for t in material.study.get("trials", []) if isinstance(t, dict) and isinstance(t.get("metrics"), dict)]
+    rows, trials, drawn = [], [], dict[str, Style]()
+    for name, title in TRADEOFFS:
+        pair = (f"recall@{material.k}", f"{name}@{material.k}")
+        names = (label(pair[0]), label(pair[1]))
+        found = [(row.name, row.metrics) for row in material.rows if row.kind != "other"]
+        points = [point for row in found if (point := point_of(material, *row, pair)) is not None]
+        if len(points) > 1:
+            inside, outside = within_frame(points)
+            svg = draw_tradeoff(inside, name=f"rows-{name}", title=title, axes_of=names, labels=True)
+            said = "Test; bars are 95 % intervals over users, the dashed line joins the Pareto front."
+            if outside:
+                left = ", ".join(f"{p.name} ({number(p.x)}, {number(p.y)})" for p in outside)
+                said += f" Outside the frame: {left}."
+            body = [[p.name, number(p.x), number(p.y)] for p in points]
+            rows.append(Figure(svg, Table(f"{title}: data", ["row", *names], body), said))
+        points = [point for trial in tried if (point := trial_point(material, trial, pair)) is not None]
+        if len(points) > 1:
+            drawn |= {point.name: point.style for point in points}
+            svg = draw_tradeoff(points, name=f"trials-{name}", title=title, axes_of=names, labels=False)
+            said = "Validation; a ring marks the setting chosen for an objective, the dashed line the Pareto front."
+            body = [[p.name + " (chosen)" * p.chosen, number(p.x), number(p.y), p.settings] for p in points]
+            trials.append(Figure(svg, Table(f"{title}: trials", ["objective", *names, "settings"], body), said))
+    found_any = {"rows": rows, "trials": trials, "legend": legend(drawn, kind="marker", name="trials")}
+    return found_any if rows or trials else None
+
+
+def point_of(
+    material: Material, name: str, metrics: Mapping[str, Mapping[str, Any]], pair: tuple[str, str]
+) -> Point | None:
+    """Where a system stands in two metrics; None where it lacks one."""
+    x, y = (metrics.get(metric) or {} for metric in pair)
+    if x.get("value") is None or y.get("value") is None:
+        return None
+    ends = [None if v.get("low") is None or v.get("high") is None else (v["low"], v["high"]) for v in (x, y)]
+    return Point(name, float(x["value"]), float(y["value"]), material.style(name), ends[0], ends[1])
+
+
+def trial_point(material: Material, trial: Mapping[str, Any], pair: tuple[str, str]) -> Point | None:
+    """Where a trial stands."""
+    metrics = {metric: {"value": value} for metric, value in trial["metrics"].items()}
+    point = point_of(material, str(trial.get("objective")), metrics, pair)
+    settings = ", ".join(f"{name} {value}" for name, value in (trial.get("settings") or {}).items())
+    return None if point is None else replace(point, chosen=bool(trial.get("chosen")), settings=settings)
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -54,11 +112,10 @@ def within_frame(points: Sequence[Point]) -> tuple[list[Point], list[Point]]:
     return inside, [point for point in points if point.x < best / 2]
 
 
-def draw_tradeoff(
-    points: Sequence[Point], *, name: str, title: str, x_label: str, y_label: str, labels: bool, height: float = 3.1
-) -> Html:
+def draw_tradeoff(points: Sequence[Point], *, name: str, title: str, axes_of: tuple[str, str], labels: bool) -> str:
     """Points with intervals, a dashed Pareto front, and labels where they are few."""
-    with canvas(title, x_label, y_label, height=height) as axes:
+    x_label, y_label = axes_of
+    with canvas(title, x_label, y_label, height=3.1) as axes:
         front = [points[i] for i in pareto_front([(point.x, point.y) for point in points])]
         axes.plot([p.x for p in front], [p.y for p in front], color=MUTED, linestyle=(0, (2, 2)), linewidth=1.0)
         for number, point in enumerate(points):
@@ -76,7 +133,10 @@ def draw_tradeoff(
         axes.margins(0.12, 0.14)
         if labels:
             place_labels(axes, points)
-        return to_svg(axes, name)
+        spoken = (
+            f"{title}: {y_label} over {x_label} of {len(points)} {'rows on test' if labels else 'trials on validation'}"
+        )
+        return to_svg(axes, name, label=spoken)
 
 
 def place_labels(axes: Axes, points: Sequence[Point]) -> None:

@@ -61,7 +61,8 @@ PANELS = (
     Panel("valid-recall", "Recall@10", ("valid_recall@10",), "share", "Validation", True),
     Panel("valid-ndcg", "NDCG@10", ("valid_ndcg@10",), "", "Validation", True),
     Panel("valid-cold-recall", "Cold-Recall@10", ("valid_cold_recall@10",), "share", "Validation", True),
-    Panel("valid-entropy", "Entropy@10, coarse clusters", ("valid_entropy@10",), "bits", "Validation", True),
+    Panel("valid-coarse-entropy", "Coarse entropy@10", ("valid_coarse_entropy@10",), "bits", "Validation", True),
+    Panel("valid-entropy", "Entropy@10", ("valid_entropy@10",), "bits", "Validation", True),
     Panel("valid-coverage", "Coverage@10", ("valid_coverage@10",), "share", "Validation", True),
     Panel("criterion", "Criterion by which a round is kept", ("criterion",), "", "Validation", True),
 )
@@ -136,7 +137,8 @@ def draw_panel(panel: Panel, logs: Sequence[Log], *, themed: bool = True) -> str
     """A panel as SVG."""
     with canvas(panel.title, "updates", panel.y_label) as axes:
         draw_lines(axes, panel_lines(panel, logs, smoothing(logs)))
-        return to_svg(axes, panel.name, themed=themed)
+        spoken = f"{panel.title}, {panel.y_label or 'value'} over updates, for {', '.join(log.name for log in logs)}"
+        return to_svg(axes, panel.name, label=spoken, themed=themed)
 
 
 def panel_table(panel: Panel, logs: Sequence[Log], most: int = 12) -> tuple[list[str], list[list[str]]]:
