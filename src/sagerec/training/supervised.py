@@ -18,10 +18,10 @@ from sagerec.catalogue.splits import Cases, Sequences
 from sagerec.config import from_json, to_json
 from sagerec.decoding.cases import list_cases
 from sagerec.errors import ArtifactError
-from sagerec.evaluation.metrics import first_rank, ndcg_at, recall_at
+from sagerec.evaluation.per_case import validation_means
 from sagerec.policies.lazy_decoder import LazyDecoder, LazyDecoderSettings, grow_weights
 from sagerec.training.batches import make_windows
-from sagerec.training.loop import CRITERION, choose_device, fit, validation_sample
+from sagerec.training.loop import choose_device, fit, validation_sample
 from sagerec.training.settings import TrainSettings
 from sagerec.training.tracking import keep_records
 
@@ -94,11 +94,8 @@ def validate(policy: LazyDecoder, cases: Cases, *, exclude_history: bool) -> dic
     lists, _ = list_cases(
         policy, cases, k=VALIDATION_K, beams=VALIDATION_BEAMS, widen=False, exclude_history=exclude_history
     )
-    ranks = first_rank(lists, policy.listed_as(cases.targets))
-    return {
-        CRITERION: float(recall_at(ranks, VALIDATION_K).mean()),
-        "valid_ndcg@10": float(ndcg_at(ranks, VALIDATION_K).mean()),
-    }
+    listed = policy.listed_as(cases.targets)
+    return validation_means(lists, cases, ("recall", "ndcg"), k=VALIDATION_K, listed=listed)
 
 
 def read_policy(folder: Path, ids: SemanticIds, *, device: str = "auto") -> LazyDecoder:
