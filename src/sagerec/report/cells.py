@@ -123,8 +123,8 @@ def how_computed(record: Mapping[str, Any]) -> list[str]:
     judged = sum(test.get("p_holm") is not None for test in tests)
     pairs = sum(len(row["against"]) for row in record["rows"])
     return [
-        "Values are means over seeds, entropies in bits. Their 95 % intervals cover the choice of test users alone, all "
-        "cases of a user drawn together: bootstrap, for coverage the jackknife over groups of users.",
+        "Values are means over seeds, entropies in bits. Their 95 % intervals cover the choice of test users alone, "
+        "all cases of a user drawn together: bootstrap, for coverage the jackknife over groups of users.",
         f"Compared were {pairs} pairs of rows, named before the study ran: each row with {CONTROL}, {OURS} with its "
         f"rivals, each ablation with {OURS}. A difference is of the same cases in pairs; its error joins that over "
         "users and that over seeds (pooled over the rows that have several), with Student's t and Satterthwaite's "
