@@ -64,8 +64,8 @@ def test_bootstrap_draws_users_as_its_slow_twin_does(kinds: int) -> None:
     rng = np.random.default_rng(3)
     if kinds:
         kind = rng.integers(kinds, size=120)
-        users = np.repeat(np.arange(120), kind + 1)
-        values = kind[users].astype(np.float64)
+        users: IntArray = np.repeat(np.arange(120), kind + 1)
+        values: FloatArray = kind[users].astype(np.float64)
     else:
         values, users = clustered(rng, 50)
     shuffled = rng.permutation(len(values))

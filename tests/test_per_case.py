@@ -107,6 +107,7 @@ def test_the_report_of_a_run_is_the_table_s_means(small_run: Run) -> None:
     yardstick = make_yardstick(
         run.data, run.split, run.ids(), cold_max_count=settings_.cold_max_count, store=run.store()
     )
+    assert yardstick.cold is not None
     assert np.array_equal(yardstick.cold, learnt_counts(run.data, run.split) <= settings_.cold_max_count)
     table = per_case(read_lists(run), run.split.cases(run.data, "test"), settings_.k, yardstick)
     saved = read_json(run.folder / "evaluation.json")["metrics"]

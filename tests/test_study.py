@@ -217,8 +217,10 @@ def test_a_study_that_is_killed_goes_on_to_the_same_table(
     (tmp_path / "study.py").write_text(script)
     out = tmp_path / "study"
     command = [sys.executable, str(tmp_path / "study.py"), str(store_folder), str(out)]
+    root = Path(__file__).parents[1]
+    environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join((str(root), str(root / "src")))}  # this tree's code
     process = subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     deadline = time.monotonic() + 200
     while len(list((out / "trials").glob("*.json"))) < 1 and time.monotonic() < deadline and process.poll() is None:
