@@ -12,7 +12,7 @@ from sagerec.artifacts import read_json
 from sagerec.baselines.tuning import evaluate_baseline
 from sagerec.evaluation.tests import COMPARED
 from sagerec.report import cells
-from sagerec.report.material import differences_to_start
+from sagerec.report.material import differences_to_start, study_row
 from sagerec.run.folder import Run, open_run
 from tests.conftest import SMALL_RUN
 
@@ -53,17 +53,21 @@ def test_notes_are_numbered_once_and_old_records_have_none() -> None:
     record = {"rows": [row | {"seeds": [0], "metrics": {}, "against": {}} for row in rows]}
     assert [row[0] for row in cells.value_table(record)[1]] == ["a (1)", "b", "c (1)"]
     assert cells.note_lines(record) == ["(1) x."]
+    assert [study_row(row).note for row in record["rows"]] == ["x", "", "x"]
     assert cells.by_criterion(record) == ""
 
 
 def test_the_best_by_the_criterion_is_named() -> None:
     def row(name: str, value: float) -> dict[str, Any]:
-        return {"name": name, "criterion": {"value": value}, "settings": {}}
+        return {"name": name, "seeds": [0, 1], "criterion": {"value": value}, "settings": {}}
 
-    record = {"rows": [row("sft", 3.0), row("sage", 3.25)], "settings": {"align": {"criterion": ["recall=2"]}}}
+    record = {
+        "rows": [row("sft", 3.0) | {"seeds": [0]}, row("sage", 3.25)],
+        "settings": {"align": {"criterion": ["recall=2"]}},
+    }
     assert cells.by_criterion(record) == (
         "By the criterion that chose on validation (recall=2, each relative to supervised), on test: sage 3.250, "
-        "sft 3.000. sage wins by it. No test was made of it."
+        "sft 3.000 (one seed). sage wins by it. No test was made of it."
     )
 
 

@@ -142,7 +142,10 @@ def by_criterion(record: Mapping[str, Any]) -> str:
     if not named or not aligned:
         return ""
     ordered = sorted(aligned, key=lambda row: -row["criterion"]["value"])
-    order = ", ".join(f"{row['name']} {row['criterion']['value']:.3f}" for row in ordered)
+    order = ", ".join(
+        f"{row['name']} {row['criterion']['value']:.3f}{'' if len(row['seeds']) > 1 else f' ({ONE_SEED})'}"
+        for row in ordered
+    )
     best = ordered[0]["name"]
     place = next((i for i, row in enumerate(ordered, start=1) if row["name"] == OURS), None)
     stands = "" if place is None else f" {OURS} {'wins' if best == OURS else f'is number {place}'} by it."

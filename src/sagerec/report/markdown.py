@@ -85,7 +85,8 @@ def draw_study(record: dict[str, Any], title: str) -> str:
                 x, y = row["metrics"]["recall@10"], row["metrics"][metric]
                 turn = number // len(PALETTE)  # a colour that comes again has another marker
                 style = {"color": PALETTE[number % len(PALETTE)], "marker": MARKERS[(number + turn) % len(MARKERS)]}
-                reach = [[[v["value"] - v["low"]], [v["high"] - v["value"]]] for v in (x, y)]
+                # A percentile interval may leave the value out, by rounding where all values are equal.
+                reach = [[[max(v["value"] - v["low"], 0)], [max(v["high"] - v["value"], 0)]] for v in (x, y)]
                 axes.errorbar(x["value"], y["value"], xerr=reach[0], yerr=reach[1], elinewidth=0.8, capsize=0, **style)
                 at = (x["value"], y["value"])
                 axes.annotate(row["name"], at, (5, 4), textcoords="offset points", fontsize=7, color=style["color"])

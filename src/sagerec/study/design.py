@@ -55,9 +55,10 @@ class StudySettings:
     objectives: tuple[str, ...] = ("sage", "gbpo")
     """Rows of the table of objectives that run with every seed; the control `sft` is added."""
     single: tuple[str, ...] = ()
-    """Objectives that run with the first seed alone."""
+    """Objectives that run with the first seed alone, and so get no verdict."""
     ablations: tuple[str, ...] = ()
-    """Rows that take the settings that won for sage, with the first seed alone; `all` for the paper's."""
+    """Rows that take the settings that won for sage; `all` for the paper's. They run with the first seed alone, and get
+    no verdict, unless they are named among `objectives` too."""
     baselines: tuple[BaselineName, ...] = ("popularity", "item-knn")
     """Baselines beside them; SASRec is tuned with as many trials, at most 4."""
     seeds: int = 3
