@@ -83,7 +83,7 @@ def test_simulate_inspect_run_recommend(tmp_path: Path, capsys: pytest.CaptureFi
     quick = ["--train.epochs", "1", "--evaluate.k", "5", "--evaluate.bootstrap-samples", "100", "--train.device", "cpu"]
     assert main(["run", store, "--out", out, *small, *quick, "--baselines", "popularity"]) == 0
     printed = capsys.readouterr().out
-    assert "recall" in printed
+    assert "Recall" in printed
     assert "took" in printed
     assert main(["audit", out]) == 0
     assert "semantic_ids" in capsys.readouterr().out

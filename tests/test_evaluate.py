@@ -197,7 +197,8 @@ def test_sasrec_lists_are_its_highest_scores_and_its_losses_agree(small_run: Run
         history = data.event_items[max(cases.starts[case], cases.rows[case] - 6) : cases.rows[case]].astype(np.int64)
         with torch.no_grad():
             scores = model.items.weight @ model.encode(torch.from_numpy(history)[None])[0, -1]
-        scores[torch.from_numpy(data.event_items[cases.starts[case] : cases.rows[case]].astype(np.int64))] = -torch.inf
+        had = data.event_items[cases.starts[case] : cases.rows[case]].astype(np.int64)  # whole, whatever is read of it
+        scores[torch.from_numpy(had)] = -torch.inf
         torch.testing.assert_close(scores[torch.from_numpy(lists[case])], scores.topk(4).values)
 
     inputs, targets, counted = torch.tensor([[1, 2]]), torch.tensor([[2, 3]]), torch.tensor([[True, False]])
@@ -304,7 +305,7 @@ def test_a_trial_of_sasrec_that_diverges_loses(
 def test_an_empty_part_and_bad_settings_are_errors(small_run: Run) -> None:
     data = hand_data()
     split = replace(make_split(data, SplitSettings()), parts=np.zeros(12, dtype=np.uint8))
-    with pytest.raises(DatasetError, match="has 0 cases for test"):
+    with pytest.raises(DatasetError, match="has 0 cases for test, of 0 users; expected at least 2 users"):
         evaluate_lists(
             np.zeros((0, 5), int), split.cases(data, "test"), data, split, semantic_ids(small_run), EvaluateSettings()
         )

@@ -14,10 +14,8 @@ from scipy import sparse, stats
 from sklearn.metrics import label_ranking_average_precision_score, ndcg_score, top_k_accuracy_score
 
 from sagerec.errors import SettingsError
-from sagerec.evaluation import intervals, metrics
-from sagerec.evaluation.intervals import Interval, bootstrap_mean, jackknife, paired_bootstrap
+from sagerec.evaluation import metrics
 from sagerec.evaluation.metrics import (
-    FloatArray,
     IntArray,
     RankMetric,
     TieView,
@@ -369,169 +367,8 @@ def test_inputs_are_not_changed() -> None:
     assert (lists == before).all()
 
 
-# --- intervals ---
-
-
-def test_bootstrap_agrees_with_scipy() -> None:
-    """Two cases: all values different (drawn one by one) and few (multinomial). SE is about .07 and .025.
-
-    With 20,000 resamples an end's own error is about .013 SE * 1.6, so .06 SE is a wide tolerance.
-    """
-    rng = np.random.default_rng(5)
-    for values in (rng.exponential(1.0, 200), (rng.random(300) < 0.25).astype(float)):
-        scipy_interval = stats.bootstrap(
-            (values,), np.mean, method="percentile", n_resamples=20_000, rng=np.random.default_rng(1)
-        ).confidence_interval
-        found = bootstrap_mean(values, samples=20_000, rng=np.random.default_rng(2))
-        tolerance = 0.06 * values.std() / math.sqrt(len(values)) + 1 / 300 / 2
-        assert found.value == pytest.approx(values.mean())
-        assert found.low == pytest.approx(scipy_interval.low, abs=tolerance)
-        assert found.high == pytest.approx(scipy_interval.high, abs=tolerance)
-
-
-def test_both_ways_to_resample_have_the_right_mean_and_spread() -> None:
-    """The mean of U draws has the values' mean and standard deviation std / sqrt(U).
-
-    4,000 resamples: the error of the mean is 1/63 of that deviation, of the deviation itself 1/89. Tolerance 6 %.
-    """
-    rng = np.random.default_rng(6)
-    for values in (rng.normal(size=500), rng.integers(0, 4, size=500).astype(np.float64)):
-        means = intervals._resampled_means(values, 4000, np.random.default_rng(7))
-        error = values.std() / math.sqrt(500)
-        assert means.mean() == pytest.approx(values.mean(), abs=0.08 * error)
-        assert means.std() == pytest.approx(error, rel=0.06)
-
-
-@pytest.mark.parametrize("distinct", [3, 500])
-def test_bootstrap_in_small_blocks_fills_every_sample(distinct: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """501 resamples, a few a block, the last block short; the values are above 100, so a gap would show."""
-    values = 100 + np.random.default_rng(0).permutation(500) % distinct / distinct
-    monkeypatch.setattr(intervals, "_BLOCK_DRAWS", 4 * distinct)
-    means = intervals._resampled_means(values, 501, np.random.default_rng(0))
-    assert means.shape == (501,)
-    assert ((means > 100) & (means < 101)).all()
-    assert len(np.unique(means)) > 80
-
-
-def test_bootstrap_interval_holds_the_truth_as_often_as_it_says() -> None:
-    """300 samples of 80 draws with mean .3, 90 % intervals: 270 hold it, give or take 5.2; 245 to 292 accepted."""
-    rng = np.random.default_rng(8)
-    held = 0
-    for _ in range(300):
-        interval = bootstrap_mean(rng.random(80) < 0.3, samples=300, confidence=0.9, rng=rng)
-        held += interval.low <= 0.3 <= interval.high
-    assert 245 <= held <= 292
-
-
-def test_bootstrap_of_a_constant_has_no_width_and_confidence_widens() -> None:
-    rng = np.random.default_rng(0)
-    assert bootstrap_mean(np.full(50, 0.5), rng=rng) == Interval(0.5, 0.5, 0.5)
-    values = rng.normal(size=100)
-    narrow = bootstrap_mean(values, confidence=0.5, rng=np.random.default_rng(1))
-    wide = bootstrap_mean(values, confidence=0.99, rng=np.random.default_rng(1))
-    assert wide.low < narrow.low < narrow.value < narrow.high < wide.high
-    assert bootstrap_mean(values, confidence=0.5, rng=np.random.default_rng(1)) == narrow
-
-
-def test_paired_bootstrap_agrees_with_the_t_test() -> None:
-    """600 pairs, an effect of about 1.7 standard errors: the t-test's p is good to a few thousandths at that size."""
-    rng = np.random.default_rng(9)
-    a = rng.normal(size=600)
-    b = a - 0.07 + rng.normal(size=600)
-    test = stats.ttest_rel(a, b)
-    found = paired_bootstrap(a, b, samples=20_000, rng=rng)
-    assert 0.02 < test.pvalue < 0.3
-    assert found.p_value == pytest.approx(test.pvalue, abs=0.015)
-    assert found.difference.value == pytest.approx((a - b).mean())
-    assert found.difference.low == pytest.approx(test.confidence_interval().low, abs=0.006)
-    assert found.difference.high == pytest.approx(test.confidence_interval().high, abs=0.006)
-
-
-def test_paired_bootstrap_limits() -> None:
-    """Equal systems: no difference, p = 1. a above b in every case: p is the least, 2 / (samples + 1)."""
-    values = np.random.default_rng(0).random(40)
-    same = paired_bootstrap(values, values, samples=99, rng=np.random.default_rng(1))
-    assert (same.difference, same.p_value) == (Interval(0, 0, 0), 1.0)
-    better = paired_bootstrap(values + 1, values * 0, samples=99, rng=np.random.default_rng(1))
-    assert better.p_value == 0.02
-    assert better.difference.low > 1
-    worse = paired_bootstrap(values * 0, values + 1, samples=99, rng=np.random.default_rng(1))
-    assert (worse.p_value, worse.difference.high) == (0.02, -better.difference.low)
-
-
-def test_paired_bootstrap_keeps_pairs_together() -> None:
-    """Where b = a - .01 up to noise of .001, a with deviation 1: the interval has the noise's width, not that of a."""
-    rng = np.random.default_rng(2)
-    a = rng.normal(size=100)
-    found = paired_bootstrap(a, a - 0.01 + 0.001 * rng.normal(size=100), rng=rng).difference
-    assert found.high - found.low < 0.001
-    assert found.low > 0.009
-
-
-def test_jackknife_of_a_mean_has_its_standard_error() -> None:
-    """With a group a user the jackknife of a mean is exactly s / sqrt(U), and z(.95) = 1.959964.
-
-    Values 0, 1, 2, 5: mean 2, s^2 = (4 + 1 + 0 + 9) / 3 = 14/3, SE = sqrt(14/12) = 1.0801234.
-    """
-    lists = ints([[0], [1], [2], [5]])
-    found = jackknife(lambda part: float(part.mean()), lists, groups=4, rng=np.random.default_rng(0))
-    assert found.value == 2
-    assert found.high - 2 == pytest.approx(1.9599640 * 1.0801234, abs=1e-6)
-    assert 2 - found.low == pytest.approx(1.9599640 * 1.0801234, abs=1e-6)
-
-
-def test_jackknife_leaves_out_each_user_once() -> None:
-    """10 users, 3 groups: the parts lack 4, 3 and 3 users, no user twice; one call more for all of them."""
-    seen: list[IntArray] = []
-
-    def watch(part: IntArray) -> float:
-        seen.append(part[:, 0])
-        return float(part.mean())
-
-    jackknife(watch, np.arange(10)[:, None], groups=3, rng=np.random.default_rng(0))
-    missing = [sorted(set(range(10)) - set(part.tolist())) for part in seen]
-    assert sorted(map(len, missing)) == [0, 3, 3, 4]
-    assert sorted(user for part in missing for user in part) == list(range(10))
-
-
-def planted_exposure(rng: np.random.Generator) -> tuple[IntArray, FloatArray]:
-    """150 users, lists of one item out of 100, item i with probability proportional to 1 / (i + 3)."""
-    share = 1 / (np.arange(100) + 3)
-    share /= share.sum()
-    return rng.choice(100, size=(150, 1), p=share), share
-
-
-def test_jackknife_of_coverage_has_the_width_of_its_sampling_error() -> None:
-    """The expected coverage is mean_i 1 - (1 - p_i)^U; 95 % intervals of 200 samples should hold it about 190 times.
-
-    Group intervals with z hold a little less; 165 (82 %) is the least accepted, and so wide as to hold all is not.
-    """
-    rng = np.random.default_rng(4)
-    widths, values, held = [], [], 0
-    for _ in range(200):
-        lists, share = planted_exposure(rng)
-        found = jackknife(lambda part: coverage_at(part, 100, 1), lists, rng=rng)
-        held += found.low <= float((1 - (1 - share) ** 150).mean()) <= found.high
-        widths.append((found.high - found.low) / (2 * 1.96))
-        values.append(found.value)
-    assert held >= 165
-    assert 0.75 < np.mean(widths) / np.std(values) < 1.5
-
-
-def test_bootstrap_of_coverage_would_lie_below_the_value() -> None:
-    """Why coverage takes the jackknife: the 97.5 % quantile of resampled coverage does not reach the full sample's."""
-    rng = np.random.default_rng(5)
-    lists, _ = planted_exposure(rng)
-    resampled = [coverage_at(lists[rng.integers(150, size=150)], 100, 1) for _ in range(300)]
-    value = coverage_at(lists, 100, 1)
-    assert np.quantile(resampled, 0.975) < value
-    found = jackknife(lambda part: coverage_at(part, 100, 1), lists, rng=rng)
-    assert found.low < value < found.high
-
-
 # --- errors ---
 
-RNG = np.random.default_rng(0)
 PAIR = ints([[0, 1], [1, -1]])
 
 
@@ -573,30 +410,6 @@ PAIR = ints([[0, 1], [1, -1]])
         (
             lambda: popularity_buckets(ints([1]), []),
             "edges are []; expected rising counts such as [0, 5, 20]: sort them",
-        ),
-        (
-            lambda: bootstrap_mean(np.array([]), rng=RNG),
-            "no case to average; expected at least one: widen the selection or leave it out",
-        ),
-        (
-            lambda: bootstrap_mean(np.array([1, math.nan, math.inf]), rng=RNG),
-            "2 of 3 values are not finite; expected numbers: mend the metric",
-        ),
-        (
-            lambda: paired_bootstrap(np.ones(2), np.ones(2), samples=0, rng=RNG),
-            "samples is 0; expected 1 or more: give 1000, for example",
-        ),
-        (
-            lambda: bootstrap_mean(np.ones(2), confidence=95, rng=RNG),
-            "confidence is 95; expected between 0 and 1: give 0.95, for example",
-        ),
-        (
-            lambda: jackknife(np.mean, PAIR, groups=2, confidence=1, rng=RNG),
-            "confidence is 1; expected between 0 and 1: give 0.95, for example",
-        ),
-        (
-            lambda: jackknife(np.mean, PAIR, rng=RNG),
-            "groups is 20 for 2 lists; expected 2 to 2: give fewer groups or more lists",
         ),
     ],
 )

@@ -73,7 +73,7 @@ def test_the_anchor_is_the_loss_of_the_targets_alone(run: Run) -> None:
     stage = stage_of(run, replace(QUICK, objective="sft").resolved())
     contexts = rounds.read_cases(stage, np.arange(6))
     policy = stage.policy.eval()
-    policy.train = lambda mode=True: policy  # type: ignore[method-assign,assignment]
+    policy.train = lambda mode=True: policy  # type: ignore[method-assign]
     _, logged = rounds.losses(stage, rounds.Minibatch(contexts), 0)
     one_by_one = []
     for case in range(6):

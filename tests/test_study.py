@@ -13,19 +13,23 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import sparse
+from scipy import sparse, stats
 
 from sagerec.artifacts import read_json, write_json
 from sagerec.baselines.sasrec import SasRecSettings
 from sagerec.catalogue.splits import Cases
 from sagerec.cli import main
+from sagerec.cli.tables import print_study
 from sagerec.errors import SettingsError
 from sagerec.evaluation.evaluate import EvaluateSettings
+from sagerec.evaluation.per_case import Values, Yardstick
 from sagerec.evaluation.tests import Measured, differences, holm, judge, measure, seed_variances, summarise
 from sagerec.objectives.table import OBJECTIVES
 from sagerec.report.markdown import BY_HAND
 from sagerec.study import CompareSettings, StudySettings, run_study
+from sagerec.study.design import NOTES, comparisons
 from sagerec.study.jobs import grid, read_trials
+from sagerec.study.study import criterion_on_test
 from tests.conftest import SMALL_RUN, SMALL_TRAIN
 from tests.test_alignment import ENVIRONMENT, QUICK
 
@@ -57,31 +61,37 @@ def test_holm_lies_between_no_correction_and_bonferroni(p_values: list[float]) -
 
 
 def planted(share_hit: float, seed: int, *, n: int = 800) -> tuple[np.ndarray, Cases]:
-    """Lists of 10 among 100 items that hold the target (item 0) in a share of the cases."""
+    """Lists of 10 among 100 items that hold the target (item 0) in a share of the cases, of a user each."""
     rng = np.random.default_rng(seed)
     lists = np.stack([1 + rng.permutation(99)[:10] for _ in range(n)])
     lists[: round(share_hit * n), 0] = 0
     rows = np.arange(n)
-    return lists, Cases(rows.astype(np.int32), np.zeros(n, dtype=np.int32), rows, rows, np.zeros(n, dtype=np.int32))
+    users = rows.astype(np.int32)
+    return lists, Cases(users, np.zeros(n, dtype=np.int32), rows, rows, np.zeros(n, dtype=np.int32))
+
+
+def planted_system(share_hit: float, *seeds: int, is_random: bool = True) -> Measured:
+    """A system of these seeds; item 0 is cold, and there are four clusters."""
+    clusters = sparse.csr_matrix((np.ones(100), (np.arange(100), np.arange(100) % 4)), shape=(100, 4))
+    yardstick = Yardstick(cold=np.arange(100) == 0, clusters={"entropy": clusters, "coarse_entropy": clusters})
+    lists, cases = zip(*(planted(share_hit, seed) for seed in seeds), strict=True)
+    return measure(lists, cases[0], yardstick, 100, is_random=is_random)
 
 
 def test_a_planted_difference_is_found_and_equals_are_not_told_apart() -> None:
-    clusters = sparse.csr_matrix((np.ones(100), (np.arange(100), np.arange(100) % 4)), shape=(100, 4))
-    cold = np.arange(100) == 0
-    found = {}
-    for name, share, seeds in (("better", 0.30, (0, 1)), ("worse", 0.10, (2, 3)), ("same", 0.10, (4, 5))):
-        lists, cases = zip(*(planted(share, seed) for seed in seeds), strict=True)
-        found[name] = measure(lists, cases[0], cold, clusters, 100)
-    seeds_of = seed_variances(list(found.values()))
-    better = differences(found["better"], found["worse"], 100, seeds_of, seed=0)
-    same: dict[str, dict[str, Any]] = {**differences(found["same"], found["worse"], 100, seeds_of, seed=0)}
-    verdicts: dict[str, dict[str, Any]] = {**better}
-    judge([*verdicts.values(), *same.values()])
-    assert better["recall@10"]["difference"] == pytest.approx(0.2)
-    assert better["recall@10"]["low"] > 0.15
-    assert verdicts["recall@10"]["verdict"] == verdicts["cold_recall@10"]["verdict"] == "higher"
-    assert {test["verdict"] for test in same.values()} == {"no difference"}
-    summary = summarise(found["better"], 100, samples=500, seed=0)
+    better, worse, same = planted_system(0.3, 0, 1), planted_system(0.1, 2, 3), planted_system(0.1, 4, 5)
+    seeds_of = seed_variances([better, worse, same])
+    found, equal = differences(better, worse, seeds_of, seed=0), differences(same, worse, seeds_of, seed=0)
+    assert judge([*found.values(), *equal.values()]) == 12
+    assert list(found) == [
+        f"{name}@10" for name in ("recall", "ndcg", "cold_recall", "entropy", "coarse_entropy", "coverage")
+    ]
+    assert found["recall@10"]["difference"] == pytest.approx(0.2)
+    assert found["recall@10"]["low"] > 0.15
+    assert found["recall@10"]["covers"] == "users and seeds"
+    assert found["recall@10"]["verdict"] == found["cold_recall@10"]["verdict"] == "higher"
+    assert {test["verdict"] for test in equal.values()} == {"no difference"}
+    summary = summarise(better, samples=500, seed=0)
     assert summary["recall@10"]["value"] == pytest.approx(0.3)
     assert summary["recall@10"]["low"] < 0.3 < summary["recall@10"]["high"]
     assert summary["recall@10"]["seed_std"] == 0
@@ -90,33 +100,100 @@ def test_a_planted_difference_is_found_and_equals_are_not_told_apart() -> None:
 
 def test_holm_leaves_a_clear_effect_among_many_tests() -> None:
     """The planted effect of .2 in Recall survives 300 tests: p values have no floor."""
-    clusters = sparse.csr_matrix((np.ones(100), (np.arange(100), np.arange(100) % 4)), shape=(100, 4))
-    lists, cases = planted(0.30, 0)
-    worse, _ = planted(0.10, 1)
-    a, b = (measure([x], cases, np.arange(100) == 0, clusters, 100) for x in (lists, worse))
-    tests: list[dict[str, Any]] = [{**differences(a, b, 100, seed_variances([a, b]), seed=0)["recall@10"]}]
+    a, b = planted_system(0.3, 0, 1), planted_system(0.1, 2, 3)
+    tests: list[dict[str, Any]] = [differences(a, b, seed_variances([a, b]), seed=0)["recall@10"]]
     tests += [{"difference": 0.0, "p_value": 1.0} for _ in range(299)]
-    judge(tests)
+    assert judge(tests) == 300
     assert tests[0]["verdict"] == "higher"
+
+
+def test_one_seed_gets_no_verdict_and_a_row_with_nothing_random_does() -> None:
+    """However large the effect: a trained row of one seed has no p, and Holm's family does not count it.
+
+    Without several seeds on the other side, a deterministic row has no verdict either. Its own seed error is 0: against
+    two seeds the error is that of users and v / 2.
+    """
+    two, one, fixed = planted_system(0.3, 0, 1), planted_system(0.1, 2), planted_system(0.1, 2, is_random=False)
+    seeds_of = seed_variances([two, one, fixed])
+    alone, judged = (differences(two, other, seeds_of, seed=0) for other in (one, fixed))
+    assert judge([*alone.values(), *judged.values()]) == len(judged) == 6
+    assert {(t["verdict"], t["p_value"], t["covers"]) for t in alone.values()} == {("one seed", None, "users")}
+    assert alone["recall@10"]["low"] > 0.15
+    assert "p_holm" not in alone["recall@10"]
+    assert judged["recall@10"]["verdict"] == "higher"
+    assert {t["verdict"] for t in differences(one, fixed, seeds_of, seed=0).values()} == {"one seed"}
+    assert (two.seed_error(0.02), one.seed_error(0.02), fixed.seed_error(0.02)) == (0.01, 0.02, 0)
+
+
+def test_a_user_is_one_draw_however_many_cases() -> None:
+    """Both systems hit all 50 cases of user 0 or none: 2 users on one degree, so that p of .5 - 0 is 1/2.
+
+    As in `test_intervals`: m = 1/2, SE = 1/2, t = 1. Cold cases are those of one user: no error, not compared.
+    """
+    users = np.repeat([0, 1], 50)
+
+    def system(values: list[float]) -> Measured:
+        found = Values(np.repeat(values, 50), np.arange(100), users)
+        table = {"recall@10": found, "cold_recall@10": found.where(users == 0)}
+        by_seed = {name: np.full(2, v.mean()) for name, v in table.items()}
+        return Measured((np.zeros((100, 1)),) * 2, users, 1, table, by_seed)
+
+    a, b = system([1.0, 0.0]), system([0.0, 0.0])
+    found = differences(a, b, seed_variances([a, b]), seed=0)
+    assert found.keys() == {"recall@10"}
+    assert found["recall@10"]["difference"] == 0.5
+    assert found["recall@10"]["p_value"] == pytest.approx(0.5)
 
 
 def test_seeds_that_scatter_widen_the_interval_by_hand() -> None:
     """Two systems of seeds .1, .3 and .2, .4: pooled variance .02 over 2 degrees; SE^2 adds .02 (1/2 + 1/2) = .02.
 
-    Users add nothing (every case of a seed is alike), so t has 2 degrees, and 4.3027 x .14142 = .6085 either side.
+    Users add nothing where every case of a seed is alike: t has 2 degrees, and 4.3027 x .14142 = .6085 either side.
+    Where half of the 50 users have -.4 and half .2, the variance over users is .09 x 50/49 / 50 = .0018367 on 49
+    degrees; together .0218367, on .0218367^2 / (.0018367^2 / 49 + .02^2 / 2) = 2.3834 degrees.
     """
 
-    def system(values: tuple[float, float]) -> Measured:
-        return Measured((), {"recall@10": np.full(50, np.mean(values))}, {"recall@10": np.array(values)})
+    def system(values: tuple[float, float], shape: np.ndarray) -> Measured:
+        table = {"recall@10": Values(np.mean(values) + shape, np.arange(50), np.arange(50))}
+        return Measured((np.zeros((50, 1)),) * 2, np.arange(50), 1, table, {"recall@10": np.array(values)})
 
-    a, b = system((0.1, 0.3)), system((0.2, 0.4))
+    flat, uneven = np.zeros(50), np.tile([-0.3, 0.3], 25)
+    a, b = system((0.1, 0.3), flat), system((0.2, 0.4), flat)
     pooled = seed_variances([a, b])
     assert pooled["recall@10"].variance == pytest.approx(0.02)
     assert pooled["recall@10"].degrees == 2
-    found = differences(a, b, 100, pooled, seed=0)["recall@10"]
+    found = differences(a, b, pooled, seed=0)["recall@10"]
     assert found["difference"] == pytest.approx(-0.1)
     assert found["high"] - found["difference"] == pytest.approx(0.6085, abs=1e-3)
     assert found["p_value"] > 0.5
+    both = differences(system((0.1, 0.3), uneven), b, pooled, seed=0)["recall@10"]
+    reach = stats.t.ppf(0.975, 2.3834) * 0.0218367**0.5
+    assert both["high"] - both["difference"] == pytest.approx(reach, abs=1e-4)
+
+
+def test_comparisons_are_named_before_and_no_pair_stands_twice() -> None:
+    rows = ["supervised", "sft", "sage", "gbpo", "gdpo", "grpo", "sage_no_boost", "popularity", "item-knn", "sasrec"]
+    pairs = comparisons(rows)
+    assert len({frozenset(pair) for pair in pairs}) == len(pairs) == 9 + 2 + 1
+    assert [row for row, rival in pairs if rival == "sft"] == [row for row in rows if row != "sft"]
+    assert [pair for pair in pairs if "sft" not in pair] == [
+        ("sage", "gbpo"),
+        ("sage", "gdpo"),
+        ("sage_no_boost", "sage"),
+    ]
+    assert comparisons(["sft", "gbpo", "sage_token"]) == [("gbpo", "sft"), ("sage_token", "sft")]
+
+
+def test_the_criterion_on_test_by_hand() -> None:
+    """Recall .2 and .4 against the start's .2, weight 2; Cold-Recall .3 where the start has 0, weight 1.
+
+    Seeds: 2 x 1 + .3 = 2.3 and 2 x 2 + .3 = 4.3, mean 3.3; a metric that nothing counts for is 0.
+    """
+    by_seed = {"recall@10": np.array([0.2, 0.4]), "cold_recall@10": np.array([0.3, 0.3])}
+    start = {"recall@10": 0.2, "cold_recall@10": 0.0}
+    found = criterion_on_test(by_seed, start, {"recall": 2.0, "cold_recall": 1.0, "clicks": 1.0})
+    assert found["by_seed"] == pytest.approx([2.3, 4.3])
+    assert found["value"] == pytest.approx(3.3)
 
 
 def test_trials_begin_with_what_is_given_and_are_as_many_for_each() -> None:
@@ -140,8 +217,10 @@ def test_a_study_that_is_killed_goes_on_to_the_same_table(
     (tmp_path / "study.py").write_text(script)
     out = tmp_path / "study"
     command = [sys.executable, str(tmp_path / "study.py"), str(store_folder), str(out)]
+    root = Path(__file__).parents[1]
+    environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join((str(root), str(root / "src")))}  # this tree's code
     process = subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     deadline = time.monotonic() + 200
     while len(list((out / "trials").glob("*.json"))) < 1 and time.monotonic() < deadline and process.poll() is None:
@@ -160,14 +239,28 @@ def test_a_study_that_is_killed_goes_on_to_the_same_table(
     assert rows["sage_no_boost"]["seeds"] == [0]
     assert rows["sage_no_boost"]["kind"] == "ablation"
     assert list(rows["sage"]["against"]) == ["sft", "gbpo"]
-    assert list(rows["sage_no_boost"]["against"]) == ["sft", "gbpo", "sage"]
+    assert list(rows["sage_no_boost"]["against"]) == ["sft", "sage"]
+    assert rows["sft"]["against"] == {}
+    assert rows["supervised"]["criterion"]["value"] == pytest.approx(2.75)
+    assert len(rows["sage"]["criterion"]["by_seed"]) == 2
+    assert {"entropy@10", "coarse_entropy@10"} <= rows["sage"]["metrics"].keys()
+    assert rows["sasrec"]["note"] == NOTES["sasrec"]
     assert rows["sage"]["settings"]["objective"] == "sage"
     assert rows["sage_no_boost"]["settings"]["boost"] is None
     assert {len(read_trials(out, objective)) for objective in ("sft", "sage", "gbpo")} == {1}
     assert sum(trial["chosen"] for trial in record["trials"]) == 4
-    assert all(
-        "p_holm" in test for row in record["rows"] for tests in row["against"].values() for test in tests.values()
+    verdicts = {
+        (row["name"], rival): {test["verdict"] == "one seed" for test in tests.values()}
+        for row in record["rows"]
+        for rival, tests in row["against"].items()
+    }
+    assert [list(pair) for pair in verdicts] == sorted(
+        record["comparisons"], key=lambda pair: (names.index(pair[0]), record["comparisons"].index(pair))
     )
+    alone = {"supervised", "sage_no_boost", "sasrec"}
+    assert verdicts == {pair: {not alone.isdisjoint(pair)} for pair in verdicts}
+    tests = [test for row in record["rows"] for tests in row["against"].values() for test in tests.values()]
+    assert record["tests"] == sum("p_holm" in test for test in tests) == len(tests) - record["one_seed"] > 0
     assert rows["popularity"]["metrics"]["clicks@10"]["value"] > rows["popularity"]["metrics"]["likes@10"]["value"] > 0
     assert rows["sasrec"]["kind"] == "baseline"
     assert [t["settings"] for t in record["trials"] if t["objective"] == "sasrec"] == [
@@ -188,21 +281,24 @@ def test_results_are_tables_of_the_record(tmp_path: Path, capsys: pytest.Capture
             "seeds": [0, 1],
             "metrics": {
                 name: {"value": value, "low": value - 0.01, "high": value + 0.01, "seed_std": 0.001}
-                for name in ("recall@10", "cold_recall@10")
+                for name in ("recall@10", "cold_recall@10", "coarse_entropy@10")
             },
             "against": {o: {"recall@10": test, "cold_recall@10": test} for o, test in against.items()},
             "seconds": [60.0, 120.0],
         }
 
     higher = {"difference": 0.02, "p_holm": 0.004, "verdict": "higher"}
+    alone = {"difference": 0.004, "low": -0.004, "high": 0.012, "p_value": None, "verdict": "one seed"}
     record = {
         "rows": [
             row("sage_token", 0.09, {}) | {"kind": "ablation"},
-            row("sft", 0.08, {}),
-            row("sage", 0.1, {"sft": higher}),
+            row("sft", 0.08, {}) | {"criterion": {"value": 3.1}, "settings": {}},
+            row("sage", 0.1, {"sft": higher}) | {"criterion": {"value": 3.0}, "settings": {}},
             row("gbpo", 0.081, {"sft": NO_DIFFERENCE}),
+            row("sasrec", 0.084, {"sft": alone}) | {"seeds": [0], "note": "under-tuned"},
         ],
         "trials": [{"objective": "sage", "chosen": True, "criterion": 2.5, "settings": {"boost": 4.0}}],
+        "settings": {"align": {"criterion": ["recall=2"]}},
         "dataset": {"users": 10, "items": 20, "interactions": 30},
         "cases": 10,
         "cold_cases": 3,
@@ -224,9 +320,23 @@ def test_results_are_tables_of_the_record(tmp_path: Path, capsys: pytest.Capture
     drawn = (tmp_path / "results-a-store.svg").read_text(encoding="utf-8")
     assert ">sage<" in drawn
     assert ">sage_token<" not in drawn
-    assert "| sage | 2 | 0.1000 [0.0900 – 0.1100] | 0.1000 [0.0900 – 0.1100] | 1.5 |" in text
-    assert "| sage | sft | +25.0% (p 0.004) | +25.0% (p 0.004) |" in text
-    assert "| gbpo | sft | no difference | no difference |" in text
+    assert "| row | seeds | Recall@10 | Cold-Recall@10 | coarse Entropy@10 | criterion | minutes |" in text
+    assert (
+        "| sage | 2 | 0.1000 [0.0900 – 0.1100] | 0.1000 [0.0900 – 0.1100] | 0.100 [0.090 – 0.110] | 3.000 | 1.5 |"
+        in text
+    )
+    assert "| sage | sft | +25.0% (p 0.004) | +25.0% (p 0.004) |  |" in text
+    assert "| gbpo | sft | no difference | no difference |  |" in text
+    assert "| sasrec (1) | sft | one seed: +5.0% [-5.0% – +15.0%] | one seed: +5.0% [-5.0% – +15.0%] |  |" in text
+    assert "(1) under-tuned." in text
+    assert "on test: sft 3.100, sage 3.000. sage is number 2 by it. No test was made of it." in text
+    assert "Compared were 3 pairs of rows" in text
+    assert "4 differences have a p, corrected by Holm over all 4" in text
+    assert '"one seed": 2 differences' in text
+    print_study(record)
+    printed = capsys.readouterr().out
+    assert "(1) under-tuned." in printed
+    assert "number 2 by it" in printed
     assert "| sage | 1 | boost 4 | 2.500 | 2.500 |" in text
     assert main(["results", "nothing", "--out", str(page)]) == 1
     assert "expected TITLE=FOLDER" in capsys.readouterr().err

@@ -23,10 +23,10 @@ from sagerec.catalogue.audit import write_events_used
 from sagerec.catalogue.splits import Cases, Part, Sequences
 from sagerec.config import from_json, require, to_json
 from sagerec.errors import ArtifactError
-from sagerec.evaluation.metrics import first_rank, ndcg_at, recall_at
+from sagerec.evaluation.per_case import validation_means
 from sagerec.policies.layers import FastDropout, Layer, check_shape
 from sagerec.training.batches import make_windows
-from sagerec.training.loop import CRITERION, choose_device, fit, validation_sample
+from sagerec.training.loop import choose_device, fit, validation_sample
 from sagerec.training.settings import TrainSettings
 
 WEIGHTS = "model.safetensors"
@@ -162,8 +162,8 @@ def train_sasrec(
 
         def validate() -> dict[str, float]:
             assert cases is not None
-            ranks = first_rank(model.lists(cases, k=10, exclude_history=exclude_history), cases.targets)
-            return {CRITERION: float(recall_at(ranks, 10).mean()), "valid_ndcg@10": float(ndcg_at(ranks, 10).mean())}
+            lists = model.lists(cases, k=10, exclude_history=exclude_history)
+            return validation_means(lists, cases, ("recall", "ndcg"))
 
         summary = fit(
             model,

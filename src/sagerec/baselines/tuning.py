@@ -20,7 +20,7 @@ from sagerec.catalogue.splits import Cases, Part, Sequences
 from sagerec.config import from_json, grid_points
 from sagerec.errors import SettingsError, TrainingError
 from sagerec.evaluation.evaluate import EvaluateSettings, excludes_history
-from sagerec.evaluation.metrics import first_rank, recall_at
+from sagerec.evaluation.per_case import validation_means
 from sagerec.run.folder import Run
 from sagerec.run.stages import is_needed, report_lists
 from sagerec.training.settings import TrainSettings
@@ -94,7 +94,8 @@ def _tuned_knn(events: Sequences, sample: Cases, shared: dict[str, Any]) -> List
         return item_knn_lists(events, cases, max_items=50, **shared, **setting)
 
     def recall(setting: dict[str, Any]) -> float:
-        return float(recall_at(first_rank(knn(sample, setting), sample.targets), min(10, shared["k"])).mean())
+        k = min(10, shared["k"])
+        return validation_means(knn(sample, setting), sample, ("recall",), k=k)[f"valid_recall@{k}"]
 
     best = max(KNN_GRID, key=recall) if len(sample) else KNN_GRID[0]
     logger.info("item-kNN: validation chose %s", best)

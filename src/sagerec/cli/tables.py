@@ -3,11 +3,13 @@
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from sagerec.evaluation.diagnose import Diagnosis
 from sagerec.evaluation.evaluate import BUCKET_EDGES
 from sagerec.recommend import Recommender
+from sagerec.report import cells
 from sagerec.run.folder import Run
 from sagerec.training.tracking import read_metrics
 
@@ -56,23 +58,19 @@ def print_alignment(run: Run, name: str) -> None:
 
 
 def print_study(record: dict[str, Any]) -> None:
-    """The table of a study: values with intervals, and what differs from the control."""
-    table = Table(
-        "row", title=f"{record['cases']:,} cases, {record['cold_cases']:,} of them cold; + and - : differs from"
-    )
-    metrics = list(record["rows"][0]["metrics"])
-    for metric in metrics:
-        table.add_column(metric, justify="right")
-    for row in record["rows"]:
-        cells = []
-        for metric in metrics:
-            signs = []
-            for other, tests in row["against"].items():
-                if tests[metric]["verdict"] != "no difference":
-                    signs.append(f"{'+' if tests[metric]['verdict'] == 'higher' else '-'}{other}")
-            cells.append(_cell(row["metrics"][metric]) + (f"\n{' '.join(signs)}" if signs else ""))
-        table.add_row(f"{row['name']}\n[dim]{len(row['seeds'])} seeds[/]", *cells)
-    console.print(table)
+    """The tables of a study: values with intervals, differences with what the tests say of them, and notes."""
+    title = f"{record['cases']:,} cases, {record['cold_cases']:,} of them cold"
+    for name, (header, rows) in (
+        (title, cells.value_table(record, "\n")),
+        ("differences relative to the rival's value", cells.difference_table(record)),
+    ):
+        table = Table(*header, title=name)
+        for row in rows:
+            table.add_row(*map(escape, row))
+        console.print(table)
+    for text in (*cells.note_lines(record), cells.by_criterion(record), *cells.how_computed(record)):
+        if text:
+            console.print(text, highlight=False, markup=False)
 
 
 def print_reports(reports: dict[str, dict[str, Any]]) -> None:
@@ -94,24 +92,26 @@ def print_reports(reports: dict[str, dict[str, Any]]) -> None:
         )
         for suffix in suffixes:
             tail = f"_{suffix}" if suffix else ""
-            cells = [_cell(reports[name]["metrics"].get(f"{metric}@{k}{tail}")) for name, k in columns]
-            table.add_row(f"{metric} {suffix}".strip(), *cells)
+            keys = [(name, f"{metric}@{k}{tail}") for name, k in columns]
+            found = [_cell(key, reports[name]["metrics"].get(key)) for name, key in keys]
+            table.add_row(f"{cells.label(metric)} {suffix}".strip(), *found)
     console.print(table)
     key = next(key for row in first["buckets"] for key in row if key.startswith("recall@"))
-    by = Table("target's training interactions", "cases", title=f"{key} by popularity")
+    by = Table("target's training interactions", "cases", title=f"{cells.label(key)} by popularity")
     for name in reports:
         by.add_column(name, justify="right")
     for number, row in enumerate(first["buckets"]):
         if row["cases"]:
             high = "" if row["train_count_to"] is None else row["train_count_to"]
-            cells = [_cell(report["buckets"][number].get(key)) for report in reports.values()]
-            by.add_row(f"{row['train_count_from']}–{high}", f"{row['cases']:,}", *cells)
+            found = [_cell(key, report["buckets"][number].get(key)) for report in reports.values()]
+            by.add_row(f"{row['train_count_from']}–{high}", f"{row['cases']:,}", *found)
     console.print(by)
 
 
-def _cell(value: dict[str, float] | None) -> str:
+def _cell(metric: str, found: dict[str, float] | None) -> str:
     """A value over its interval."""
-    return "" if value is None else f"{value['value']:.4f}\n[dim]{value['low']:.4f}–{value['high']:.4f}[/]"
+    value, ends = cells.value_parts(metric, found)
+    return f"{value}\n[dim]{escape(ends)}[/]" if value else ""
 
 
 def print_diagnoses(found: dict[str, Diagnosis], k: int) -> None:
@@ -126,11 +126,11 @@ def print_diagnoses(found: dict[str, Diagnosis], k: int) -> None:
     for b, (low, high) in enumerate(zip((0, *(edge + 1 for edge in BUCKET_EDGES)), ends, strict=True)):
         if not first.cases[b]:
             continue
-        cells = [f"{first.by_popularity[b]:.4f}"]
+        texts = [f"{first.by_popularity[b]:.4f}"]
         for other in others:
             gap = (other.by_popularity[b] - first.by_popularity[b]) * first.cases[b] / first.cases.sum()
-            cells.append(f"{other.by_popularity[b]:.4f} ({gap:+.4f})")
-        by.add_row(f"{low}–{high}", f"{first.cases[b]:,}", *cells)
+            texts.append(f"{other.by_popularity[b]:.4f} ({gap:+.4f})")
+        by.add_row(f"{low}–{high}", f"{first.cases[b]:,}", *texts)
     console.print(by)
 
 

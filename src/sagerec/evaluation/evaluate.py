@@ -7,22 +7,23 @@ Shapes: n cases, K places, N items.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import polars as pl
 
-from sagerec.actions.clusters import entropy_clusters
 from sagerec.actions.space import ActionSpace
 from sagerec.artifacts import write_json
 from sagerec.catalogue.dataset import Dataset
-from sagerec.catalogue.simulated_store import SimulatedStore, expected_answers
+from sagerec.catalogue.simulated_store import SimulatedStore
 from sagerec.catalogue.splits import Cases, Sequences, Split, learnt_counts
 from sagerec.config import require, require_choices, to_json
 from sagerec.errors import DatasetError
 from sagerec.evaluation import intervals, metrics
+from sagerec.evaluation.per_case import PerCase, Values, Yardstick, make_yardstick, per_case
 
 BUCKET_EDGES = (5, 10, 20, 50)
 
@@ -80,62 +81,43 @@ def evaluate_lists(
     value over their orders, with the optimistic and pessimistic ones beside it. With the simulated `store` that the
     users live in, it says what they would have answered.
 
-    Raises: DatasetError where there are fewer than two cases.
+    Raises: DatasetError where there are fewer than two users, for whom no interval could be given.
     """
-    if len(cases) < 2:
+    n_users = len(np.unique(cases.users))
+    if n_users < 2:
         raise DatasetError(
-            f"the split has {len(cases)} cases for {settings.split}, expected at least 2; choose another split"
+            f"the split has {len(cases)} cases for {settings.split}, of {n_users} users; expected at least 2 users: "
+            "choose another split"
         )
     rng = np.random.default_rng(settings.seed)
     counts = learnt_counts(data, split)
-    cold = counts[cases.targets] <= settings.cold_max_count
-    groups = _shared_groups(space) if shared_ids else (np.arange(data.n_items), np.ones(data.n_items, dtype=np.int64))
-    listed, sizes = groups
-    ranks = metrics.first_rank(lists, listed[cases.targets])
-    entry_sizes = np.where(lists >= 0, sizes[lists], 1)
-    ranks = metrics.expanded_rank(ranks, entry_sizes)
-    target_sizes = sizes[cases.targets]
-    clusters = entropy_clusters(data, space)
-    values: dict[str, Any] = {}
+    yardstick = make_yardstick(data, split, space, cold_max_count=settings.cold_max_count, store=store)
+    listed = cases.targets
+    if shared_ids:
+        shown, sizes = _shared_groups(space)
+        yardstick, listed = replace(yardstick, id_sizes=sizes), shown[cases.targets]
+    table = per_case(lists, cases, settings.k, yardstick, listed=listed)
+    bucket_k = min(10, max(settings.k))
+    accuracy = per_case(lists, cases, (bucket_k,), Yardstick(id_sizes=yardstick.id_sizes), listed=listed)
 
-    def interval(per_case: np.ndarray) -> dict[str, float]:
-        return asdict(intervals.bootstrap_mean(per_case, samples=settings.bootstrap_samples, rng=rng))
+    def interval(found: Values) -> dict[str, float]:
+        drawn = intervals.bootstrap_mean(found.values, found.users, samples=settings.bootstrap_samples, rng=rng)
+        return asdict(drawn)
 
+    values = {name: interval(found) for name, found in table.items()}
     for k in settings.k:
-        for name in ("recall", "ndcg", "mrr"):
-            per_case = metrics.tied_value(ranks, target_sizes, name, k, "expected")
-            values[f"{name}@{k}"] = interval(per_case)
-            if shared_ids:
-                for view in ("optimistic", "pessimistic"):
-                    values[f"{name}@{k}_{view}"] = interval(metrics.tied_value(ranks, target_sizes, name, k, view))
-            if name == "recall" and cold.any():
-                values[f"cold_recall@{k}"] = interval(per_case[cold])
-        for name, membership in clusters.items():
-            values[f"{name}@{k}"] = interval(metrics.entropy_at(lists, membership, k))
-        values[f"novelty@{k}"] = interval(metrics.novelty_at(lists, counts, k))
         for name, statistic in (("coverage", metrics.coverage_at), ("gini", metrics.gini_at)):
-            at_k = _catalogue_statistic(statistic, data.n_items, k)
-            values[f"{name}@{k}"] = asdict(intervals.jackknife(at_k, lists, groups=min(20, len(lists)), rng=rng))
-        if store is not None:
-            for name, per_case in expected_answers(store, cases, lists[:, :k]).items():
-                values[f"{name}@{k}"] = interval(per_case)
-        values[f"invalid_rate@{k}"] = interval(metrics.invalid_rate(lists, k))
-        values[f"duplicate_rate@{k}"] = interval(metrics.duplicate_rate(lists, k))
+            at_k = partial(statistic, n_items=data.n_items, k=k)
+            values[f"{name}@{k}"] = asdict(intervals.jackknife(at_k, lists, cases.users, rng=rng).interval())
     return {
         "split": settings.split,
-        "users": len(np.unique(cases.users)),
+        "users": n_users,
         "cases": len(cases),
-        "cold_cases": int(cold.sum()),
+        "cold_cases": int((counts[cases.targets] <= settings.cold_max_count).sum()),
         "metrics": values,
-        "buckets": _by_popularity(ranks, target_sizes, counts[cases.targets], max(settings.k), interval),
+        "buckets": _by_popularity(accuracy, counts[cases.targets], bucket_k, interval),
         "settings": to_json(settings),
     }
-
-
-def _catalogue_statistic(
-    statistic: Callable[[np.ndarray, int, int], float], n_items: int, k: int
-) -> Callable[[np.ndarray], float]:
-    return lambda lists: statistic(lists, n_items, k)
 
 
 def _shared_groups(space: ActionSpace) -> tuple[np.ndarray, np.ndarray]:
@@ -145,14 +127,9 @@ def _shared_groups(space: ActionSpace) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _by_popularity(
-    ranks: np.ndarray,
-    sizes: np.ndarray,
-    target_counts: np.ndarray,
-    k_most: int,
-    interval: Callable[[np.ndarray], dict[str, float]],
+    table: PerCase, target_counts: np.ndarray, k: int, interval: Callable[[Values], dict[str, float]]
 ) -> list[dict[str, Any]]:
-    """Recall and NDCG at min(10, K) by the target's training interactions."""
-    k = min(10, k_most)
+    """Recall and NDCG at k by the target's training interactions."""
     bucket = metrics.popularity_buckets(target_counts, BUCKET_EDGES)
     lows = (0, *(edge + 1 for edge in BUCKET_EDGES))
     highs = (*BUCKET_EDGES, None)
@@ -161,9 +138,7 @@ def _by_popularity(
         inside = bucket == number
         row: dict[str, Any] = {"train_count_from": low, "train_count_to": high, "cases": int(inside.sum())}
         if inside.any():
-            for name in ("recall", "ndcg"):
-                per_case = metrics.tied_value(ranks[inside], sizes[inside], name, k, "expected")
-                row[f"{name}@{k}"] = interval(per_case)
+            row |= {name: interval(table[name].where(inside)) for name in (f"recall@{k}", f"ndcg@{k}")}
         rows.append(row)
     return rows
 

@@ -1,98 +1,102 @@
 """Statistics of a comparison: several systems, each with several seeds, on the same cases.
 
-Tested are Recall, NDCG, Cold-Recall, Entropy (coarse clusters) and coverage at 10; in the simulated store, its users'
-expected answers too.
+A difference has two sources of error: the users at hand, and the seeds of the training. A verdict needs both. A trained
+system of one seed says nothing about the second, so its differences are shown with the error over users alone and get
+no verdict; a system with nothing random has no second source. `docs/metrics.md` says how each part is had.
 
-Shapes: S seeds, U cases, K places in a list, N items.
+Shapes: S seeds, n cases, U users, K places in a list, N items.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
-from sagerec.catalogue.simulated_store import SimulatedStore, expected_answers
 from sagerec.catalogue.splits import Cases
 from sagerec.evaluation import intervals, metrics
-from sagerec.evaluation.metrics import Clusters
+from sagerec.evaluation.intervals import Estimate
+from sagerec.evaluation.per_case import PerCase, Yardstick, mean_over_seeds, per_case
 
-GROUPS = 20
-"""Of the jackknife."""
+COMPARED = (
+    *("recall", "ndcg", "cold_recall", "entropy", "coarse_entropy", "coverage"),
+    *("clicks", "likes", "dislikes", "watch_seconds"),
+)
+"""The metrics that are compared, those of them that the data has."""
+ONE_SEED, NO_DIFFERENCE, HIGHER, LOWER = "one seed", "no difference", "higher", "lower"
+"""Verdicts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One system's lists, seed by seed, and its value on every case."""
+    """One system's lists, seed by seed, and its values."""
 
     lists: tuple[np.ndarray, ...]
-    """S arrays (U, K)."""
-    per_case: dict[str, np.ndarray]
-    """Metric -> (U',) mean over the seeds, U' the cases that count."""
+    """S arrays (n, k)."""
+    users: np.ndarray
+    """(n,) user of each case."""
+    n_items: int
+    """N."""
+    per_case: PerCase
+    """Metric -> mean over the seeds on every case that counts."""
     by_seed: dict[str, np.ndarray]
-    """Metric -> (S,)."""
+    """Metric -> (S,), coverage included."""
+    is_random: bool = True
+    """Whether another seed would give another system."""
+
+    @property
+    def seeds(self) -> int:
+        """S."""
+        return len(self.lists)
+
+    def seed_error(self, variance: float) -> float:
+        """Variance of the mean over its seeds, where one seed has `variance`."""
+        return variance / self.seeds if self.is_random else 0.0
 
 
 def measure(
     lists: Sequence[np.ndarray],
     cases: Cases,
-    cold: np.ndarray,
-    clusters: Clusters,
+    yardstick: Yardstick,
     n_items: int,
     *,
-    store: SimulatedStore | None = None,
+    is_random: bool = True,
     k: int = 10,
 ) -> Measured:
-    """The compared metrics at k of one system; `cold` (N,) marks the cold items; a simulated store answers too."""
-    chosen = cold[cases.targets]
-    rows: dict[str, list[np.ndarray]] = {}
-    coverage = []
-    for found in lists:
-        ranks = metrics.first_rank(found, cases.targets)
-        recall = metrics.recall_at(ranks, k)
-        values = {"recall@10": recall, "ndcg@10": metrics.ndcg_at(ranks, k), "cold_recall@10": recall[chosen]}
-        values["coarse_entropy@10"] = metrics.entropy_at(found, clusters, k)
-        if store is not None:
-            values |= {f"{name}@10": value for name, value in expected_answers(store, cases, found[:, :k]).items()}
-        for name, value in values.items():
-            if len(value):
-                rows.setdefault(name, []).append(value)
-        coverage.append(metrics.coverage_at(found, n_items, k))
-    per_case = {name: np.mean(values, axis=0) for name, values in rows.items()}
-    by_seed = {name: np.array([v.mean() for v in values]) for name, values in rows.items()}
-    return Measured(tuple(lists), per_case, by_seed | {"coverage@10": np.array(coverage)})
+    """The compared metrics at k of one system, by its lists (n, K) of each seed."""
+    compared = {f"{name}@{k}" for name in COMPARED}
+    tables = [
+        {name: v for name, v in per_case(found, cases, (k,), yardstick).items() if name in compared} for found in lists
+    ]
+    by_seed = {name: np.array([table[name].mean() for table in tables]) for name in tables[0]}
+    by_seed[f"coverage@{k}"] = np.array([metrics.coverage_at(found, n_items, k) for found in lists])
+    ordered = {name: by_seed[name] for name in (f"{name}@{k}" for name in COMPARED) if name in by_seed}
+    cut = tuple(found[:, :k] for found in lists)
+    return Measured(cut, cases.users, n_items, mean_over_seeds(tables), ordered, is_random)
 
 
-def summarise(found: Measured, n_items: int, *, samples: int, seed: int, k: int = 10) -> dict[str, dict[str, float]]:
+def summarise(found: Measured, *, samples: int, seed: int) -> dict[str, dict[str, Any]]:
     """Value (mean over the seeds), 95 % interval over users, and deviation over seeds of each metric."""
     rng = np.random.default_rng(seed)
     values = {}
     for name, by_seed in found.by_seed.items():
-        if name == "coverage@10":
-            interval = intervals.jackknife(
-                _mean_coverage(len(found.lists), n_items, k),
-                _beside(found.lists, k),
-                groups=min(GROUPS, len(found.lists[0])),
-                rng=rng,
-            )
+        if name in found.per_case:
+            drawn = found.per_case[name]
+            interval = intervals.bootstrap_mean(drawn.values, drawn.users, samples=samples, rng=rng)
         else:
-            interval = intervals.bootstrap_mean(found.per_case[name], samples=samples, rng=rng)
+            beside = np.concatenate(found.lists, axis=1)
+            interval = intervals.jackknife(_mean_coverage(found), beside, found.users, rng=rng).interval()
         deviation = float(by_seed.std(ddof=1)) if len(by_seed) > 1 else None
         values[name] = asdict(interval) | {"seed_std": deviation}
     return values
 
 
-def _beside(lists: Sequence[np.ndarray], k: int) -> np.ndarray:
-    """The seeds' lists side by side, (U, S k), so that a user's are resampled together."""
-    return np.concatenate([part[:, :k] for part in lists], axis=1)
+def _mean_coverage(found: Measured) -> Callable[[np.ndarray], float]:
+    """The mean of the seeds' coverages, of their lists side by side (n, S k), so that a user's are drawn together."""
 
-
-def _mean_coverage(n_seeds: int, n_items: int, k: int) -> Callable[[np.ndarray], float]:
     def statistic(lists: np.ndarray) -> float:
-        parts = np.split(lists, n_seeds, axis=1)
-        return float(np.mean([metrics.coverage_at(part, n_items, k) for part in parts]))
+        parts = np.split(lists, found.seeds, axis=1)
+        return float(np.mean([metrics.coverage_at(part, found.n_items, part.shape[1]) for part in parts]))
 
     return statistic
 
@@ -111,7 +115,7 @@ def seed_variances(found: Sequence[Measured]) -> dict[str, SeedVariance]:
     """The pooled variance over seeds of each metric."""
     pooled = {}
     for name in found[0].by_seed:
-        values = [m.by_seed[name] for m in found if len(m.by_seed[name]) > 1]
+        values = [m.by_seed[name] for m in found if m.is_random and m.seeds > 1]
         degrees = sum(len(v) - 1 for v in values)
         total = sum(float(((v - v.mean()) ** 2).sum()) for v in values)
         pooled[name] = SeedVariance(total / degrees if degrees else 0.0, degrees)
@@ -119,52 +123,48 @@ def seed_variances(found: Sequence[Measured]) -> dict[str, SeedVariance]:
 
 
 def differences(
-    a: Measured,
-    b: Measured,
-    n_items: int,
-    seeds: dict[str, SeedVariance],
-    *,
-    seed: int,
-    k: int = 10,
-    confidence: float = 0.95,
-) -> dict[str, dict[str, float]]:
-    """Each metric of `a` less that of `b`, with an interval and a two-sided p that cover users and seeds.
+    a: Measured, b: Measured, seeds: dict[str, SeedVariance], *, seed: int, confidence: float = 0.95
+) -> dict[str, dict[str, Any]]:
+    """Each metric of `a` less that of `b`, with its interval and, where both have several seeds, a two-sided p.
 
-    SE^2 = SE_users^2 + (1 / S_a + 1 / S_b) v: SE_users of the paired differences of the seeds' means over users (the
-    jackknife's for coverage), v the pooled variance over seeds, which a system of one seed has too. Student's t with
-    Satterthwaite's degrees of freedom; where no system has several seeds, v is unknown and taken as 0.
+    SE^2 = SE_users^2 + (1 / S_a + 1 / S_b) v: SE_users of the paired differences of the seeds' means over users
+    (`mean_over_users`; the jackknife for coverage), v the pooled variance over seeds; the part of a system with nothing
+    random is 0. Student's t with Satterthwaite's degrees of freedom, of U - 1 (groups - 1) and of the pooled seeds'.
+
+    Where one side is a random system of one seed, the interval is over users alone (`covers`), `p_value` is None and
+    the verdict says `one seed`. A metric whose cases are of one user is left out: it has no error to compare with.
     """
     rng = np.random.default_rng(seed)
-    found: dict[str, dict[str, float]] = {}
-    for name in a.by_seed:
-        if name != "coverage@10":
-            paired = a.per_case[name] - b.per_case[name]
-            value, users = float(paired.mean()), float(paired.var(ddof=1) / len(paired))
+    tested = all(m.seeds > 1 or not m.is_random for m in (a, b))
+    found: dict[str, dict[str, Any]] = {}
+    for name, drawn in seeds.items():
+        if name not in a.per_case:
+            estimate = _coverage_difference(a, b, rng)
         else:
-            value, users = _coverage_difference(a, b, n_items, k, rng)
-        drawn = seeds[name]
-        between = drawn.variance * (1 / len(a.by_seed[name]) + 1 / len(b.by_seed[name]))
-        error = (users + between) ** 0.5
-        freedom = (users + between) ** 2 / (between**2 / drawn.degrees) if between else np.inf
-        reach = float(stats.t.ppf((1 + confidence) / 2, freedom)) * error
-        p_value = float(2 * stats.t.sf(abs(value) / error, freedom)) if error else float(value == 0)
-        found[name] = {"difference": value, "low": value - reach, "high": value + reach, "p_value": p_value}
+            paired = a.per_case[name].minus(b.per_case[name])
+            if len(np.unique(paired.users)) < 2:
+                continue
+            estimate = intervals.mean_over_users(paired.values, paired.users)
+        if tested:
+            estimate = estimate.widened(a.seed_error(drawn.variance) + b.seed_error(drawn.variance), drawn.degrees)
+        ends = estimate.interval(confidence)
+        found[name] = {"difference": estimate.value, "low": ends.low, "high": ends.high}
+        if tested:
+            found[name] |= {"covers": "users and seeds", "p_value": estimate.p_value()}
+        else:
+            found[name] |= {"covers": "users", "p_value": None, "verdict": ONE_SEED}
     return found
 
 
-def _coverage_difference(
-    a: Measured, b: Measured, n_items: int, k: int, rng: np.random.Generator
-) -> tuple[float, float]:
-    """Difference of the mean coverages and its variance over users, by the jackknife on both systems' lists at once."""
-    first, second = _mean_coverage(len(a.lists), n_items, k), _mean_coverage(len(b.lists), n_items, k)
-    width = len(a.lists) * k
+def _coverage_difference(a: Measured, b: Measured, rng: np.random.Generator) -> Estimate:
+    """Difference of the mean coverages, by the jackknife on both systems' lists at once."""
+    first, second = _mean_coverage(a), _mean_coverage(b)
+    width = sum(part.shape[1] for part in a.lists)
 
     def statistic(lists: np.ndarray) -> float:
         return first(lists[:, :width]) - second(lists[:, width:])
 
-    both = np.concatenate([_beside(a.lists, k), _beside(b.lists, k)], axis=1)
-    interval = intervals.jackknife(statistic, both, groups=min(GROUPS, len(both)), rng=rng)
-    return interval.value, ((interval.high - interval.low) / (2 * NormalDist().inv_cdf(0.975))) ** 2
+    return intervals.jackknife(statistic, np.concatenate([*a.lists, *b.lists], axis=1), a.users, rng=rng)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -177,8 +177,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def judge(tests: list[dict[str, Any]], *, level: float = 0.05) -> None:
-    """Add Holm's p over all tests and a verdict to each: higher, lower or no difference."""
-    for test, p in zip(tests, holm([test["p_value"] for test in tests]), strict=True):
+def judge(tests: Sequence[dict[str, Any]], *, level: float = 0.05) -> int:
+    """Add Holm's p over all tests that have a p, and a verdict to each; returns how many they are."""
+    judged = [test for test in tests if test["p_value"] is not None]
+    for test, p in zip(judged, holm([test["p_value"] for test in judged]), strict=True):
         test["p_holm"] = p
-        test["verdict"] = "no difference" if p >= level else ("higher" if test["difference"] > 0 else "lower")
+        test["verdict"] = NO_DIFFERENCE if p >= level else (HIGHER if test["difference"] > 0 else LOWER)
+    return len(judged)

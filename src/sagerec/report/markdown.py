@@ -10,21 +10,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from sagerec.artifacts import read_json, write_text
+from sagerec.report import cells
 from sagerec.report.drawing import MARKERS, PALETTE, STYLE
 from sagerec.study import STUDY
 
-PERCENT = ("recall@10", "ndcg@10", "cold_recall@10", "coverage@10")
-NAMES = {
-    "recall@10": "Recall@10",
-    "ndcg@10": "NDCG@10",
-    "cold_recall@10": "Cold-Recall@10",
-    "coarse_entropy@10": "Entropy@10 (bits)",
-    "coverage@10": "coverage@10",
-    "clicks@10": "clicks",
-    "likes@10": "likes",
-    "dislikes@10": "dislikes",
-    "watch_seconds@10": "seconds watched",
-}
 BY_HAND = "<!-- What follows is written by hand; `sagerec results` keeps it. -->"
 PUBLISHED = """| published, not measured here | Recall@10 | NDCG@10 | Cold-Recall@10 | Entropy@10 | source |
 |---|---|---|---|---|---|
@@ -39,11 +28,13 @@ PUBLISHED = """| published, not measured here | Recall@10 | NDCG@10 | Cold-Recal
 
 
 def study_markdown(record: dict[str, Any], title: str, plot: str) -> str:
-    """The tables of a study's record, and a link to its plot."""
-    metrics = list(record["rows"][0]["metrics"])
-    picture = f"![Recall against Entropy and Cold-Recall of the rows but the ablations]({plot})"
-    lines = [f"## {title}", "", _what(record), "", picture, "", _table(record, metrics), ""]
-    lines += ["What the tests say (p corrected by Holm over all tests of the study):", "", _tests(record, metrics), ""]
+    """The tables of a study's record, what was computed, and a link to its plot."""
+    picture = f"![Recall against both Entropies and Cold-Recall of the rows but the ablations]({plot})"
+    lines = [f"## {title}", "", _what(record), "", picture, "", _layout(cells.value_table(record)), ""]
+    for text in (*cells.note_lines(record), cells.by_criterion(record)):
+        lines += [text, ""] if text else []
+    lines += ["What the tests say, differences relative to the rival's value:", ""]
+    lines += [_layout(cells.difference_table(record)), "", *(f"- {text}" for text in cells.how_computed(record)), ""]
     if record["trials"]:
         said = "Chosen on validation, each from as many trials (criterion: relative to the start; SASRec's: Recall@10):"
         lines += [said, "", _chosen(record), ""]
@@ -80,11 +71,11 @@ def write_results(out: Path, folders: dict[str, Path]) -> list[Path]:
 
 
 def draw_study(record: dict[str, Any], title: str) -> str:
-    """Recall against Entropy and against Cold-Recall, a mark with 95 % intervals a row, as SVG on white.
+    """Recall against both Entropies and against Cold-Recall, a mark with 95 % intervals a row, as SVG on white.
 
     Rows of less than half the best Recall are left out, and ablations, whose marks would hide those of the objectives.
     """
-    shown = [m for m in ("coarse_entropy@10", "cold_recall@10") if m in record["rows"][0]["metrics"]]
+    shown = [m for m in ("entropy@10", "coarse_entropy@10", "cold_recall@10") if m in record["rows"][0]["metrics"]]
     least = 0.5 * _best(record, "recall@10")
     rows = [r for r in record["rows"] if r["metrics"]["recall@10"]["value"] > least and r.get("kind") != "ablation"]
     with mpl.rc_context(STYLE | {"svg.hashsalt": title}):
@@ -94,11 +85,12 @@ def draw_study(record: dict[str, Any], title: str) -> str:
                 x, y = row["metrics"]["recall@10"], row["metrics"][metric]
                 turn = number // len(PALETTE)  # a colour that comes again has another marker
                 style = {"color": PALETTE[number % len(PALETTE)], "marker": MARKERS[(number + turn) % len(MARKERS)]}
-                reach = [[[v["value"] - v["low"]], [v["high"] - v["value"]]] for v in (x, y)]
+                # A percentile interval may leave the value out, by rounding where all values are equal.
+                reach = [[[max(v["value"] - v["low"], 0)], [max(v["high"] - v["value"], 0)]] for v in (x, y)]
                 axes.errorbar(x["value"], y["value"], xerr=reach[0], yerr=reach[1], elinewidth=0.8, capsize=0, **style)
                 at = (x["value"], y["value"])
                 axes.annotate(row["name"], at, (5, 4), textcoords="offset points", fontsize=7, color=style["color"])
-            axes.set(xlabel=NAMES["recall@10"], ylabel=NAMES[metric])
+            axes.set(xlabel=cells.label("recall@10"), ylabel=cells.label(metric))
             axes.locator_params(axis="x", nbins=5)
         sheet.suptitle(f"{title}: up and right is better", fontsize=9)
         buffer = io.StringIO()
@@ -115,57 +107,22 @@ def _what(record: dict[str, Any]) -> str:
     return (
         f"{sizes['users']:,} users, {sizes['items']:,} items, {sizes['interactions']:,} interactions; "
         f"{record['cases']:,} test cases, {record['cold_cases']:,} of them cold. Seeds {record['seeds']}; "
-        f"{record['hardware']}; {record['date']}; PyTorch {record['versions']['torch']}. Values are means over seeds "
-        "with 95 % intervals over users."
+        f"{record['hardware']}; {record['date']}; PyTorch {record['versions']['torch']}."
     )
 
 
-def _number(metric: str, value: float) -> str:
-    return f"{value:.4f}" if metric in PERCENT else f"{value:.3f}"
-
-
-def _table(record: dict[str, Any], metrics: list[str]) -> str:
-    lines = ["| row | seeds | " + " | ".join(NAMES.get(m, m) for m in metrics) + " | minutes |"]
-    lines.append("|---|---|" + "---|" * (len(metrics) + 1))
-    for row in record["rows"]:
-        cells = []
-        for metric in metrics:
-            found = row["metrics"].get(metric)
-            if found is None:
-                cells.append("")
-                continue
-            text = " – ".join(_number(metric, found[end]) for end in ("low", "high"))
-            cells.append(f"{_number(metric, found['value'])} [{text}]")
-        minutes = f"{sum(row['seconds']) / len(row['seconds']) / 60:.1f}" if row.get("seconds") else ""
-        lines.append(f"| {row['name']} | {len(row['seeds'])} | " + " | ".join(cells) + f" | {minutes} |")
-    return "\n".join(lines)
-
-
-def _tests(record: dict[str, Any], metrics: list[str]) -> str:
-    lines = ["| row | against | " + " | ".join(NAMES.get(m, m) for m in metrics) + " |"]
-    lines.append("|---|---|" + "---|" * len(metrics))
-    for row in record["rows"]:
-        for other, tests in row["against"].items():
-            base = next(r for r in record["rows"] if r["name"] == other)["metrics"]
-            cells = []
-            for metric in metrics:
-                test = tests.get(metric)
-                if test is None:
-                    cells.append("")
-                elif test["verdict"] == "no difference":
-                    cells.append("no difference")
-                else:
-                    cells.append(f"{test['difference'] / base[metric]['value']:+.1%} (p {test['p_holm']:.3f})")
-            lines.append(f"| {row['name']} | {other} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def _layout(table: cells.Table) -> str:
+    header, rows = table
+    rule = "|" + "---|" * len(header)
+    return "\n".join(["| " + " | ".join(header) + " |", rule, *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def _chosen(record: dict[str, Any]) -> str:
-    lines = ["| objective | trials | chosen | criterion | worst |", "|---|---|---|---|---|"]
+    rows = []
     for objective in dict.fromkeys(trial["objective"] for trial in record["trials"]):
         trials = [trial for trial in record["trials"] if trial["objective"] == objective]
         best = next(trial for trial in trials if trial["chosen"])
         text = ", ".join(f"{name} {value:g}" for name, value in best["settings"].items())
         worst = min(trial["criterion"] for trial in trials)
-        lines.append(f"| {objective} | {len(trials)} | {text} | {best['criterion']:.3f} | {worst:.3f} |")
-    return "\n".join(lines)
+        rows.append([objective, str(len(trials)), text, f"{best['criterion']:.3f}", f"{worst:.3f}"])
+    return _layout((["objective", "trials", "chosen", "criterion", "worst"], rows))

@@ -13,13 +13,11 @@ import numpy as np
 import polars as pl
 
 from sagerec import artifacts
-from sagerec.actions.clusters import item_clusters
 from sagerec.baselines.tuning import BaselineName
-from sagerec.catalogue.splits import learnt_counts
 from sagerec.errors import ArtifactError
 from sagerec.evaluation.evaluate import EvaluateSettings
-from sagerec.evaluation.intervals import bootstrap_mean
-from sagerec.evaluation.metrics import entropy_at, first_rank, ndcg_at, recall_at
+from sagerec.evaluation.per_case import make_yardstick
+from sagerec.evaluation.tests import differences, measure, seed_variances
 from sagerec.report.drawing import MOST_SERIES, Style
 from sagerec.run.folder import Run, open_run
 from sagerec.training.tracking import METRICS, read_metrics
@@ -43,7 +41,9 @@ class Row:
     seeds: tuple[int, ...] = ()
     """Seeds that it joins."""
     against: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
-    """Rival -> metric -> difference, low, high, p_value, p_holm, verdict."""
+    """Rival -> metric -> difference, low, high, covers, p_value, p_holm, verdict; no p with the verdict `one seed`."""
+    note: str = ""
+    """What a reader of its figures must know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +112,7 @@ def gather(folder: Path) -> Material:
     rows = [study_row(values) for values in study.get("rows", [])]
     if not rows and run is not None:
         rows = run_rows(run, reports, aligned, k)
+    notes += [f"{row.name}: {row.note}." for row in rows if row.note]
     names = [START, *(policy.group for policy in aligned), *(row.name for row in rows if row.name not in (START,))]
     names += [str(trial.get("objective")) for trial in study.get("trials", [])]
     styles = {name: Style(number) for number, name in enumerate(dict.fromkeys(names)) if number < MOST_SERIES}
@@ -185,19 +186,26 @@ def study_row(values: Mapping[str, Any]) -> Row:
     """A row of study.json."""
     metrics = {name: value for name, value in values.get("metrics", {}).items() if value is not None}
     seeds = tuple(int(seed) for seed in values.get("seeds", ()))
-    return Row(str(values["name"]), str(values.get("kind", "")), metrics, seeds, values.get("against", {}))
+    return Row(
+        str(values["name"]),
+        str(values.get("kind", "")),
+        metrics,
+        seeds,
+        values.get("against", {}),
+        str(values.get("note", "")),
+    )
 
 
 def run_rows(run: Run, reports: Mapping[str, dict[str, Any]], aligned: list[Aligned], k: int) -> list[Row]:
-    """A row a report, the policies compared with the supervised one user by user."""
+    """A row a report, the policies compared with the supervised one on the same cases."""
     seeds = {policy.group: policy.manifest.seed for policy in aligned}
+    against = differences_to_start(run, reports, k)
     rows = []
     for name, report in reports.items():
         kind = "aligned" if f"policy-{name}" in run.aligned() else "other"
         kind = {START: "start", **dict.fromkeys(get_args(BaselineName), "baseline")}.get(name, kind)
         seed = seeds.get(name)
-        against = {} if name == START or START not in reports else differences_to_start(run, reports[START], name, k)
-        rows.append(Row(name, kind, report["metrics"], () if seed is None else (seed,), against))
+        rows.append(Row(name, kind, report["metrics"], () if seed is None else (seed,), against.get(name, {})))
     kinds, drawn = ("start", "aligned", "baseline", "other"), list(seeds)
     order = {name: place for place, name in enumerate(drawn)}
     return sorted(rows, key=lambda row: (kinds.index(row.kind), order.get(row.name, len(drawn))))
@@ -209,40 +217,34 @@ def lists_path(run: Run, name: str) -> Path:
 
 
 def differences_to_start(
-    run: Run, report: Mapping[str, Any], name: str, k: int
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """Differences to the supervised policy with their paired 95 % intervals; empty where the cases differ.
+    run: Run, reports: Mapping[str, dict[str, Any]], k: int
+) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
+    """Name -> the supervised policy -> metric -> the difference to it with its 95 % interval over users, no verdict:
+    a run has one seed of each. What answers other cases, or too few places, is left out.
 
-    Left out where items share Semantic IDs: their accuracy is no function of the list alone.
+    Empty where items share Semantic IDs: their accuracy is no function of the list alone.
     """
-    paths = [lists_path(run, name), lists_path(run, START)]
-    if not all(path.is_file() for path in paths) or f"recall@{k}_optimistic" in report["metrics"]:
+    if START not in reports or f"recall@{k}_optimistic" in reports[START]["metrics"]:
         return {}
-    tables = [pl.read_parquet(path) for path in paths]
-    if tables[0]["event_row"].to_list() != tables[1]["event_row"].to_list():
-        return {}
-    targets = tables[0]["target"].to_numpy()
-    lists = [table["items"].to_numpy() for table in tables]
-    if min(part.shape[1] for part in lists) < k:
-        return {}
-    counts = learnt_counts(run.data, run.split)
-    most = report["settings"].get("cold_max_count", EvaluateSettings().cold_max_count)
-    is_cold = counts[targets] <= most
-    clusters = item_clusters(run.data, run.space(), "coarse")
-    ranks = [first_rank(part, targets) for part in lists]
-    recall = recall_at(ranks[0], k).astype(float) - recall_at(ranks[1], k)
-    entropy = entropy_at(lists[0], clusters, k) - entropy_at(lists[1], clusters, k)
-    per_case = {
-        f"recall@{k}": recall,
-        f"ndcg@{k}": ndcg_at(ranks[0], k) - ndcg_at(ranks[1], k),
-        f"cold_recall@{k}": recall[is_cold],
-        f"coarse_entropy@{k}": entropy,
+    cases = run.split.cases(run.data, "test")
+    tables = {name: pl.read_parquet(path) for name in reports if (path := lists_path(run, name)).is_file()}
+    lists = {
+        name: table["items"].to_numpy().astype(np.int64)
+        for name, table in tables.items()
+        if np.array_equal(table["event_row"].to_numpy(), cases.rows)
     }
-    found = {}
-    for metric, difference in per_case.items():
-        if len(difference):
-            interval = bootstrap_mean(difference, rng=np.random.default_rng(0))
-            verdict = "higher" if interval.low > 0 else "lower" if interval.high < 0 else "no difference"
-            ends = {"difference": interval.value, "low": interval.low, "high": interval.high}
-            found[metric] = ends | {"verdict": verdict}
-    return {START: found}
+    most = reports[START]["settings"].get("cold_max_count", EvaluateSettings().cold_max_count)
+    yardstick = make_yardstick(run.data, run.split, run.space(), cold_max_count=most, store=run.store())
+    found = {
+        name: measure([part], cases, yardstick, run.data.n_items, k=k)
+        for name, part in lists.items()
+        if part.shape[1] >= k
+    }
+    if START not in found:
+        return {}
+    seeds = seed_variances(list(found.values()))
+    return {
+        name: {START: differences(measured, found[START], seeds, seed=0)}
+        for name, measured in found.items()
+        if name != START
+    }

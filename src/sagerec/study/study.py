@@ -7,20 +7,30 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from sagerec import artifacts
-from sagerec.actions.clusters import item_clusters
 from sagerec.baselines.tuning import evaluate_baseline, sasrec_trials
-from sagerec.catalogue.splits import learnt_counts
 from sagerec.config import require, to_json
 from sagerec.errors import SettingsError
-from sagerec.evaluation.tests import Measured, differences, judge, measure, seed_variances, summarise
+from sagerec.evaluation.per_case import make_yardstick
+from sagerec.evaluation.tests import differences, judge, measure, seed_variances, summarise
 from sagerec.run import stages as pipeline
 from sagerec.run.folder import Run
 from sagerec.run.stages import RunSettings, read_lists
-from sagerec.study.design import ABLATIONS, CONTROL, REFERENCE, STUDY, CompareSettings
+from sagerec.study.design import (
+    CONTROL,
+    DETERMINISTIC,
+    NOTES,
+    START,
+    STUDY,
+    CompareSettings,
+    comparisons,
+)
 from sagerec.study.jobs import Job, chosen_point, chosen_settings, do_jobs, read_trials, tuning_jobs
+from sagerec.training.alignment import criterion_value
+from sagerec.training.settings import parse_criterion
 
 
 def run_study(dataset: Path, folder: Path, settings: CompareSettings) -> dict[str, Any]:
@@ -62,39 +72,49 @@ def run_study(dataset: Path, folder: Path, settings: CompareSettings) -> dict[st
 
 
 def describe_study(folder: Path, run: Run, settings: CompareSettings, run_settings: RunSettings) -> dict[str, Any]:
-    """The table: every row with intervals, and the tests against the control and against GBPO."""
+    """The table: every row with intervals, its criterion on test, and the comparisons that `design` names."""
     study, evaluated = settings.study, run_settings.evaluate
-    cases = run.split.cases(run.data, evaluated.split)
-    cold = learnt_counts(run.data, run.split) <= evaluated.cold_max_count
-    clusters = item_clusters(run.data, run.space(), "coarse")
-    n_items, samples, store = run.data.n_items, study.bootstrap_samples, run.store()
-    sources = {"supervised": [""]} | {o: [f"-{o}-s{s}" for s in range(n)] for o, n in study.rows().items()}
+    cases, aligned = run.split.cases(run.data, evaluated.split), settings.align.resolved()
+    yardstick = make_yardstick(
+        run.data, run.split, run.space(), cold_max_count=evaluated.cold_max_count, store=run.store()
+    )
+    assert yardstick.cold is not None
+    sources = {START: [""]} | {o: [f"-{o}-s{s}" for s in range(n)] for o, n in study.rows().items()}
     sources |= {name: [f"-{name}"] for name in study.baselines}
     found = {
-        name: measure([read_lists(run, s) for s in suffixes], cases, cold, clusters, n_items, store=store)
+        name: measure(
+            [read_lists(run, s) for s in suffixes],
+            cases,
+            yardstick,
+            run.data.n_items,
+            is_random=name not in DETERMINISTIC,
+        )
         for name, suffixes in sources.items()
     }
-    kinds = {CONTROL: "control", "supervised": "start"} | dict.fromkeys(study.baselines, "baseline")
+    kinds = {CONTROL: "control", START: "start"} | dict.fromkeys(study.baselines, "baseline")
     kinds |= dict.fromkeys(study.ablation_rows, "ablation")
-    rows, tests = [], []
-    seeds = seed_variances(list(found.values()))
+    weights = parse_criterion(aligned.criterion)
+    start = {name: float(values[0]) for name, values in found[START].by_seed.items()}
+    rows: dict[str, dict[str, Any]] = {}
     for name, measured in found.items():
-        row: dict[str, Any] = {
+        rows[name] = {
             "name": name,
             "kind": kinds.get(name, "objective"),
-            "seeds": list(range(len(sources[name]))),
-            "metrics": summarise(measured, n_items, samples=samples, seed=0),
+            "note": NOTES.get(name, ""),
+            "seeds": list(range(measured.seeds)),
+            "metrics": summarise(measured, samples=study.bootstrap_samples, seed=0),
             "by_seed": {metric: values.tolist() for metric, values in measured.by_seed.items()},
+            "criterion": criterion_on_test(measured.by_seed, start, weights),
             "against": {},
         }
         if name in study.rows():
-            row["settings"] = to_json(chosen_settings(folder, name, study, settings.align).resolved())
-            row["seconds"] = [run.manifest(f"policy{s}").sizes["seconds"] for s in sources[name]]
-        for other in references(name, found):
-            row["against"][other] = differences(measured, found[other], n_items, seeds, seed=0)
-            tests += row["against"][other].values()
-        rows.append(row)
-    judge(tests)
+            rows[name]["settings"] = to_json(chosen_settings(folder, name, study, settings.align).resolved())
+            rows[name]["seconds"] = [run.manifest(f"policy{s}").sizes["seconds"] for s in sources[name]]
+    pairs, seeds = comparisons(list(found)), seed_variances(list(found.values()))
+    for name, rival in pairs:
+        rows[name]["against"][rival] = differences(found[name], found[rival], seeds, seed=0)
+    tests = [test for name, rival in pairs for test in rows[name]["against"][rival].values()]
+    judged = judge(tests)
     trials = [
         {key: trial[key] for key in ("objective", "settings", "metrics", "criterion", "seconds")}
         | {"split": "valid", "chosen": trial["settings"] == chosen_point(folder, objective, study)}
@@ -107,15 +127,17 @@ def describe_study(folder: Path, run: Run, settings: CompareSettings, run_settin
         "title": f"{', '.join(study.objectives)} and the control {CONTROL}",
         "dataset": run.manifest("dataset").sizes,
         "cases": len(cases),
-        "cold_cases": int(cold[cases.targets].sum()),
+        "cold_cases": int(yardstick.cold[cases.targets].sum()),
         "objectives": [CONTROL, *study.objectives],
         "seeds": list(range(study.seeds)),
-        "rows": rows,
+        "rows": list(rows.values()),
         "trials": trials,
-        "tests": len(tests),
+        "comparisons": [list(pair) for pair in pairs],
+        "tests": judged,
+        "one_seed": len(tests) - judged,
         "settings": {
             "study": to_json(study),
-            "align": to_json(settings.align.resolved()),
+            "align": to_json(aligned),
             "sasrec": to_json(settings.sasrec),
             "sasrec_train": to_json(settings.sasrec_train),
             **{name: to_json(getattr(run_settings, name)) for name in ("split", "ids", "policy", "train", "evaluate")},
@@ -127,10 +149,23 @@ def describe_study(folder: Path, run: Run, settings: CompareSettings, run_settin
     }
 
 
-def references(name: str, found: dict[str, Measured]) -> list[str]:
-    """What a row is tested against: the control and GBPO; an ablation against sage too."""
-    others = [other for other in (CONTROL, REFERENCE) if other in found and other != name]
-    return [*others, "sage"] if name in ABLATIONS and "sage" in found else others
+def criterion_on_test(
+    by_seed: dict[str, np.ndarray], start: dict[str, float], weights: dict[str, float]
+) -> dict[str, Any]:
+    """The criterion by which validation chooses, on test: its mean over the seeds and each seed's.
+
+    sum_m weight_m x metric_m / metric_m of the supervised start (`criterion_value`); a metric that no case counts for
+    is 0, as on validation.
+    """
+
+    def named(values: dict[str, float]) -> dict[str, float]:
+        return {f"valid_{name}@10": values.get(f"{name}@10", 0.0) for name in weights}
+
+    each = [
+        criterion_value(named(dict(zip(by_seed, values, strict=True))), named(start), weights)
+        for values in np.stack(list(by_seed.values()), axis=1).tolist()
+    ]
+    return {"value": float(np.mean(each)), "by_seed": each}
 
 
 def hardware() -> str:

@@ -33,12 +33,13 @@ from sagerec.actions.clusters import entropy_clusters
 from sagerec.artifacts import write_artifact
 from sagerec.catalogue.audit import write_events_used
 from sagerec.catalogue.dataset import Dataset
-from sagerec.catalogue.simulated_store import SimulatedStore, expected_answers
+from sagerec.catalogue.simulated_store import SimulatedStore
 from sagerec.catalogue.splits import Cases, Split, learnt_counts
 from sagerec.config import require
 from sagerec.decoding.cases import list_cases
 from sagerec.errors import SettingsError
 from sagerec.evaluation import metrics
+from sagerec.evaluation.per_case import Yardstick, validation_means
 from sagerec.objectives.rewards import parse_rewards
 from sagerec.policies.protocol import AnyPolicy
 from sagerec.policies.registry import write_weights
@@ -73,20 +74,11 @@ def validate(
     lists, _ = list_cases(
         policy, cases, k=VALIDATION_K, beams=VALIDATION_BEAMS, widen=False, exclude_history=exclude_history
     )
-    ranks = metrics.first_rank(lists, policy.space.listed_as(cases.targets))
-    recall = metrics.recall_at(ranks, VALIDATION_K)
-    chosen = cold[cases.targets]
-    answers = {} if store is None else expected_answers(store, cases, lists)
-    return {f"valid_{name}@10": float(value.mean()) for name, value in answers.items()} | {
-        "valid_recall@10": float(recall.mean()),
-        "valid_ndcg@10": float(metrics.ndcg_at(ranks, VALIDATION_K).mean()),
-        "valid_cold_recall@10": float(recall[chosen].mean()) if chosen.any() else 0.0,
-        **{
-            f"valid_{name}@10": float(metrics.entropy_at(lists, table, VALIDATION_K).mean())
-            for name, table in clusters.items()
-        },
-        "valid_coverage@10": metrics.coverage_at(lists, data.n_items, VALIDATION_K),
-    }
+    yardstick = Yardstick(cold=cold, clusters=clusters, store=store)
+    names = ("recall", "ndcg", "cold_recall", *clusters, *(() if store is None else STORE_METRICS))
+    listed = policy.space.listed_as(cases.targets)
+    found = validation_means(lists, cases, names, yardstick, k=VALIDATION_K, listed=listed)
+    return found | {"valid_coverage@10": metrics.coverage_at(lists, data.n_items, VALIDATION_K)}
 
 
 def criterion_value(found: dict[str, float], start: dict[str, float], weights: dict[str, float]) -> float:

@@ -15,11 +15,11 @@ from sagerec.catalogue.audit import write_events_used
 from sagerec.catalogue.splits import Cases, Sequences
 from sagerec.config import to_json
 from sagerec.decoding.cases import list_cases
-from sagerec.evaluation.metrics import first_rank, ndcg_at, recall_at
+from sagerec.evaluation.per_case import validation_means
 from sagerec.policies.protocol import AnyPolicy
 from sagerec.policies.registry import describe_policy, make_policy, write_weights
 from sagerec.training.batches import make_windows
-from sagerec.training.loop import CRITERION, choose_device, fit, validation_sample
+from sagerec.training.loop import choose_device, fit, validation_sample
 from sagerec.training.settings import TrainSettings
 from sagerec.training.tracking import keep_records
 
@@ -75,8 +75,5 @@ def validate(policy: AnyPolicy, cases: Cases, *, exclude_history: bool) -> dict[
     lists, _ = list_cases(
         policy, cases, k=VALIDATION_K, beams=VALIDATION_BEAMS, widen=False, exclude_history=exclude_history
     )
-    ranks = first_rank(lists, policy.space.listed_as(cases.targets))
-    return {
-        CRITERION: float(recall_at(ranks, VALIDATION_K).mean()),
-        "valid_ndcg@10": float(ndcg_at(ranks, VALIDATION_K).mean()),
-    }
+    listed = policy.space.listed_as(cases.targets)
+    return validation_means(lists, cases, ("recall", "ndcg"), k=VALIDATION_K, listed=listed)
