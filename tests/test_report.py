@@ -531,10 +531,10 @@ def test_a_row_of_one_seed_a_note_and_both_entropies(tmp_path: Path) -> None:
     outline = Outline(write_report(tmp_path).read_text(encoding="utf-8"))
     said = " ".join(" ".join(outline.text).split())
     assert (
-        "gspo (under-tuned) against sft: higher in Coarse entropy@10; not tested (one seed) in Recall@10, Entropy@10."
+        "gspo (under-tuned) against sft: higher in coarse Entropy@10; not tested (one seed) in Recall@10, Entropy@10."
         in said
     )
-    assert "seeds Recall@10 Coarse entropy@10 (bits) Entropy@10 (bits) sft control 0, 1 1.500 1.500 1.500" in said
+    assert "seeds Recall@10 coarse Entropy@10 Entropy@10 sft control 0, 1 1.500 1.500 1.500" in said
     assert "gspo under-tuned objective 0 1.500 one seed 1.500 ▲ higher 1.500 one seed" in said
     assert "gspo +0.1000 one seed +0.2000 +0.1000 to +0.3000 p .020 ▲ higher +0.1000 one seed" in said
     assert "“one seed”: nothing says how far chance moves such a row" in said

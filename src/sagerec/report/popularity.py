@@ -2,10 +2,11 @@
 
 from typing import Any
 
+from sagerec.report.cells import label
 from sagerec.report.drawing import Line, canvas, draw_lines, legend, to_svg
 from sagerec.report.material import Material
 from sagerec.report.records import Cell, Figure, Table
-from sagerec.report.results import label, value_cell
+from sagerec.report.results import value_cell
 
 
 def bucket_section(material: Material) -> dict[str, object] | None:
@@ -35,7 +36,7 @@ def bucket_section(material: Material) -> dict[str, object] | None:
         x = [i + (place - (len(names) - 1) / 2) * 0.09 for i in range(len(filled))]
         y, low, high = ([value[end] for value in values] for end in ("value", "low", "high"))
         lines.append(Line(name, x, y, material.style(series), marked=True, low=low, high=high))
-        body.append([name, *map(value_cell, values)])
+        body.append([name, *(value_cell(key, value) for value in values)])
     title, words = f"{label(key)} by popularity", "training interactions of the target"
     with canvas(title, words, label(key), width=6.6, height=3.2) as axes:
         draw_lines(axes, lines)

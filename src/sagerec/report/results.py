@@ -3,50 +3,27 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sagerec.evaluation.tests import ONE_SEED
+from sagerec.report.cells import label, number, p_text
 from sagerec.report.material import Material, Row
 from sagerec.report.records import Cell, Table
 
-LABELS = {
-    "recall": "Recall",
-    "ndcg": "NDCG",
-    "cold_recall": "Cold-Recall",
-    "coarse_entropy": "Coarse entropy (bits)",
-    "entropy": "Entropy (bits)",
-    "coverage": "Coverage",
-    "gini": "Gini",
-    "novelty": "Novelty (bits)",
-    "mrr": "MRR",
-}
 SHOWN = ("recall", "ndcg", "cold_recall", "coarse_entropy", "entropy", "coverage")
 KINDS = {"other": "not comparable: trained on other events"}
-ONE_SEED = "one seed"
-"""The verdict of a difference that is not tested."""
 VERDICTS = {v: f"{v} in" for v in ("higher", "lower", "no difference")} | {ONE_SEED: f"not tested ({ONE_SEED}) in"}
 """Verdict -> how a sentence of metrics begins."""
 
 
-def label(metric: str) -> str:
-    """`cold_recall@10` as `Cold-Recall@10`; the unit last."""
-    name, _, k = metric.partition("@")
-    words, bracket, unit = LABELS.get(name, name.replace("_", " ")).partition(" (")
-    return f"{words}@{k}{bracket}{unit}" if k else f"{words}{bracket}{unit}"
-
-
-def number(value: float) -> str:
-    """Four decimals, three above 1."""
-    return f"{value:.3f}" if abs(value) >= 1 else f"{value:.4f}"
-
-
-def value_cell(found: Mapping[str, Any] | None, verdict: str = "", rival: str = "") -> Cell:
+def value_cell(metric: str, found: Mapping[str, Any] | None, verdict: str = "", rival: str = "") -> Cell:
     """A value over its interval and deviation, and what the comparison says."""
     if not found or found.get("value") is None:
         return Cell(lines=("not measured",))
     lines = []
     if found.get("low") is not None and found.get("high") is not None:
-        lines.append(f"{number(found['low'])} to {number(found['high'])}")
+        lines.append(f"{number(metric, found['low'])} to {number(metric, found['high'])}")
     if found.get("seed_std") is not None:
-        lines.append(f"seeds ± {number(found['seed_std'])}")
-    return Cell(number(found["value"]), tuple(lines), verdict, rival)
+        lines.append(f"seeds ± {number(metric, found['seed_std'])}")
+    return Cell(number(metric, found["value"]), tuple(lines), verdict, rival)
 
 
 def difference_cell(found: Mapping[str, Any] | None, rival: str) -> Cell:
@@ -58,7 +35,7 @@ def difference_cell(found: Mapping[str, Any] | None, rival: str) -> Cell:
         lines.append(f"{found['low']:+.4f} to {found['high']:+.4f}")
     p = found.get("p_holm", found.get("p_value"))
     if p is not None:
-        lines.append(f"p {p:.3f}".replace("p 0.", "p ."))
+        lines.append(p_text(p))
     return Cell(f"{found['difference']:+.4f}", tuple(lines), str(found.get("verdict") or ""), rival)
 
 
@@ -82,7 +59,7 @@ def short_section(material: Material) -> list[tuple[str, str, str]] | None:
             by: dict[str, list[str]] = {verdict: [] for verdict in VERDICTS}
             for metric, values in tests.items():
                 if metric.endswith(f"@{material.k}") and values.get("verdict") in by:
-                    by[values["verdict"]].append(label(metric).partition(" (")[0])
+                    by[values["verdict"]].append(label(metric))
             parts = [f"{VERDICTS[verdict]} {', '.join(metrics)}" for verdict, metrics in by.items() if metrics]
             if parts:
                 name = f"{row.name} ({notes[row.name]})" if row.name in notes else row.name
@@ -105,14 +82,14 @@ def table_section(material: Material) -> dict[str, object] | None:
         cells += [KINDS.get(row.kind, row.kind)] if has_kinds else []
         cells += [", ".join(map(str, row.seeds)) or "–"] if has_seeds else []
         said = {metric: str(test.get("verdict") or "") for metric, test in row.against.get(main, {}).items()}
-        cells += [value_cell(row.metrics.get(metric), said.get(metric, ""), main) for metric in shown]
+        cells += [value_cell(metric, row.metrics.get(metric), said.get(metric, ""), main) for metric in shown]
         body.append(cells)
     header = ["row", *(["kind"] if has_kinds else []), *(["seeds"] if has_seeds else []), *map(label, shown)]
     caption = "Test metrics with 95 % intervals over users"
     caption += f"; the last line of a cell compares with {main}" if main else ""
     differences = [table for rival in found if (table := difference_table(material, rival)) is not None]
     names = list(dict.fromkeys(metric for row in rows for metric in row.metrics))
-    every: list[list[str | Cell]] = [[label(n), *(value_cell(row.metrics.get(n)) for row in rows)] for n in names]
+    every: list[list[str | Cell]] = [[label(n), *(value_cell(n, row.metrics.get(n)) for row in rows)] for n in names]
     tests = [values for row in rows for by_metric in row.against.values() for values in by_metric.values()]
     return {
         "main": Table(caption, header, body, "results"),
@@ -142,7 +119,7 @@ def published_table(material: Material) -> Table | None:
     body = [
         [
             str(row["name"]),
-            *(number(row[name]) if isinstance(row.get(name), (int, float)) else "" for name in names),
+            *(number(name, row[name]) if isinstance(row.get(name), (int, float)) else "" for name in names),
             str(row.get("source") or ""),
         ]
         for row in published

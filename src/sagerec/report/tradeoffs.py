@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
+from sagerec.report.cells import label, number
 from sagerec.report.drawing import INK, MUTED, SURFACE, Style, canvas, legend, to_svg
 from sagerec.report.material import Material
 from sagerec.report.records import Figure, Table
-from sagerec.report.results import label, number
 
 TRADEOFFS = (
     ("coarse_entropy", "Accuracy and diversity"),
@@ -57,16 +57,19 @@ def tradeoff_section(material: Material) -> dict[str, object] | None:
             svg = draw_tradeoff(inside, name=f"rows-{name}", title=title, axes_of=names, labels=True)
             said = "Test; bars are 95 % intervals over users, the dashed line joins the Pareto front."
             if outside:
-                left = ", ".join(f"{p.name} ({number(p.x)}, {number(p.y)})" for p in outside)
+                left = ", ".join(f"{p.name} ({number(pair[0], p.x)}, {number(pair[1], p.y)})" for p in outside)
                 said += f" Outside the frame: {left}."
-            body = [[p.name, number(p.x), number(p.y)] for p in points]
+            body = [[p.name, number(pair[0], p.x), number(pair[1], p.y)] for p in points]
             rows.append(Figure(svg, Table(f"{title}: data", ["row", *names], body), said))
         points = [point for trial in tried if (point := trial_point(material, trial, pair)) is not None]
         if len(points) > 1:
             drawn |= {point.name: point.style for point in points}
             svg = draw_tradeoff(points, name=f"trials-{name}", title=title, axes_of=names, labels=False)
             said = "Validation; a ring marks the setting chosen for an objective, the dashed line the Pareto front."
-            body = [[p.name + " (chosen)" * p.chosen, number(p.x), number(p.y), p.settings] for p in points]
+            body = [
+                [p.name + " (chosen)" * p.chosen, number(pair[0], p.x), number(pair[1], p.y), p.settings]
+                for p in points
+            ]
             trials.append(Figure(svg, Table(f"{title}: trials", ["objective", *names, "settings"], body), said))
     found_any = {"rows": rows, "trials": trials, "legend": legend(drawn, kind="marker", name="trials")}
     return found_any if rows or trials else None
