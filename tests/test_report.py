@@ -534,8 +534,8 @@ def test_a_row_of_one_seed_a_note_and_both_entropies(tmp_path: Path) -> None:
         "gspo (under-tuned) against sft: higher in coarse Entropy@10; not tested (one seed) in Recall@10, Entropy@10."
         in said
     )
-    assert "seeds Recall@10 coarse Entropy@10 Entropy@10 sft control 0, 1 1.500 1.500 1.500" in said
-    assert "gspo under-tuned objective 0 1.500 one seed 1.500 ▲ higher 1.500 one seed" in said
-    assert "gspo +0.1000 one seed +0.2000 +0.1000 to +0.3000 p .020 ▲ higher +0.1000 one seed" in said
-    assert "“one seed”: nothing says how far chance moves such a row" in said
+    assert "seeds Recall@10 coarse Entropy@10 Entropy@10 sft control 0, 1 1.5000 1.500 1.500" in said
+    assert "gspo under-tuned objective 0 1.5000 one seed 1.500 ▲ higher 1.500 one seed" in said
+    assert "gspo +0.1000 one seed +0.2000 +0.1000 to +0.3000 p 0.020 ▲ higher +0.1000 one seed" in said
+    assert '"one seed": 2 differences involve a trained row of one seed' in said
     assert [a["class"] for a in outline.named("span") if "verdict" in str(a.get("class"))].count("verdict same") == 4

@@ -119,9 +119,10 @@ def note_lines(record: Mapping[str, Any]) -> list[str]:
 
 def how_computed(record: Mapping[str, Any]) -> list[str]:
     """What intervals cover, what is tested and how, sentence by sentence."""
-    tests = [test for row in record["rows"] for rival in row["against"].values() for test in rival.values()]
+    against = [row.get("against") or {} for row in record["rows"]]
+    tests = [test for rivals in against for rival in rivals.values() for test in rival.values()]
     judged = sum(test.get("p_holm") is not None for test in tests)
-    pairs = sum(len(row["against"]) for row in record["rows"])
+    pairs = sum(map(len, against))
     return [
         "Values are means over seeds, entropies in bits. Their 95 % intervals cover the choice of test users alone, "
         "all cases of a user drawn together: bootstrap, for coverage the jackknife over groups of users.",

@@ -4,12 +4,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sagerec.evaluation.tests import ONE_SEED
-from sagerec.report.cells import label, number, p_text
+from sagerec.report.cells import how_computed, label, number, p_text
 from sagerec.report.material import Material, Row
 from sagerec.report.records import Cell, Table
 
 SHOWN = ("recall", "ndcg", "cold_recall", "coarse_entropy", "entropy", "coverage")
 KINDS = {"other": "not comparable: trained on other events"}
+OF_A_RUN = (
+    "Differences are of the same users in pairs, their intervals over users alone.",
+    f'"{ONE_SEED}": a run has one seed of each policy, which cannot say how much another would change, so nothing is '
+    "tested; sagerec compare does, with several seeds and a correction.",
+)
+"""What a run's differences are."""
 VERDICTS = {v: f"{v} in" for v in ("higher", "lower", "no difference")} | {ONE_SEED: f"not tested ({ONE_SEED}) in"}
 """Verdict -> how a sentence of metrics begins."""
 
@@ -46,7 +52,7 @@ def rivals(rows: Sequence[Row]) -> list[str]:
 
 def notes_of(material: Material) -> dict[str, str]:
     """Row -> its note, such as that it was tuned less than others; rows without one are absent."""
-    return {str(row["name"]): str(row["note"]) for row in material.study.get("rows", []) if row.get("note")}
+    return {row.name: row.note for row in material.rows if row.note}
 
 
 def short_section(material: Material) -> list[tuple[str, str, str]] | None:
@@ -64,7 +70,10 @@ def short_section(material: Material) -> list[tuple[str, str, str]] | None:
             if parts:
                 name = f"{row.name} ({notes[row.name]})" if row.name in notes else row.name
                 said.append((name, rival, "; ".join(parts)))
-    return said or None
+    verdicts = {
+        test.get("verdict") for row in material.rows for tests in row.against.values() for test in tests.values()
+    }
+    return said if said and verdicts - {ONE_SEED} else None  # a run has one seed of each: nothing to say in short
 
 
 def table_section(material: Material) -> dict[str, object] | None:
@@ -90,12 +99,10 @@ def table_section(material: Material) -> dict[str, object] | None:
     differences = [table for rival in found if (table := difference_table(material, rival)) is not None]
     names = list(dict.fromkeys(metric for row in rows for metric in row.metrics))
     every: list[list[str | Cell]] = [[label(n), *(value_cell(n, row.metrics.get(n)) for row in rows)] for n in names]
-    tests = [values for row in rows for by_metric in row.against.values() for values in by_metric.values()]
     return {
         "main": Table(caption, header, body, "results"),
         "differences": differences,
-        "corrected": any("p_holm" in values for values in tests),
-        "one_seed": any(values.get("verdict") == ONE_SEED for values in tests),
+        "computed": how_computed(material.study) if material.study.get("rows") else OF_A_RUN,
         "every": Table("Every metric measured", ["metric", *(row.name for row in rows)], every, "results"),
         "published": published_table(material),
     }
