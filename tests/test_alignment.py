@@ -203,7 +203,8 @@ from tests.test_alignment import QUICK
 torch.set_num_threads(1)
 align(open_run(sys.argv[1]), replace(QUICK, **eval(sys.argv[2], {})))
 """
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
 
 
 def same_weights(one: Path, two: Path) -> bool:

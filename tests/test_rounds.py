@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sagerec.decoding.slates import FreeTokens
 from sagerec.run.folder import Run
 from sagerec.training import rounds
-from sagerec.training.rounds import lay_out
+from sagerec.training.layout import lay_out
 from tests.test_alignment import QUICK, base_run, run, stage_of
 
 __all__ = ["base_run", "run"]

@@ -48,8 +48,9 @@ from sagerec.training import parallel
 from sagerec.training.batches import make_windows, shuffled_batches
 from sagerec.training.checkpoints import load_checkpoint, newest_checkpoint, read_progress, save_checkpoint
 from sagerec.training.feedback import gather_facts, gather_feedback, to_device
+from sagerec.training.layout import most_choices
 from sagerec.training.loop import choose_device, make_optimizer
-from sagerec.training.rounds import Stage, most_choices, roll_round, update
+from sagerec.training.rounds import Stage, roll_round, update
 from sagerec.training.settings import STORE_METRICS, AlignSettings, parse_criterion
 from sagerec.training.tracking import Trackers, keep_records, open_trackers
 

@@ -14,10 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sagerec.actions.space import ActionSpace
 from sagerec.catalogue.splits import Cases
 from sagerec.decoding.rollouts import roll_out
-from sagerec.decoding.slates import FreeTokens, slate_logprobs
+from sagerec.decoding.slates import slate_logprobs
 from sagerec.errors import NumericalError, TrainingError
 from sagerec.objectives.loss import PolicyLoss, compute_advantages, policy_loss
 from sagerec.objectives.rewards import Facts, RewardInputs, compute_rewards, slate_coldness, slate_diversity
@@ -25,6 +24,7 @@ from sagerec.policies.protocol import AnyPolicy
 from sagerec.training import parallel
 from sagerec.training.batches import Windows, shuffled_batches
 from sagerec.training.feedback import Feedback
+from sagerec.training.layout import Layout, as_units, lay_out
 from sagerec.training.loop import learning_rate_at
 from sagerec.training.settings import AlignSettings
 
@@ -81,42 +81,6 @@ class CaseBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """Where the free tokens of slates stand in a table of units, so that one unit's tokens are one row."""
-
-    place: Tensor
-    """(F,) int64 position of each token in the flattened table."""
-    mask: Tensor
-    """(B', G, T) bool: the places that hold one."""
-
-    def fill(self, values: Tensor) -> Tensor:
-        """Values (F,) of the tokens as a table (B', G, T), 0 where there is none."""
-        return values.new_zeros(self.mask.numel()).index_put((self.place,), values).view(self.mask.shape)
-
-
-def lay_out(tokens: FreeTokens, slates: tuple[int, int, int], *, per_item: bool) -> Layout:
-    """The layout of the free tokens of slates (B, G, K) by units: slates, or items with the place as their group."""
-    batch, group, k = slates
-    unit = tokens.item // k
-    if per_item:
-        unit = (tokens.item // (group * k) * k + tokens.item % k) * group + unit % group
-    counts = torch.bincount(unit, minlength=batch * group * (k if per_item else 1))
-    longest = max(int(counts.max()), 1)
-    order = unit.argsort(stable=True)
-    rank = torch.empty_like(unit)
-    rank[order] = torch.arange(len(unit), device=unit.device) - (counts.cumsum(0) - counts)[unit[order]]
-    mask = torch.arange(longest, device=unit.device) < counts[:, None]
-    return Layout(unit * longest + rank, mask.view(-1, group, longest))
-
-
-def most_choices(space: ActionSpace) -> int:
-    """Free tokens of the item that has most of them."""
-    paths = space.paths(torch.arange(space.n_items, device=space.device))
-    free = torch.bincount(paths.owner, space.has_choice(paths.parent).double(), minlength=1)
-    return max(int(free.max()), 1)
-
-
-@dataclass(frozen=True, slots=True)
 class Rollouts:
     """The slates of a minibatch's contexts."""
 
@@ -144,11 +108,6 @@ class Minibatch:
     rollouts: Rollouts | None = None
     advantages: Tensor | None = None
     """(B', G)."""
-
-
-def as_units(x: Tensor, per_item: bool) -> Tensor:
-    """(B, G, K, …) as units: (B, G, K …) for slates; for items (B K, G, …), the group of an item being its place."""
-    return x.transpose(1, 2).flatten(0, 1) if per_item else x.flatten(2)
 
 
 def read_cases(stage: Stage, index: np.ndarray) -> CaseBatch:
