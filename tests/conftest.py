@@ -17,6 +17,9 @@ from sagerec.run.folder import open_run
 from sagerec.run.stages import RunSettings, run_all
 from sagerec.training.settings import TrainSettings
 
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
+"""Of a process that runs the code of this tree, on one thread."""
 SMALL_POLICY = LazyDecoderSettings(width=32, heads=2, encoder_layers=1, max_items=20)
 SMALL_IDS = SemanticIdSettings(levels=2, codebook_size=16, text_dimensions=16, collaborative_dimensions=16)
 SMALL_TRAIN = TrainSettings(epochs=2, batch_size=32, validate_every=1, validation_users=50, device="cpu")

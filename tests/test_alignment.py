@@ -1,7 +1,6 @@
 """The alignment stage on planted data: rewards rise, a spoilt policy recovers, runs resume, ranks agree."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -36,7 +35,7 @@ from sagerec.training.batches import Windows, make_windows
 from sagerec.training.feedback import gather_facts, gather_feedback
 from sagerec.training.loop import make_optimizer
 from sagerec.training.settings import AlignSettings, TrainSettings, parse_criterion
-from tests.conftest import SMALL_IDS, SMALL_POLICY, SMALL_TRAIN
+from tests.conftest import ENVIRONMENT, SMALL_IDS, SMALL_POLICY, SMALL_TRAIN
 
 QUICK = AlignSettings(
     slates=8,
@@ -203,8 +202,6 @@ from tests.test_alignment import QUICK
 torch.set_num_threads(1)
 align(open_run(sys.argv[1]), replace(QUICK, **eval(sys.argv[2], {})))
 """
-ROOT = Path(__file__).parents[1]
-ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
 
 
 def same_weights(one: Path, two: Path) -> bool:

@@ -30,8 +30,8 @@ from sagerec.study import CompareSettings, StudySettings, run_study
 from sagerec.study.design import NOTES, comparisons
 from sagerec.study.jobs import grid, read_trials
 from sagerec.study.study import criterion_on_test
-from tests.conftest import SMALL_RUN, SMALL_TRAIN
-from tests.test_alignment import ENVIRONMENT, QUICK
+from tests.conftest import ENVIRONMENT, SMALL_RUN, SMALL_TRAIN
+from tests.test_alignment import QUICK
 
 SMALL_STUDY = CompareSettings(
     StudySettings(
@@ -217,10 +217,8 @@ def test_a_study_that_is_killed_goes_on_to_the_same_table(
     (tmp_path / "study.py").write_text(script)
     out = tmp_path / "study"
     command = [sys.executable, str(tmp_path / "study.py"), str(store_folder), str(out)]
-    root = Path(__file__).parents[1]
-    environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join((str(root), str(root / "src")))}  # this tree's code
     process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     deadline = time.monotonic() + 200
     while len(list((out / "trials").glob("*.json"))) < 1 and time.monotonic() < deadline and process.poll() is None:

@@ -1,7 +1,6 @@
 """Training: windows and batches by hand, planted data, and a killed run that resumes bit for bit."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -34,7 +33,7 @@ from sagerec.training.batches import make_windows, shuffled_batches
 from sagerec.training.loop import fit, learning_rate_at
 from sagerec.training.settings import TrainSettings
 from sagerec.training.tracking import JsonLines, TrackerName, open_trackers
-from tests.conftest import SMALL_IDS, SMALL_POLICY, SMALL_TRAIN
+from tests.conftest import ENVIRONMENT, SMALL_IDS, SMALL_POLICY, SMALL_TRAIN
 from tests.test_policy import all_logprobs, small_policy
 
 
@@ -131,7 +130,7 @@ from dataclasses import replace
 import torch
 from sagerec.run.folder import open_run
 from sagerec.run.stages import train
-from tests.conftest import SMALL_POLICY, SMALL_TRAIN
+from tests.conftest import ENVIRONMENT, SMALL_POLICY, SMALL_TRAIN
 torch.set_num_threads(1)
 train(open_run(sys.argv[1]), SMALL_POLICY, replace(SMALL_TRAIN, epochs=6))
 """
@@ -140,11 +139,10 @@ train(open_run(sys.argv[1]), SMALL_POLICY, replace(SMALL_TRAIN, epochs=6))
 def test_a_training_killed_at_any_moment_resumes_to_the_same_weights(store_folder: Path, tmp_path: Path) -> None:
     """SIGKILL at three different moments, then once more to the end: the weights equal an uninterrupted run's."""
     whole, killed = _prepared(store_folder, tmp_path / "whole"), _prepared(store_folder, tmp_path / "killed")
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
 
     def start(folder: Path) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-c", TRAIN_SCRIPT, str(folder)]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     assert start(whole.folder).wait() == 0
     work = killed.folder / "policy.training"
