@@ -7,7 +7,7 @@ through; nothing outside this file knows it.
 Shapes: as in `sagerec.policies.protocol`; V words.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,8 +62,7 @@ def build_titles(
 def read_titles(folder: Path) -> ActionSpace:
     """Read it back."""
     made = make_space(load_file(folder / "titles.safetensors")["tokens"])
-    content = read_manifest(folder, "titles").content_hash
-    return ActionSpace(trie=made.trie, nodes=made.nodes, offsets=made.offsets, content_hash=content)
+    return replace(made, content_hash=read_manifest(folder, "titles").content_hash)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,10 @@ NO_ITEM = -1
 
 @dataclass(frozen=True, slots=True)
 class Barred:
-    """The nodes of the trie under which no item is left, for each row."""
+    """The nodes of the trie under which no item is left, for each row.
+
+    Of an item alone under its prefix the shallowest such node is held: no choice lies below it.
+    """
 
     trie: Trie
     """The trie."""
@@ -35,7 +38,7 @@ class Barred:
 
     def with_items(self, space: ActionSpace, items: Tensor) -> "Barred":
         """Each of the R rows with more items (R, X), -1 for none."""
-        return _close(self.trie, torch.cat([self.keys, _leaf_keys(space, items)]))
+        return _close(self.trie, torch.cat([self.keys, _keys(space, items)]))
 
     def under(self, rows: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
         """Position among `states` (S,), and place among its siblings, (m,) each, of every used-up child.
@@ -66,26 +69,34 @@ def bar(space: ActionSpace, items: Tensor) -> Barred:
 
     Items that share a sequence are barred together.
     """
-    return _close(space.trie, _leaf_keys(space, items))
+    return _close(space.trie, _keys(space, items))
 
 
-def _leaf_keys(space: ActionSpace, items: Tensor) -> Tensor:
-    """Keys of the leaves of items (R, X)."""
+def _keys(space: ActionSpace, items: Tensor) -> Tensor:
+    """Keys of the nodes at which items (R, X) are the only ones left."""
     row, column = (items >= 0).nonzero(as_tuple=True)
-    return row * space.trie.n_nodes + space.leaf(items[row, column])
+    return row * space.trie.n_nodes + space.decided[items[row, column]]
 
 
 def _close(trie: Trie, keys: Tensor) -> Barred:
-    """Barred nodes and all nodes that they use up: a node is, when its used-up children hold as many items as it."""
-    used = torch.unique(keys)
-    while len(used):
-        row, node = used // trie.n_nodes, used % trie.n_nodes
+    """Barred nodes and all that they use up: a node is, when its used-up children hold as many items as it.
+
+    A level of parents at a time: those that are not full wait, with what they hold, for children that may still fill.
+    """
+    found = torch.unique(keys)
+    fresh, waiting, held = found, keys[:0], keys[:0]
+    parts = [found]
+    while len(fresh):
+        node = fresh % trie.n_nodes
         inner = node != ROOT
-        parents, owner = torch.unique(row[inner] * trie.n_nodes + trie.parents(node[inner]), return_inverse=True)
-        held = torch.zeros_like(parents).index_add_(0, owner, trie.size[node[inner]].long())
-        full = parents[held == trie.size[parents % trie.n_nodes]]
-        grown = torch.unique(torch.cat([used, full]))
-        if len(grown) == len(used):
-            break
-        used = grown
-    return Barred(trie, used)
+        parents = fresh[inner] - node[inner] + trie.parents(node[inner])
+        waiting, owner = torch.unique(torch.cat([waiting, parents]), return_inverse=True)
+        more = torch.cat([held, trie.size[node[inner]].long()])
+        held = torch.zeros_like(waiting).index_add_(0, owner, more)
+        full = held == trie.size[waiting % trie.n_nodes]
+        # A node that was given as used up already adds nothing.
+        fresh = waiting[full]
+        fresh = fresh[~torch.isin(fresh, found)]
+        waiting, held = waiting[~full], held[~full]
+        parts.append(fresh)
+    return Barred(trie, torch.cat(parts).sort().values)

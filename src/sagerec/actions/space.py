@@ -43,6 +43,8 @@ class ActionSpace:
     """(F,) int32 states on the way of each item's sequence, without the root, item after item."""
     offsets: Tensor
     """(N + 1,) int64 bounds of the items in `nodes`."""
+    decided: Tensor
+    """(N,) int32 state on each item's way from which on it is the only one left."""
     vectors: np.ndarray | None = None
     """(N, D) float32 content vectors, where the space has some."""
     content_hash: str = ""
@@ -79,7 +81,8 @@ class ActionSpace:
 
     def to(self: SpaceT, device: torch.device | str) -> SpaceT:
         """The same space on another device."""
-        return replace(self, trie=self.trie.to(device), nodes=self.nodes.to(device), offsets=self.offsets.to(device))
+        ways = {name: getattr(self, name).to(device) for name in ("nodes", "offsets", "decided")}
+        return replace(self, trie=self.trie.to(device), **ways)
 
     def paths(self, items: Tensor) -> Paths:
         """The tokens of items (n,), one after another."""
@@ -142,8 +145,8 @@ class ActionSpace:
         return self.vectors, np.arange(self.n_items)
 
 
-def ragged_paths(trie: Trie, tokens: np.ndarray, lengths: np.ndarray) -> tuple[Tensor, Tensor]:
-    """`nodes` and `offsets` of an ActionSpace: the ways in the trie of sequences laid one after another.
+def index_sequences(trie: Trie, tokens: np.ndarray, lengths: np.ndarray) -> dict[str, Tensor]:
+    """`nodes`, `offsets` and `decided` of an ActionSpace: the ways in the trie of sequences laid one after another.
 
     Args: tokens (F,) >= 0; lengths (N,) above 0, which add up to F. Raises: TrieError for a sequence that is not there.
     """
@@ -159,7 +162,10 @@ def ragged_paths(trie: Trie, tokens: np.ndarray, lengths: np.ndarray) -> tuple[T
         depth += 1
         kept = size[going] > depth
         states, going = states[kept], going[kept]
-    return nodes, offsets
+    several = (trie.size[nodes.long()] > 1).long()
+    before = torch.cat([several.new_zeros(1), several.cumsum(0)])
+    decided = nodes[offsets[:-1] + before[offsets[1:]] - before[offsets[:-1]]]
+    return {"nodes": nodes, "offsets": offsets, "decided": decided}
 
 
 def make_space(
@@ -171,5 +177,4 @@ def make_space(
     """
     trie = build_trie(sequences) if listed is None else build_trie(sequences[listed], listed)
     inside = sequences != PADDING
-    nodes, offsets = ragged_paths(trie, sequences[inside], inside.sum(axis=1))
-    return ActionSpace(trie=trie, nodes=nodes, offsets=offsets, vectors=vectors)
+    return ActionSpace(trie=trie, vectors=vectors, **index_sequences(trie, sequences[inside], inside.sum(axis=1)))

@@ -34,7 +34,7 @@ from sagerec.actions.semantic_ids.quantisers import (
     separate,
 )
 from sagerec.actions.semantic_ids.rq_vae import rq_vae
-from sagerec.actions.space import ActionSpace, ragged_paths
+from sagerec.actions.space import ActionSpace, index_sequences
 from sagerec.actions.trie import ROOT, Trie, build_trie, read_trie, write_trie
 from sagerec.artifacts import hash_file, read_manifest, write_artifact
 from sagerec.catalogue.audit import write_events_used
@@ -295,5 +295,5 @@ def read_semantic_ids(folder: Path) -> SemanticIds:
 
 def index_ids(*, codes: np.ndarray, vectors: np.ndarray, codebooks: np.ndarray, trie: Trie) -> SemanticIds:
     """The Semantic IDs of codes (N, L) whose trie is there."""
-    nodes, offsets = ragged_paths(trie, codes.ravel(), np.full(len(codes), codes.shape[1]))
-    return SemanticIds(codes=codes, vectors=vectors, codebooks=codebooks, trie=trie, nodes=nodes, offsets=offsets)
+    ways = index_sequences(trie, codes.ravel(), np.full(len(codes), codes.shape[1]))
+    return SemanticIds(codes=codes, vectors=vectors, codebooks=codebooks, trie=trie, **ways)
