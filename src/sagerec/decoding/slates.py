@@ -155,8 +155,8 @@ def _write_item(
 
 
 def _has_choice(table: Tensor) -> Tensor:
-    """(R,) bool: more than one column of log-probabilities (R, W) is legal."""
-    return (table > -math.inf).sum(dim=1) > 1
+    """(R,) bool: more than one column of log-probabilities (R, W) is legal; one that is not a number is."""
+    return (table != -math.inf).sum(dim=1) > 1
 
 
 def _legal_table(
