@@ -220,7 +220,7 @@ def test_align_step_of_ours_learns_and_writes_legal_items(load: Any) -> None:
     settings = dataclasses.replace(module.AlignBenchmarkSettings(), **module.QUICK)
     torch.manual_seed(0)
     codes = module.draw_codes(settings.items, settings.codebook_size, np.random.default_rng(0))
-    policy, reference = (module.make_policy(codes, build_trie(codes), settings.shape) for _ in range(2))
+    policy, reference = (module.make_policy(codes, settings.shape) for _ in range(2))
     before = [p.detach().clone() for p in policy.parameters()]
     stage = module.make_stage(policy, reference, module.draw_events(settings, 1), None, settings)
     slates = module.our_step(stage, np.arange(settings.users), 0, 1)

@@ -205,8 +205,8 @@ def test_reserved_events_by_hand() -> None:
         [TRAIN, VALID, TEST],
         [TRAIN, ALIGN],
     ]
-    # Events 0, 1, 5, 6, 9 are left, items 0, 1, 5, 6, 2: an aligned event is none of training's.
-    assert learnt_counts(data, split).tolist() == [1, 1, 1, 0, 0, 1, 1]
+    # Learnt from: events 0, 1, 5, 6, 9 of training and 2, 10 of alignment, items 0, 1, 5, 6, 2 and 2, 3.
+    assert learnt_counts(data, split).tolist() == [1, 1, 2, 1, 0, 1, 1]
 
 
 def test_reserved_users() -> None:
