@@ -8,7 +8,7 @@ Shapes: N items, F tokens of some items together, L tokens of the longest sequen
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -145,7 +145,7 @@ class ActionSpace:
         return self.vectors, np.arange(self.n_items)
 
 
-def index_sequences(trie: Trie, tokens: np.ndarray, lengths: np.ndarray) -> dict[str, Tensor]:
+def index_sequences(trie: Trie, tokens: np.ndarray, lengths: np.ndarray) -> dict[str, Any]:
     """`nodes`, `offsets` and `decided` of an ActionSpace: the ways in the trie of sequences laid one after another.
 
     Args: tokens (F,) >= 0; lengths (N,) above 0, which add up to F. Raises: TrieError for a sequence that is not there.
