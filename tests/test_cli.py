@@ -12,7 +12,9 @@ import pytest
 
 from sagerec import load
 from sagerec.cli import COMMANDS, main
+from sagerec.cli.tables import print_examples
 from sagerec.errors import DatasetError
+from sagerec.recommend import Recommender
 from sagerec.run.folder import Run
 
 FROZEN = Path(__file__).parent / "cli.txt"
@@ -133,3 +135,10 @@ def test_recommend_says_what_is_wrong(small_run: Run) -> None:
 
 if __name__ == "__main__":
     print(current(), end="")
+
+
+def test_brackets_in_titles_are_printed_as_they_are(small_run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """Console markup in a title is text: it neither fails nor vanishes."""
+    titles = ["[/bold] cable [usb-c]"] * small_run.data.n_items
+    print_examples(small_run, Recommender(small_run.policy(device="cpu"), small_run.data.item_ids, titles), users=1)
+    assert "[/bold] cable [usb-c]" in capsys.readouterr().out

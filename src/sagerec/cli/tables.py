@@ -3,8 +3,8 @@
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from sagerec.evaluation.diagnose import Diagnosis
 from sagerec.evaluation.evaluate import BUCKET_EDGES
@@ -13,7 +13,7 @@ from sagerec.report import cells
 from sagerec.run.folder import Run
 from sagerec.training.tracking import read_metrics
 
-console = Console()
+console = Console(markup=False)  # titles and ids are text, whatever brackets they hold
 
 
 def print_description(name: str, figures: dict[str, Any]) -> None:
@@ -66,7 +66,7 @@ def print_study(record: dict[str, Any]) -> None:
     ):
         table = Table(*header, title=name)
         for row in rows:
-            table.add_row(*map(escape, row))
+            table.add_row(*row)
         console.print(table)
     for text in (*cells.note_lines(record), cells.by_criterion(record), *cells.how_computed(record)):
         if text:
@@ -108,10 +108,10 @@ def print_reports(reports: dict[str, dict[str, Any]]) -> None:
     console.print(by)
 
 
-def _cell(metric: str, found: dict[str, float] | None) -> str:
+def _cell(metric: str, found: dict[str, float] | None) -> Text:
     """A value over its interval."""
     value, ends = cells.value_parts(metric, found)
-    return f"{value}\n[dim]{escape(ends)}[/]" if value else ""
+    return Text.assemble(value, (f"\n{ends}" if ends else "", "dim"))
 
 
 def print_diagnoses(found: dict[str, Diagnosis], k: int) -> None:
