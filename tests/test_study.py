@@ -98,6 +98,15 @@ def test_a_planted_difference_is_found_and_equals_are_not_told_apart() -> None:
     assert summary["coverage@10"]["value"] == 1.0
 
 
+def test_the_coverage_of_several_seeds_is_the_mean_of_each() -> None:
+    """Two seeds that show ten of a hundred items each, other ones: .1, and not the .2 of both together."""
+    _, cases = planted(0.1, 0, n=40)
+    seeds = [np.tile(np.arange(10) + first, (40, 1)) for first in (0, 50)]
+    found = measure(seeds, cases, Yardstick(), 100)
+    assert found.by_seed["coverage@10"].tolist() == [0.1, 0.1]
+    assert summarise(found, samples=100, seed=0)["coverage@10"]["value"] == pytest.approx(0.1)
+
+
 def test_holm_leaves_a_clear_effect_among_many_tests() -> None:
     """The planted effect of .2 in Recall survives 300 tests: p values have no floor."""
     a, b = planted_system(0.3, 0, 1), planted_system(0.1, 2, 3)
