@@ -20,12 +20,13 @@ from sagerec.actions.semantic_ids.embedders import embed_text, project_text
 from sagerec.actions.semantic_ids.quantisers import separate
 from sagerec.actions.space import make_space
 from sagerec.actions.trie import ROOT, build_trie
-from sagerec.artifacts import check_content, read_json, write_json
+from sagerec.artifacts import check_content
 from sagerec.baselines.tuning import evaluate_baseline
 from sagerec.catalogue.dataset import ITEM_ID, ITEMS
 from sagerec.catalogue.splits import SplitSettings
 from sagerec.cli import main
 from sagerec.errors import ArtifactError, DatasetError
+from sagerec.files import read_json, write_json
 from sagerec.policies.lazy_decoder import CODE_ROWS, LazyDecoder, LazyDecoderSettings, grow_weights
 from sagerec.run.folder import Run, open_run
 from sagerec.run.stages import add_items, audit, evaluate, make_actions, prepare, run_all, train

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sagerec import artifacts
+from sagerec import artifacts, files
 from sagerec.baselines.item_knn import item_knn_lists
 from sagerec.baselines.popularity import popularity_lists
 from sagerec.baselines.sasrec import TUNED, SasRecSettings, read_sasrec, resolved_settings, train_sasrec
@@ -161,7 +161,7 @@ def tune_sasrec(
         target = run.folder / "sasrec"
         kept = _manifest(target)
         if kept is None or kept.content_hash != tried[best].content_hash:
-            with artifacts.replace_folder(target) as fresh:
+            with files.replace_folder(target) as fresh:
                 shutil.copytree(best, fresh, dirs_exist_ok=True)
 
 

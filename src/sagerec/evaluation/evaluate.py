@@ -16,14 +16,14 @@ import numpy as np
 import polars as pl
 
 from sagerec.actions.space import ActionSpace
-from sagerec.artifacts import write_json
 from sagerec.catalogue.dataset import Dataset
 from sagerec.catalogue.simulated_store import SimulatedStore
 from sagerec.catalogue.splits import Cases, Sequences, Split, learnt_counts
-from sagerec.config import require, require_choices, to_json
+from sagerec.config import at_least, check_fields, require, to_json
 from sagerec.errors import DatasetError
 from sagerec.evaluation import intervals, metrics
 from sagerec.evaluation.per_case import PerCase, Values, Yardstick, make_yardstick, per_case
+from sagerec.files import write_json
 
 BUCKET_EDGES = (5, 10, 20, 50)
 
@@ -52,11 +52,14 @@ class EvaluateSettings:
     """Seed of the resamples."""
 
     def __post_init__(self) -> None:
-        require_choices(self)
-        require(len(self.k) > 0 and min(self.k) >= 1, f"k is {self.k}; expected numbers of at least 1")
-        require(self.beams >= 1, f"beams is {self.beams}; expected at least 1")
-        require(self.cold_max_count >= 0, f"cold_max_count is {self.cold_max_count}; expected 0 or above")
-        require(self.bootstrap_samples >= 100, f"bootstrap_samples is {self.bootstrap_samples}; expected at least 100")
+        require(len(self.k) > 0, "k is empty; expected numbers of at least 1")
+        check_fields(
+            self,
+            k=at_least(1, 10_000),
+            beams=at_least(1, 100_000),
+            cold_max_count=at_least(0),
+            bootstrap_samples=at_least(100, 1_000_000),
+        )
 
 
 def excludes_history(train: Sequences, settings: EvaluateSettings) -> bool:

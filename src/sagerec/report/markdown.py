@@ -9,7 +9,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from sagerec.artifacts import read_json, write_text
+from sagerec.files import read_json, write_text
 from sagerec.report import cells
 from sagerec.report.drawing import MARKERS, PALETTE, STYLE
 from sagerec.study import STUDY

@@ -12,7 +12,7 @@ from typing import Any, get_args
 import numpy as np
 import polars as pl
 
-from sagerec import artifacts
+from sagerec import artifacts, files
 from sagerec.baselines.tuning import BaselineName
 from sagerec.errors import ArtifactError
 from sagerec.evaluation.evaluate import EvaluateSettings
@@ -94,7 +94,7 @@ def gather(folder: Path) -> Material:
     """Read a run or a study folder. Raises: ArtifactError where it is neither, or a file of it is damaged."""
     study: dict[str, Any] = {}
     if (folder / STUDY).is_file():
-        study = artifacts.read_json(folder / STUDY)
+        study = files.read_json(folder / STUDY)
         if not isinstance(study, dict) or not isinstance(study.get("rows", []), list):
             raise ArtifactError(f"{folder / STUDY} holds no study; make it again with: sagerec compare")
         run = open_run(folder / RUN) if (folder / RUN / "dataset").is_dir() else None
@@ -139,7 +139,7 @@ def read_reports(run: Run, notes: list[str]) -> dict[str, dict[str, Any]]:
     """The test reports that fit the artefacts of today, by the name that is shown."""
     found = {}
     for path in sorted(run.folder.glob("evaluation*.json")):
-        report = artifacts.read_json(path)
+        report = files.read_json(path)
         if not isinstance(report, dict) or "metrics" not in report or report.get("split") != "test":
             continue
         stale = [name for name, content in report.get("made_from", {}).items() if _hash(run, name) != content]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from sagerec import artifacts
+from sagerec import artifacts, files
 from sagerec.actions.registry import KINDS, ActionSettings, kind_in, kind_of
 from sagerec.actions.semantic_ids.add import Addition
 from sagerec.actions.space import ActionSpace
@@ -226,7 +226,7 @@ def report_lists(
     stem = stem if settings.split == "test" else f"{stem}-{settings.split}"
     path = run.folder / f"{stem}.json"
     if path.is_file():
-        saved: dict[str, Any] = artifacts.read_json(path)
+        saved: dict[str, Any] = files.read_json(path)
         if saved.get("made_from") == made_from and saved.get("settings") == to_json(settings):
             logger.info("%s is there and fits", path.name)
             return saved
@@ -266,7 +266,7 @@ def diagnose_lists(run: Run, names: Sequence[str], k: int = 10) -> dict[str, Dia
     for name in names:
         suffix = "" if name == "policy" else f"-{name.removeprefix('policy-')}"
         lists, path = read_lists(run, suffix), run.folder / f"evaluation{suffix}.json"
-        report = artifacts.read_json(path)
+        report = files.read_json(path)
         if report["split"] != "test" or report["made_from"] != run.hashes(*report["made_from"]):
             raise ArtifactError(f"{path} measures another split or an earlier artefact; evaluate {name} again")
         if lists.shape[1] < k:

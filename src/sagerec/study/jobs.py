@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sagerec import artifacts
+from sagerec import artifacts, files
 from sagerec.config import grid_points, to_json
 from sagerec.errors import SettingsError, TrainingError
 from sagerec.objectives.table import find_objective
@@ -95,7 +95,7 @@ def read_trials(folder: Path, objective: str) -> list[dict[str, Any]]:
     paths = sorted(
         (folder / "trials").glob(f"{objective}-[0-9]*.json"), key=lambda path: int(path.stem.rpartition("-")[2])
     )
-    return [artifacts.read_json(path) for path in paths if path.stem.rpartition("-")[0] == objective]
+    return [files.read_json(path) for path in paths if path.stem.rpartition("-")[0] == objective]
 
 
 def do_job(folder: Path, job: Job, run_settings: RunSettings, threads: int, device: str) -> str:
@@ -121,16 +121,14 @@ def do_job(folder: Path, job: Job, run_settings: RunSettings, threads: int, devi
     except TrainingError as error:
         # Settings that do not hold are a result: the trial loses.
         logger.warning("%s failed: %s", job.name, error)
-        artifacts.write_json(
-            path, record | {"criterion": 0.0, "kept_round": None, "seconds": 0.0, "failed": str(error)}
-        )
+        files.write_json(path, record | {"criterion": 0.0, "kept_round": None, "seconds": 0.0, "failed": str(error)})
         return job.name
     manifest, where = run.manifest(name), run.folder / name
     validated = [values for values in read_metrics(where) if "criterion" in values]
     kept: dict[str, Any] = next((v for v in validated if v["round"] == manifest.sizes["kept_round"]), {})
     sizes = {key: manifest.sizes[key] for key in ("criterion", "kept_round", "seconds")}
     measured = {k.removeprefix("valid_"): v for k, v in kept.items() if k.startswith("valid_")}
-    artifacts.write_json(path, record | sizes | {"metrics": measured})
+    files.write_json(path, record | sizes | {"metrics": measured})
     shutil.rmtree(where)
     return job.name
 
@@ -142,13 +140,13 @@ def is_done(folder: Path, job: Job, run: Run, run_settings: RunSettings) -> bool
         path = folder / "trials" / f"{job.name}.json"
         if not path.is_file():
             return False
-        saved = artifacts.read_json(path)
+        saved = files.read_json(path)
         return bool(saved["align"] == job.settings.what() and saved["made_from"] == made_from)
     path = run.folder / f"evaluation-{job.name}.json"
     policy = run.folder / f"policy-{job.name}"
     if not (path.is_file() and (policy / artifacts.MANIFEST).is_file()):
         return False
-    manifest, saved = run.manifest(policy.name), artifacts.read_json(path)
+    manifest, saved = run.manifest(policy.name), files.read_json(path)
     same = manifest.settings["align"] == job.settings.what()
     fits = saved["made_from"] == run.hashes(policy.name, run.actions)
     return bool(

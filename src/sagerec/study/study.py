@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sagerec import artifacts
+from sagerec import artifacts, files
 from sagerec.baselines.tuning import evaluate_baseline, sasrec_trials
 from sagerec.config import require, to_json
 from sagerec.errors import SettingsError
@@ -67,7 +67,7 @@ def run_study(dataset: Path, folder: Path, settings: CompareSettings) -> dict[st
     do_jobs(folder, rows, study, run_settings)
     pipeline.audit(run)
     record = describe_study(folder, run, settings, run_settings)
-    artifacts.write_json(folder / STUDY, record)
+    files.write_json(folder / STUDY, record)
     return record
 
 

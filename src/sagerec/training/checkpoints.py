@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sagerec.artifacts import read_json, replace_folder, write_json
+from sagerec.files import read_json, replace_folder, write_json
 
 _TENSORS, _PROGRESS = "state.safetensors", "progress.json"
 
