@@ -163,7 +163,7 @@ def test_every_quantiser_takes_new_items(quantiser: str, store_folder: Path, tmp
     assert (new.codes[:200] == old.codes).all()
     if quantiser != "balanced-kmeans":  # its items are not all at the nearest centroid
         assert (new.codes[200:206, :2] == old.codes[:6, :2]).all()
-        assert added.collisions >= 6
+        assert added["collisions"] >= 6
     if quantiser == "shared":
         assert int(new.trie.size[ROOT]) == len(np.unique(new.codes, axis=0))
         kept = sorted(i for i in new.trie.item.tolist() if 0 <= i < 200)

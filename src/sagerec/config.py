@@ -108,7 +108,7 @@ def check_fields(settings: Any, **bounds: Bounds) -> None:
         limits = bounds.get(field.name, SEED if field.name == "seed" else None)
         for entry in value if isinstance(value, tuple) else (value,):
             if (expected := _miss(field.type, entry, limits)) is not None:
-                raise SettingsError(f"{field.name} is {value!r}; expected {expected}")
+                raise SettingsError(f"{field.name} is {entry!r}; expected {expected}")
 
 
 def _miss(kind: Any, value: Any, limits: Bounds | None) -> str | None:

@@ -148,6 +148,14 @@ def write_text(path: Path, text: str) -> None:
         fresh.write_text(text, encoding="utf-8")
 
 
+def refuse_other(path: Path, mark: str, what: str) -> None:
+    """Raise ArtifactError where `path` exists and holds no `mark`: only what was written here is replaced."""
+    if path.is_dir():
+        raise ArtifactError(f"{path} is a folder; expected the name of {what} to write")
+    if path.exists() and mark not in path.read_text(encoding="utf-8", errors="replace"):
+        raise ArtifactError(f"{path} exists and is not {what}, so it is left alone; give another name or remove it")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

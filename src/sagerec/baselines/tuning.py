@@ -22,7 +22,7 @@ from sagerec.errors import SettingsError, TrainingError
 from sagerec.evaluation.evaluate import EvaluateSettings, excludes_history
 from sagerec.evaluation.per_case import validation_means
 from sagerec.run.folder import Run
-from sagerec.run.stages import is_needed, report_lists
+from sagerec.run.stages import making, report_lists
 from sagerec.training.settings import TrainSettings
 
 logger = logging.getLogger(__name__)
@@ -189,18 +189,19 @@ def fit_sasrec(
 ) -> None:
     """Train SASRec into `folder`, unless what is there fits."""
     resolved = resolved_settings(model, training, parts=parts, exclude_history=exclude_history)
-    if is_needed(folder, "sasrec", made_from=made_from, settings=resolved, seed=training.seed):
-        train_sasrec(
-            folder,
-            run.data.n_items,
-            run.split.sequences(run.data, *parts),
-            validation,
-            model,
-            training,
-            parts=parts,
-            exclude_history=exclude_history,
-            made_from=made_from,
-        )
+    with making(folder, "sasrec", made_from=made_from, settings=resolved, seed=training.seed) as needed:
+        if needed:
+            train_sasrec(
+                folder,
+                run.data.n_items,
+                run.split.sequences(run.data, *parts),
+                validation,
+                model,
+                training,
+                parts=parts,
+                exclude_history=exclude_history,
+                made_from=made_from,
+            )
 
 
 def _manifest(folder: Path) -> artifacts.Manifest | None:

@@ -16,6 +16,7 @@ import numpy as np
 import polars as pl
 
 from sagerec.actions.space import ActionSpace
+from sagerec.artifacts import hash_file
 from sagerec.catalogue.dataset import Dataset
 from sagerec.catalogue.simulated_store import SimulatedStore
 from sagerec.catalogue.splits import Cases, Sequences, Split, learnt_counts
@@ -23,7 +24,7 @@ from sagerec.config import at_least, check_fields, require, to_json
 from sagerec.errors import DatasetError
 from sagerec.evaluation import intervals, metrics
 from sagerec.evaluation.per_case import PerCase, Values, Yardstick, make_yardstick, per_case
-from sagerec.files import write_json
+from sagerec.files import replace_file, write_record
 
 BUCKET_EDGES = (5, 10, 20, 50)
 
@@ -146,10 +147,14 @@ def _by_popularity(
     return rows
 
 
-def write_evaluation(path: Path, report: dict[str, Any], cases: Cases, lists: np.ndarray, data: Dataset) -> None:
-    """Write the report to `path` (JSON) and the lists beside it (`.lists.parquet`: row, target, item indices)."""
+def write_evaluation(
+    path: Path, report: dict[str, Any], cases: Cases, lists: np.ndarray, data: Dataset
+) -> dict[str, Any]:
+    """Write the report to `path` (JSON) and the lists beside it (`.lists.parquet`: row, target, item indices).
+
+    Returns the report with the hash of its lists, so that none is read with those of another.
+    """
     lists_path = path.with_suffix(".lists.parquet")
-    fresh = lists_path.with_suffix(".tmp")
     table = pl.DataFrame(
         {
             "event_row": cases.rows,
@@ -158,7 +163,8 @@ def write_evaluation(path: Path, report: dict[str, Any], cases: Cases, lists: np
             "items": pl.Series(lists.astype(np.int32), dtype=pl.Array(pl.Int32, lists.shape[1])),
         }
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table.write_parquet(fresh)
-    fresh.replace(lists_path)
-    write_json(path, report)
+    with replace_file(lists_path) as fresh:
+        table.write_parquet(fresh)
+    report = report | {"hashes": {"lists": hash_file(lists_path)}}
+    write_record(path, report)
+    return report
