@@ -345,7 +345,7 @@ def test_results_are_tables_of_the_record(tmp_path: Path, capsys: pytest.Capture
     assert "(1) under-tuned." in printed
     assert "number 2 by it" in printed
     assert "| sage | 1 | boost 4 | 2.500 | 2.500 |" in text
-    assert main(["results", "nothing", "--out", str(page)]) == 1
+    assert main(["results", "nothing", "--out", str(page)]) == 2
     assert "expected TITLE=FOLDER" in capsys.readouterr().err
 
 
