@@ -133,6 +133,25 @@ def peek_header(path: Path) -> str:
     return head.removeprefix(UTF8_MARK).decode("utf-8", "replace").split("\n", 1)[0].removesuffix("\r")
 
 
+def gzip_fault(path: Path) -> str | None:
+    """What is wrong with a gzip file, which is read to its end; None where it is whole."""
+    with path.open("rb") as raw:
+        begin = raw.read(len(GZIP_MAGIC))
+        if begin != GZIP_MAGIC:
+            return f"begins with {begin!r}"
+        raw.seek(0)
+        try:
+            for _ in _content(raw, BLOCK_BYTES):
+                pass
+        except DAMAGED as error:
+            return _told(error)
+    return None
+
+
+def _told(error: Exception) -> str:
+    return "ends early" if isinstance(error, EOFError) else f"cannot be read ({error})"
+
+
 def _blocks(path: Path, bad: BadRows, quoting: Quoting | None, encoding: str, block_bytes: int) -> Iterator[Block]:
     if not path.is_file():
         raise DatasetError(f"{path} is not a file; give the files to import, or a folder that holds them")
@@ -221,7 +240,7 @@ def _pieces(path: Path, content: Iterator[bytes], damage: list[str]) -> Iterator
                 yield begin.removeprefix(UTF8_MARK)
                 begin = None
     except DAMAGED as error:
-        damage.append("ends early" if isinstance(error, EOFError) else f"cannot be read ({error})")
+        damage.append(_told(error))
     yield begin or b""
 
 
