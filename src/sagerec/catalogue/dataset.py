@@ -56,12 +56,19 @@ class IdMap:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def index(self, ids: Iterable[str]) -> np.ndarray:
-        """Indices (n,) int64 of external ids."""
+    def __contains__(self, external: str) -> bool:
+        return external in self._places()
+
+    def _places(self) -> dict[str, int]:
         if self._index is None:
             self._index = {value: i for i, value in enumerate(self.ids)}
+        return self._index
+
+    def index(self, ids: Iterable[str]) -> np.ndarray:
+        """Indices (n,) int64 of external ids."""
+        places = self._places()
         try:
-            return np.array([self._index[value] for value in ids], dtype=np.int64)
+            return np.array([places[value] for value in ids], dtype=np.int64)
         except KeyError as error:
             raise DatasetError(
                 f"unknown {self.what} {error.args[0]!r}; expected one of the {len(self.ids)} ids of the dataset, "
