@@ -29,8 +29,8 @@ from rich.console import Console
 from torch import Tensor
 from trie import describe_run, machine_line, show_limits, table, timed
 
-from sagerec.artifacts import write_json
 from sagerec.config import require
+from sagerec.files import write_json
 from sagerec.objectives.loss import policy_loss
 from sagerec.objectives.table import OBJECTIVES
 

@@ -21,14 +21,12 @@ from sagerec.artifacts import (
     hash_file,
     hash_folder,
     misfit,
-    read_json,
     read_manifest,
-    replace_folder,
     write_artifact,
-    write_json,
 )
-from sagerec.config import from_json, require, require_choices, to_json
+from sagerec.config import check_fields, from_json, require, to_json
 from sagerec.errors import ArtifactError, SettingsError
+from sagerec.files import read_json, replace_folder, write_json
 
 
 def make(target: Path, text: str = "content", kind: str = "thing", **values: Any) -> Path:
@@ -131,7 +129,7 @@ def test_the_manifest_says_what_the_artefact_is_and_where_it_came_from(tmp_path:
     assert (manifest.kind, manifest.made_from, manifest.settings) == ("thing", {"log": "ab"}, {"x": [1, 2]})
     assert (manifest.seed, manifest.sizes) == (7, {"rows": 1, "columns": 2})
     assert manifest.content_hash == hash_folder(tmp_path / "t")
-    assert manifest.format_version == FORMAT_VERSION == 1
+    assert manifest.format_version == FORMAT_VERSION == 2
     assert set(manifest.versions) == {
         "python", "machine", "sagerec", "torch", "numpy", "polars", "scikit-learn", "faiss-cpu"
     }  # fmt: skip
@@ -342,7 +340,7 @@ class Settings:
     name: str | None = None
 
     def __post_init__(self) -> None:
-        require_choices(self)
+        check_fields(self)
         require(self.size > 0, f"size is {self.size}; expected above 0")
 
 

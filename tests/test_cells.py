@@ -8,9 +8,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from sagerec.artifacts import read_json
 from sagerec.baselines.tuning import evaluate_baseline
 from sagerec.evaluation.tests import COMPARED
+from sagerec.files import read_json
 from sagerec.report import cells
 from sagerec.report.material import differences_to_start, study_row
 from sagerec.run.folder import Run, open_run

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sagerec.actions.space import make_space
-from sagerec.artifacts import read_json, write_json
 from sagerec.baselines.tuning import evaluate_baseline
 from sagerec.cli import main
 from sagerec.evaluation.diagnose import HIT, UNSEEN, diagnose
+from sagerec.files import read_json, write_json
 from sagerec.run.folder import Run
 from tests.conftest import SMALL_RUN
 

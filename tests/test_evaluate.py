@@ -13,7 +13,6 @@ import torch
 from sagerec.actions.clusters import item_clusters
 from sagerec.actions.semantic_ids.build import SemanticIds, index_ids
 from sagerec.actions.trie import build_trie
-from sagerec.artifacts import read_json
 from sagerec.baselines import sasrec as sasrec_module
 from sagerec.baselines import tuning
 from sagerec.baselines.item_knn import item_knn_lists, top_k
@@ -25,6 +24,7 @@ from sagerec.catalogue.similarity import item_similarities
 from sagerec.catalogue.splits import Sequences, SplitSettings, make_split
 from sagerec.errors import DatasetError, SettingsError, TrainingError
 from sagerec.evaluation.evaluate import EvaluateSettings, evaluate_lists, excludes_history
+from sagerec.files import read_json
 from sagerec.run.folder import Run
 from sagerec.run.stages import audit, evaluate, make_actions, prepare, read_lists
 from tests.conftest import SMALL_RUN, SMALL_TRAIN, semantic_ids

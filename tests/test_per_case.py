@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from sagerec.artifacts import read_json
 from sagerec.catalogue.splits import Cases, learnt_counts
 from sagerec.evaluation import metrics
 from sagerec.evaluation.per_case import (
@@ -20,6 +19,7 @@ from sagerec.evaluation.per_case import (
     per_case,
     validation_means,
 )
+from sagerec.files import read_json
 from sagerec.run.folder import Run
 from sagerec.run.stages import read_lists
 from tests.conftest import SMALL_RUN

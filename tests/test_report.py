@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sagerec import artifacts
+from sagerec import files
 from sagerec.baselines.tuning import evaluate_baseline
 from sagerec.catalogue.dataset import INTERACTIONS, ITEMS
 from sagerec.catalogue.splits import SplitSettings
@@ -118,7 +118,7 @@ def study(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "date": "2026-11-24",
         "hashes": {"dataset": "abc123"},
     }
-    artifacts.write_json(folder / "study.json", values)
+    files.write_json(folder / "study.json", values)
     return folder
 
 
@@ -230,16 +230,16 @@ def test_a_study_shows_its_table_verdicts_trials_and_published_figures(study: Pa
 def test_parts_that_are_missing_are_left_out(run: Run, small_run: Run, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
-    artifacts.write_json(bare / "study.json", {"title": "Nothing yet", "rows": []})
+    files.write_json(bare / "study.json", {"title": "Nothing yet", "rows": []})
     outline = Outline(write_report(bare).read_text(encoding="utf-8"))
     assert [a["id"] for a in outline.named("section")] == ["coefficients"]
     plain = Outline(write_report(small_run.folder, tmp_path / "plain.html").read_text(encoding="utf-8"))
     assert "training" not in [a["id"] for a in plain.named("section")]
     stale = tmp_path / "stale"
     shutil.copytree(run.folder, stale)
-    report = artifacts.read_json(stale / "evaluation-sage-s0.json")
+    report = files.read_json(stale / "evaluation-sage-s0.json")
     report["made_from"] = {"policy-sage-s0": "of last week"}
-    artifacts.write_json(stale / "evaluation-sage-s0.json", report)
+    files.write_json(stale / "evaluation-sage-s0.json", report)
     (stale / "evaluation.lists.parquet").unlink()
     (stale / "policy-sft-s0" / "metrics.jsonl").unlink()
     material = gather(stale)
@@ -497,7 +497,7 @@ def test_a_study_of_hostile_words_shows_them_as_they_are(words: str, tmp_path: P
         "hashes": {f"artefact {words}": f"hash {words}"},
         "hardware": f"cores {words}",
     }
-    artifacts.write_json(tmp_path / "study.json", record)
+    files.write_json(tmp_path / "study.json", record)
     text = write_report(tmp_path).read_text(encoding="utf-8")
     outline = Outline(text)
     assert outline.open == []
@@ -527,7 +527,7 @@ def test_a_row_of_one_seed_a_note_and_both_entropies(tmp_path: Path) -> None:
             "against": {"sft": {"recall@10": untested, "coarse_entropy@10": tested, "entropy@10": untested}},
         },
     ]
-    artifacts.write_json(tmp_path / "study.json", {"title": "One seed", "rows": rows})
+    files.write_json(tmp_path / "study.json", {"title": "One seed", "rows": rows})
     outline = Outline(write_report(tmp_path).read_text(encoding="utf-8"))
     said = " ".join(" ".join(outline.text).split())
     assert (

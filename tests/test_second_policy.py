@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import sagerec
-from sagerec.artifacts import read_json
 from sagerec.catalogue.splits import SplitSettings
 from sagerec.config import to_json
 from sagerec.decoding.beam import exact_lists
@@ -18,6 +17,7 @@ from sagerec.decoding.rollouts import RolloutSettings, roll_out
 from sagerec.decoding.slates import slate_logprobs, write_slates
 from sagerec.errors import SettingsError
 from sagerec.evaluation.evaluate import EvaluateSettings
+from sagerec.files import read_json
 from sagerec.policies.registry import PolicyKind, make_policy, register_policy
 from sagerec.run.folder import Run, open_run
 from sagerec.run.stages import align, audit, evaluate, make_actions, prepare, train

@@ -457,7 +457,7 @@ def test_no_embedder_is_left() -> None:
             "weights are (0.0, 0.0, 0.0, 0.0); expected none below 0, one above",
         ),
         ({"window": 0}, "window is 0; expected at least 1"),
-        ({"category_dimensions": 0}, "dimensions are (192, 0, 128); expected at least 1"),
+        ({"category_dimensions": 0}, "category_dimensions is 0; expected at least 1"),
     ],
 )
 def test_settings_out_of_range(values: dict[str, Any], message: str) -> None:

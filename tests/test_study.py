@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse, stats
 
-from sagerec.artifacts import read_json, write_json
 from sagerec.baselines.sasrec import SasRecSettings
 from sagerec.catalogue.splits import Cases
 from sagerec.cli import main
@@ -24,6 +23,7 @@ from sagerec.errors import SettingsError
 from sagerec.evaluation.evaluate import EvaluateSettings
 from sagerec.evaluation.per_case import Values, Yardstick
 from sagerec.evaluation.tests import Measured, differences, holm, judge, measure, seed_variances, summarise
+from sagerec.files import read_json, write_json
 from sagerec.objectives.table import OBJECTIVES
 from sagerec.report.markdown import BY_HAND
 from sagerec.study import CompareSettings, StudySettings, run_study

@@ -13,6 +13,7 @@ import torch
 
 from sagerec.actions.legal import NO_ITEM
 from sagerec.catalogue.dataset import IdMap
+from sagerec.config import require
 from sagerec.decoding.beam import exact_lists
 from sagerec.decoding.cases import distinct_rows
 from sagerec.decoding.slates import write_slates
@@ -41,10 +42,12 @@ class Recommender:
         the k most probable next items, exactly; with `slate`, k items written one after another, whose scores are
         given those before.
 
-        Raises: DatasetError for an unknown item id or an empty history.
+        Raises: DatasetError for an unknown item id or an empty history; SettingsError for more items than there are.
         """
         if not history:
             raise DatasetError("the history is empty; expected at least one item id, the oldest first")
+        n_items = len(self.item_ids)
+        require(1 <= k <= n_items, f"k is {k}; expected 1 to {n_items:,}, the items of the catalogue")
         known = torch.from_numpy(self.item_ids.index(history))[None].to(self.policy.device)
         items = known[:, -self.policy.max_items :]
         lengths = torch.tensor([items.shape[1]], device=self.policy.device)

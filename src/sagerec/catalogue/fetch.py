@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from sagerec.artifacts import hash_file, read_json, write_json
+from sagerec.artifacts import hash_file, read_json
 from sagerec.catalogue.formats.blocks import gzip_fault
-from sagerec.config import require, require_choices
+from sagerec.config import check_fields, require
 from sagerec.errors import DatasetError, SettingsError
+from sagerec.files import write_json
 from sagerec.progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ class FetchSettings:
     """How long a silent server is waited for."""
 
     def __post_init__(self) -> None:
-        require_choices(self)
+        check_fields(self)
         require(self.attempts >= 1, f"attempts is {self.attempts}; expected at least 1")
         require(self.pause_seconds >= 0, f"pause_seconds is {self.pause_seconds}; expected at least 0")
         require(self.timeout_seconds > 0, f"timeout_seconds is {self.timeout_seconds}; expected above 0")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
-from sagerec.config import require, require_choices
+from sagerec.config import check_fields, require
 from sagerec.errors import SettingsError
 
 
@@ -56,7 +56,7 @@ class Objective:
     """A control without a policy loss: the stage continues supervised training on the same events."""
 
     def __post_init__(self) -> None:
-        require_choices(self)
+        check_fields(self)
         require(0 <= self.clip_low < 1, f"clip_low is {self.clip_low}; expected from 0 to below 1")
         require(self.clip_high >= 0, f"clip_high is {self.clip_high}; expected 0 or above")
         require(self.dual_clip is None or self.dual_clip > 1, f"dual_clip is {self.dual_clip}; expected above 1")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sagerec.actions.groups import group_log_softmax
 from sagerec.actions.space import ActionSpace
 from sagerec.actions.trie import PADDING, ROOT, Children
-from sagerec.config import require
+from sagerec.config import at_least, check_fields, require
 from sagerec.policies.layers import FastDropout, KeyValue, Layer, check_shape
 from sagerec.policies.protocol import Policy
 
@@ -56,9 +56,8 @@ class LazyDecoderSettings:
 
     def __post_init__(self) -> None:
         check_shape(width=self.width, heads=self.heads, dropout=self.dropout, max_items=self.max_items)
-        require(self.encoder_layers >= 1, f"encoder_layers is {self.encoder_layers}; expected at least 1")
-        require(self.decoder_layers >= 1, f"decoder_layers is {self.decoder_layers}; expected at least 1")
-        require(self.expansion >= 1, f"expansion is {self.expansion}; expected at least 1")
+        layers = at_least(1, 128)
+        check_fields(self, encoder_layers=layers, decoder_layers=layers, expansion=at_least(1, 64))
 
 
 class Context(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Any
 
 from sagerec.baselines.sasrec import TUNED, SasRecSettings
 from sagerec.baselines.tuning import BaselineName, sasrec_grid
-from sagerec.config import require
+from sagerec.config import at_least, check_fields, require
 from sagerec.objectives.table import find_objective
 from sagerec.run.stages import RunSettings
 from sagerec.training.settings import AlignSettings, TrainSettings
@@ -77,10 +77,13 @@ class StudySettings:
             object.__setattr__(self, name, tuple(words))
         for name in (*self.objectives, *self.single, *self.ablation_rows):
             find_objective(name)
-        require(self.seeds >= 1, f"seeds is {self.seeds}; expected at least 1")
-        require(self.trials >= 0, f"trials is {self.trials}; expected 0 or above")
-        require(self.processes >= 1, f"processes is {self.processes}; expected at least 1")
-        require(self.bootstrap_samples >= 100, f"bootstrap_samples is {self.bootstrap_samples}; expected at least 100")
+        check_fields(
+            self,
+            seeds=at_least(1, 1000),
+            trials=at_least(0, 1000),
+            processes=at_least(1, 1024),
+            bootstrap_samples=at_least(100, 1_000_000),
+        )
 
     @property
     def ablation_rows(self) -> tuple[str, ...]:

@@ -46,7 +46,14 @@ from sagerec.policies.registry import write_weights
 from sagerec.progress import progress_bar
 from sagerec.training import parallel
 from sagerec.training.batches import make_windows, shuffled_batches
-from sagerec.training.checkpoints import load_checkpoint, newest_checkpoint, read_progress, save_checkpoint
+from sagerec.training.checkpoints import (
+    fingerprint,
+    load_checkpoint,
+    newest_checkpoint,
+    read_progress,
+    save_checkpoint,
+    working_folder,
+)
 from sagerec.training.feedback import gather_facts, gather_feedback, to_device
 from sagerec.training.layout import most_choices
 from sagerec.training.loop import choose_device, make_optimizer
@@ -107,7 +114,9 @@ def align_policy(
     Raises: SettingsError where no event is reserved; RewardError for a reward that this data cannot give;
     TrainingError where loss or gradient is not finite.
     """
-    work = folder.with_name(folder.name + ".training")
+    work = working_folder(folder)
+    resolved = {"policy": policy_settings, "align": settings.what()}
+    depends = [*fingerprint(resolved, made_from), parallel.n_ranks()]
     cases = split.cases(data, "align")
     if len(cases) == 0:
         raise SettingsError(
@@ -159,12 +168,11 @@ def align_policy(
         return parallel.share_from_first(found)
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        summary = run_rounds(stage, measure if len(validation) and settings.validations else None, made_from)
+        summary = run_rounds(stage, measure if len(validation) and settings.validations else None, depends)
     if parallel.rank() == 0:
         opened, closed = (np.bincount(rows, minlength=data.n_events + 1) for rows in (cases.starts, cases.rows + 1))
         seen = np.flatnonzero((opened - closed).cumsum() > 0)  # from the start of each history to its target
         seen = seen if stage.replay is None else np.union1d(seen, train.rows)
-        resolved = {"policy": policy_settings, "align": settings.what()}
         with write_artifact(
             folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed, sizes=summary
         ) as fresh:
@@ -176,8 +184,11 @@ def align_policy(
     return stage.policy
 
 
-def run_rounds(stage: Stage, measure: Any, made_from: dict[str, str]) -> dict[str, Any]:
-    """The rounds of the algorithm box, from the newest checkpoint on; leaves the kept weights in the policy."""
+def run_rounds(stage: Stage, measure: Any, depends: list[Any]) -> dict[str, Any]:
+    """The rounds of the algorithm box, from the newest checkpoint on; leaves the kept weights in the policy.
+
+    A checkpoint of what depends on other things than `depends` is not resumed.
+    """
     settings, policy, work = stage.settings, stage.policy, stage.work
     lengths = np.minimum(stage.cases.rows - stage.cases.starts, policy.max_items)
     per_round = max(1, settings.round_users // settings.batch_users)
@@ -191,11 +202,10 @@ def run_rounds(stage: Stage, measure: Any, made_from: dict[str, str]) -> dict[st
     n_rounds = rounds_per_epoch * settings.epochs
     total_steps = n_batches * settings.passes * settings.epochs
     due = {round(n_rounds * (i + 1) / settings.validations) for i in range(settings.validations)} if measure else set()
-    fingerprint = [settings.what(), made_from, parallel.n_ranks()]
-    progress: dict[str, Any] = {"fingerprint": fingerprint, "round": 0, "step": 0, "best": None, "seconds": 0.0}
+    progress: dict[str, Any] = {"fingerprint": depends, "round": 0, "step": 0, "best": None, "seconds": 0.0}
     best: dict[str, Tensor] = {}
     checkpoint = newest_checkpoint(work) if parallel.rank() == 0 else None
-    if checkpoint is not None and read_progress(checkpoint)["fingerprint"] != fingerprint:
+    if checkpoint is not None and read_progress(checkpoint)["fingerprint"] != depends:
         logger.info("the unfinished alignment in %s was of other inputs or settings; starting anew", work)
         shutil.rmtree(work)
         checkpoint = None

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sagerec.catalogue.splits import Cases
-from sagerec.errors import TrainingError
+from sagerec.errors import SettingsError, TrainingError
 from sagerec.progress import Bar, progress_bar
 from sagerec.training.batches import Windows, shuffled_batches
 from sagerec.training.checkpoints import load_checkpoint, newest_checkpoint, read_progress, save_checkpoint
@@ -35,10 +35,19 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that a setting names; `auto` is the GPU where there is one."""
+    """The device that a setting names; `auto` is the GPU where there is one.
+
+    Raises: SettingsError for one that is not there.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        known = ["auto", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise SettingsError(f"device is {name!r}, which is not there; expected one of {', '.join(known)}") from error
+    return device
 
 
 def has_native_bfloat16(device: torch.device) -> bool:

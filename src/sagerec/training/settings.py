@@ -7,7 +7,7 @@ from typing import Any, Literal
 from tyro.conf import UseAppendAction
 
 from sagerec.actions.clusters import ClusterKind
-from sagerec.config import require, require_choices, to_json
+from sagerec.config import above, at_least, between, check_fields, require, to_json
 from sagerec.decoding.rollouts import RolloutSettings
 from sagerec.objectives.rewards import parse_rewards
 from sagerec.objectives.table import Objective, find_objective
@@ -53,16 +53,19 @@ class TrainSettings:
     """Seed of the weights, the order of the batches and dropout."""
 
     def __post_init__(self) -> None:
-        require_choices(self)
         check_trackers(self.track)
-        require(self.epochs >= 1, f"epochs is {self.epochs}; expected at least 1")
-        require(self.batch_size >= 1, f"batch_size is {self.batch_size}; expected at least 1")
-        require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}; expected above 0")
-        require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; expected 0 or above")
-        require(0 <= self.warmup_share < 1, f"warmup_share is {self.warmup_share}; expected from 0 to below 1")
-        require(self.clip_norm > 0, f"clip_norm is {self.clip_norm}; expected above 0")
-        require(self.validate_every >= 0, f"validate_every is {self.validate_every}; expected 0 or above")
-        require(self.patience >= 1, f"patience is {self.patience}; expected at least 1")
+        check_fields(
+            self,
+            epochs=at_least(1, 100_000),
+            batch_size=at_least(1),
+            learning_rate=above(0),
+            weight_decay=at_least(0, 1000),
+            warmup_share=between(0, 1, below=True),
+            clip_norm=above(0),
+            validate_every=at_least(0),
+            validation_users=at_least(1),
+            patience=at_least(1),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +155,7 @@ class AlignSettings:
     """Seed of the order of events, of samples and of dropout."""
 
     def __post_init__(self) -> None:
-        require_choices(self)
+        check_fields(self)
         check_trackers(self.track)
         if self.reward:
             parse_rewards(self.reward)

@@ -26,7 +26,7 @@ from sagerec.catalogue.formats.delimited import Choose, Dialect, cast_cells, rea
 from sagerec.catalogue.formats.fields import UNIT, BadValueError, Field, as_lines, log_fields, split_field
 from sagerec.catalogue.formats.source import NO_SEPARATOR, Source, clean_items
 from sagerec.catalogue.formats.times import require_time_format
-from sagerec.config import require
+from sagerec.config import check_fields, require
 from sagerec.errors import DatasetError, SettingsError
 
 ROWS = 500_000
@@ -69,6 +69,7 @@ class TableColumns:
     """How times are written that are neither numbers nor ISO dates, such as %d/%m/%Y %H:%M."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("quote", "separator", "items_separator"):
             value = getattr(self, name)
             require(not set(value) & set("\r\n\0"), f"{name} is {value!r}; expected no line end")

@@ -33,7 +33,7 @@ from sagerec.catalogue.describe import time_range
 from sagerec.catalogue.formats.blocks import BadRows, Chunk, place
 from sagerec.catalogue.formats.event_log import FILE, ITEM, LINE, USER, Codes, core, distinct, in_order, read_log, ties
 from sagerec.catalogue.formats.source import Source
-from sagerec.config import require, require_choices, to_json
+from sagerec.config import check_fields, require, to_json
 from sagerec.errors import DatasetError
 
 Progress = Callable[[int], None]
@@ -63,7 +63,7 @@ class ImportSettings:
     """Rows that cannot be read are counted and left out, in place of an error at the first."""
 
     def __post_init__(self) -> None:
-        require_choices(self)
+        check_fields(self)
         require(self.k_core >= 1, f"k_core is {self.k_core}; expected at least 1")
         require(self.min_user_events >= 1, f"min_user_events is {self.min_user_events}; expected at least 1")
 
