@@ -24,6 +24,7 @@ from sagerec.catalogue.formats.quotes import Quoting
 from sagerec.catalogue.formats.writer import ImportSettings
 from sagerec.errors import DatasetError
 from tests.test_formats import META_2014, SKIP, error_of, imported, put, review_2014, review_2018, review_2023
+from tests.test_formats_kinds import movielens
 from tests.test_formats_tables import INTER, ITEM, minionerec, row
 
 FIELDS = LOG_FIELDS["amazon-2023"]
@@ -388,6 +389,7 @@ def samples(folder: Path) -> dict[Format, list[Path]]:
         ],
         "recbole": [recbole / "x.inter", recbole / "x.item"],
         "table": [table / "log.csv", table / "items.csv"],
+        "movielens": sorted(movielens(folder / "movielens", "1m").iterdir()),
         "minionerec": sorted(p for p in mini.rglob("*") if p.is_file()),
     }
 
@@ -402,7 +404,9 @@ BYTES = st.one_of(
 )
 
 
-@pytest.mark.parametrize("name", ["amazon-2014", "amazon-2018", "amazon-2023", "recbole", "table", "minionerec"])
+@pytest.mark.parametrize(
+    "name", ["amazon-2014", "amazon-2018", "amazon-2023", "recbole", "table", "movielens", "minionerec"]
+)
 @given(data=st.data())
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_broken_bytes_are_an_error_or_a_counted_skip(

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from sagerec.artifacts import hash_file, read_json
+from sagerec.artifacts import hash_file
 from sagerec.catalogue.formats.blocks import gzip_fault
 from sagerec.config import check_fields, require
 from sagerec.errors import DatasetError, SettingsError
-from sagerec.files import write_json
+from sagerec.files import read_json, write_json
 from sagerec.progress import progress_bar
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ import numpy as np
 import polars as pl
 from isal import isal_zlib
 
-from sagerec.catalogue.formats.quotes import Quoting, end_of_records
+from sagerec.catalogue.formats.quotes import Quoting, end_of_records, is_closed, is_regular
 from sagerec.errors import DatasetError
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,8 @@ class Block:
     """Lines in `text`."""
     source_bytes: int
     """How much of the file as it lies on disk has been read so far."""
+    is_regular: bool = True
+    """Quotes only open and close cells, or stand beside their twin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,10 +167,10 @@ def _blocks(path: Path, bad: BadRows, quoting: Quoting | None, encoding: str, bl
                 size += len(part)
                 if size < block_bytes:
                     continue
-            text, rest = _cut(parts, quoting)
+            text, rest, regular = _cut(parts, quoting)
             if text:
                 count = _newlines(text)
-                yield Block(path, text, line, count, raw.tell())
+                yield Block(path, text, line, count, raw.tell(), regular)
                 line += count
             parts, size = [rest], len(rest)
             if size > max(MAX_RECORD_BYTES, block_bytes):
@@ -187,7 +189,8 @@ def _blocks(path: Path, bad: BadRows, quoting: Quoting | None, encoding: str, bl
                 )
             bad.report(path, line, "file cut short", f"it {damage[0]}")
         elif rest:
-            yield Block(path, rest + b"\n", line, rest.count(b"\n") + 1, raw.tell())
+            regular = is_regular(rest, quoting) and is_closed(rest, quoting)
+            yield Block(path, rest + b"\n", line, rest.count(b"\n") + 1, raw.tell(), regular)
         elif line == 1:
             raise DatasetError(f"{path} is empty; expected at least one line. Get it again, or leave it out")
 
@@ -257,14 +260,15 @@ def _line_ends(pieces: Iterator[bytes]) -> Iterator[bytes]:
         yield b"\n"
 
 
-def _cut(parts: list[bytes], quoting: Quoting | None) -> tuple[bytes, bytes]:
-    """The whole records of the parts, and the rest behind; copied once where the last part ends a line."""
+def _cut(parts: list[bytes], quoting: Quoting | None) -> tuple[bytes, bytes, bool]:
+    """The whole records of the parts, the rest behind, whether quotes are regular; copied once where a line ends."""
     end = 0 if quoting else parts[-1].rfind(b"\n") + 1
     if end:
-        return b"".join([*parts[:-1], parts[-1][:end]]), parts[-1][end:]
+        return b"".join([*parts[:-1], parts[-1][:end]]), parts[-1][end:], True
     text = b"".join(parts)
-    end = end_of_records(text, quoting)
-    return text[:end], text[end:]
+    regular = is_regular(text, quoting)
+    end = end_of_records(text, quoting, regular=regular)
+    return text[:end], text[end:], regular
 
 
 def _decoded(path: Path, content: Iterator[bytes], encoding: str) -> Iterator[bytes]:

@@ -23,7 +23,7 @@ from sagerec.catalogue.formats.fields import (
     text_value,
     wrong,
 )
-from sagerec.catalogue.formats.quotes import Quoting, is_regular, record_end, records
+from sagerec.catalogue.formats.quotes import Quoting, record_end, records
 from sagerec.catalogue.formats.times import cast_times
 from sagerec.errors import DatasetError
 
@@ -129,8 +129,7 @@ def _swallows_rows(record: bytes, dialect: Dialect, n_columns: int) -> bool:
 
 def fast_chunk(block: Block, header: list[str], fields: Sequence[Field], dialect: Dialect) -> Chunk | None:
     """A block through polars; None where anything is amiss, so that the slow path may say what."""
-    quoting, mark = dialect.quoting, dialect.quote.encode()
-    if quoting and not (is_regular(block.text, quoting) and block.text.count(mark) % 2 == 0):
+    if not block.is_regular:
         return None
     try:
         table = pl.read_csv(
@@ -167,7 +166,8 @@ def cast_cells(column: pl.Series, field: Field) -> pl.Series:
     """A column of cells in the type of its field. Raises: BadValueError for any cell that does not fit."""
     stripped = column.str.strip_chars()
     is_id = field.kind == "text" and field.required
-    filled = column.set(stands_for_none(stripped) if is_id else stripped == "", None)
+    cells = column if field.kind in ("text", "split") else stripped
+    filled = cells.set(stands_for_none(stripped) if is_id else stripped == "", None)
     if field.kind == "text":
         cast = filled
     elif field.kind == "split":

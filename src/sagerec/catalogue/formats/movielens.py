@@ -99,7 +99,7 @@ def _read_movies(path: Path, layout: Layout, bad: BadRows, notes: dict[str, str]
     item, title, genres = layout.item_names
     fields = [Field(ITEM_ID, item, required=True), Field(TITLE, title)]
     dialect = layout.items
-    if path.suffix != ".csv":
+    if layout.movies != "movies.csv":
         notes["encoding"] = "UTF-8" if _is_utf8(path) else "latin-1"
         dialect = replace(dialect, encoding="" if notes["encoding"] == "UTF-8" else "latin-1")
     if genres in dialect.header or not dialect.header:

@@ -32,11 +32,18 @@ def _cells(mark: str, separator: str) -> re.Pattern[bytes]:
     return re.compile(rb"%b(?<![^%b]%b)(?:[^%b]++|%b%b)*+(%b?)" % (quote, ends, quote, quote, quote, quote, quote))
 
 
-def is_regular(text: bytes, quoting: Quoting) -> bool:
+def is_closed(text: bytes, quoting: Quoting | None) -> bool:
+    """Whether a regular text ends outside of cells."""
+    return quoting is None or text.count(quoting.mark.encode()) % 2 == 0
+
+
+def is_regular(text: bytes, quoting: Quoting | None) -> bool:
     """Whether every quote opens a cell, closes one, or stands beside its twin; the last cell may be open.
 
     Then an even number of quotes stands before whatever is outside of cells.
     """
+    if quoting is None or quoting.mark.encode() not in text:
+        return True
     content = np.frombuffer(text, dtype=np.uint8)
     marks = np.flatnonzero(content == ord(quoting.mark))
     around = np.zeros(256, dtype=bool)
@@ -47,12 +54,12 @@ def is_regular(text: bytes, quoting: Quoting) -> bool:
     return bool(around[content[opening[first:] - 1]].all() and around[content[closing + 1]].all())
 
 
-def end_of_records(text: bytes, quoting: Quoting | None) -> int:
-    """Where the last whole record of `text`, which begins with one, ends."""
+def end_of_records(text: bytes, quoting: Quoting | None, *, regular: bool) -> int:
+    """Where the last whole record of `text`, which begins with one, ends; `regular` as `is_regular` says."""
     end = text.rfind(b"\n") + 1
     if quoting is None or (mark := quoting.mark.encode()) not in text:
         return end
-    if not is_regular(text, quoting):
+    if not regular:
         return max((stop for _, stop, is_whole in records(text, quoting) if is_whole), default=0)
     odd = text.count(mark, 0, end) % 2
     while odd and end:

@@ -43,8 +43,7 @@ def require_time_format(time_format: str) -> None:
 
 
 def cast_times(cells: pl.Series, time_format: str = "") -> pl.Series | None:
-    """A column of cells (String, null where empty) as Int64, Float64 or Datetime; None where a cell does not fit."""
-    cells = cells.str.strip_chars()
+    """A column of stripped cells, null where empty, as Int64, Float64 or Datetime; None where one does not fit."""
     empty = cells.null_count()
     if time_format:
         return _in_years(_datetimes(cells, time_format), empty)
