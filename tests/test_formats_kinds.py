@@ -413,6 +413,15 @@ def test_a_wrong_encoding_is_named_with_its_line(tmp_path: Path) -> None:
             TableColumns(encoding=name)
 
 
+def test_separators_and_quotes_that_do_not_go_together() -> None:
+    with pytest.raises(SettingsError, match=r"separator is '\"'; expected another character than the quote"):
+        TableColumns(separator='"')
+    with pytest.raises(SettingsError, match="quote is \"'\"; expected none where cells are told apart at '::'"):
+        TableColumns(items_separator="::", quote="'")
+    assert TableColumns(separator="§").log_dialect(Path("x.csv")).quote == ""
+    assert TableColumns(separator='"', quote="none").log_dialect(Path("x.csv")) == Dialect('"', "", True)
+
+
 def test_a_zip_archive_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "u.data", b"PK\x03\x04rest of it")
     assert error_of("movielens", path) == f"{path} is a zip archive; expected text, plain or gzip. Unpack it"

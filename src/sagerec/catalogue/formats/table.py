@@ -77,8 +77,13 @@ class TableColumns:
             self.quote in ("", NO_SEPARATOR) or (len(self.quote) == 1 and self.quote.isascii()),
             f"quote is {self.quote!r}; expected one character of ASCII, or none",
         )
-        separators = (self.separator or ",", self.items_separator)
-        require(not self.quote or self.quote not in separators, f"quote and separator are {self.quote!r}; they differ")
+        separators = (self.separator or ",", self.items_separator or self.separator or ",")
+        if self.quote != NO_SEPARATOR:
+            quote = self.quote or '"'
+            require(quote not in separators, f"separator is {quote!r}; expected another character than the quote")
+        if self.quote not in ("", NO_SEPARATOR):
+            long = next((s for s in separators if len(s.encode()) > 1), None)
+            require(long is None, f"quote is {self.quote!r}; expected none where cells are told apart at {long!r}")
         if self.encoding:
             require_encoding(self.encoding)
         if self.time_format:
@@ -95,7 +100,7 @@ class TableColumns:
     def _dialect(self, path: Path, separator: str, header: tuple[str, ...]) -> Dialect:
         is_tabbed = ".tsv" in path.suffixes
         separator = separator or ("\t" if is_tabbed else ",")
-        quote = self.quote or (NO_SEPARATOR if is_tabbed or len(separator) > 1 else '"')
+        quote = self.quote or (NO_SEPARATOR if is_tabbed or len(separator.encode()) > 1 else '"')
         return Dialect(separator, "" if quote == NO_SEPARATOR else quote, bool(self.quote), self.encoding, header)
 
 
@@ -137,7 +142,19 @@ def read_tables(files: Sequence[Path], bad: BadRows, columns: TableColumns) -> S
 def _read(path: Path, choose: Choose, bad: BadRows, dialect: Dialect) -> Iterator[Chunk]:
     if path.suffix == ".parquet":
         return _read_parquet(path, choose, bad)
-    return read_delimited(path, choose, bad, dialect)
+
+    def choose_named(header: list[str]) -> Sequence[Field]:
+        fields = choose(header)
+        lacking = next((f.source for f in fields if f.source not in header), None)
+        if lacking is not None:
+            raise DatasetError(
+                f"{path}: column {lacking!r} is missing; got {', '.join(header)}. Give its name in the file with "
+                f"--columns.…, what stands between cells (now {dialect.separator!r}) with --columns.separator, or the "
+                "names of all columns, where the first line is a row, with --columns.header"
+            )
+        return fields
+
+    return read_delimited(path, choose_named, bad, dialect)
 
 
 def _read_parquet(path: Path, choose: Choose, bad: BadRows) -> Iterator[Chunk]:
