@@ -239,8 +239,8 @@ FILE_FAULTS: list[tuple[bytes, str]] = [
     (
         b"user_id,thing,timestamp\nu,a,1\n",
         "column 'item_id' is missing; got user_id, thing, timestamp. Give its name in the file with --columns.…, what "
-        "stands between cells (now ',') with --columns.separator, or the names of all columns, where the first line is a "
-        "row, with --columns.header",
+        "stands between cells (now ',') with --columns.separator, or the names of all columns, where the first line "
+        "is a row, with --columns.header",
     ),
     (LOG.encode("utf-16"), "is UTF-16 text; expected UTF-8. Convert it, for example with: iconv -f UTF-16 -t UTF-8"),
     (
