@@ -580,8 +580,8 @@ def test_artefacts_that_cannot_be_read(built: tuple[Path, SemanticIds], tmp_path
     folder = tmp_path / "ids"
     shutil.copytree(built[0], folder)
     (folder / "ids.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(ArtifactError, match=r"ids\.safetensors cannot be read \(.+\); make the Semantic IDs again$"):
+    with pytest.raises(ArtifactError, match=r"ids\.safetensors was changed after it was written; make .+ids again$"):
         read_semantic_ids(folder)
     (folder / "ids.safetensors").unlink()
-    with pytest.raises(ArtifactError, match=r"ids\.safetensors cannot be read \(.+\); make the Semantic IDs again$"):
+    with pytest.raises(ArtifactError, match=r"ids\.safetensors cannot be read \(No such file .+\); make .+ again$"):
         read_semantic_ids(folder)

@@ -594,7 +594,9 @@ def test_folders_that_are_no_store_are_refused(planted: SimulatedStore, tmp_path
     changed = tmp_path / "changed"
     write_store(changed, planted)
     planted.items.reverse().write_parquet(changed / "items.parquet")
-    assert refusal(changed, ArtifactError) == f"{changed} was changed after it was written; make it again"
+    assert refusal(changed, ArtifactError) == (
+        f"{changed}/items.parquet was changed after it was written; make {changed} again"
+    )
 
 
 def test_a_truth_of_another_version_is_refused(planted: SimulatedStore, tmp_path: Path) -> None:

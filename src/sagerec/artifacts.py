@@ -168,19 +168,20 @@ def read_manifest(folder: Path, kind: str) -> Manifest:
     if manifest.kind != kind:
         raise ArtifactError(f"{folder} holds a {manifest.kind!r} artefact, expected {kind!r}")
     for name, (sha256, size, changed) in manifest.hashes["files"].items():
-        _check_file(folder / name, sha256, size, changed)
+        _check_file(folder, name, sha256, size, changed)
     return manifest
 
 
-def _check_file(path: Path, sha256: str, size: int, changed: int) -> None:
+def _check_file(folder: Path, name: str, sha256: str, size: int, changed: int) -> None:
     """Raise ArtifactError unless a file is what was written."""
+    path = folder / name
     try:
         now = _size_and_time(path)
         intact = now[0] == size and (now[1] == changed or _hash_at(path, *now) == sha256)
     except OSError as error:
-        raise ArtifactError(f"{path} cannot be read ({error.strerror}); make {path.parent} again") from error
+        raise ArtifactError(f"{path} cannot be read ({error.strerror}); make {folder} again") from error
     if not intact:
-        raise ArtifactError(f"{path} was changed after it was written; make {path.parent} again")
+        raise ArtifactError(f"{path} was changed after it was written; make {folder} again")
 
 
 def check_content(folder: Path, manifest: Manifest) -> None:

@@ -14,7 +14,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from logging import getLogger
 from pathlib import Path
 from typing import Any
@@ -68,9 +68,10 @@ def _acquire(target: Path) -> FileLock:
             logger.info("%s is being written by %s; waiting until it is done", target, holder)
             lock.acquire()
         if _is_at(opened[0], path):
-            os.ftruncate(opened[0], 0)
             command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])[:500]
-            os.pwrite(opened[0], f"process {os.getpid()} on {platform.node()}: {command}".encode(), 0)
+            with suppress(OSError):  # a full disk: who holds it is not told
+                os.ftruncate(opened[0], 0)
+                os.pwrite(opened[0], f"process {os.getpid()} on {platform.node()}: {command}".encode(), 0)
             return lock
         lock.release()  # the one before let it go, and its file, while this one waited
 

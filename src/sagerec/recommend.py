@@ -42,12 +42,12 @@ class Recommender:
         the k most probable next items, exactly; with `slate`, k items written one after another, whose scores are
         given those before.
 
-        Raises: DatasetError for an unknown item id or an empty history; SettingsError for more items than there are.
+        Raises: DatasetError for an unknown item id or an empty history.
         """
         if not history:
             raise DatasetError("the history is empty; expected at least one item id, the oldest first")
-        n_items = len(self.item_ids)
-        require(1 <= k <= n_items, f"k is {k}; expected 1 to {n_items:,}, the items of the catalogue")
+        require(k >= 1, f"k is {k}; expected at least 1")
+        k = min(k, len(self.item_ids))
         known = torch.from_numpy(self.item_ids.index(history))[None].to(self.policy.device)
         items = known[:, -self.policy.max_items :]
         lengths = torch.tensor([items.shape[1]], device=self.policy.device)

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 
 from sagerec.errors import SagerecError, SettingsError
 
-BOX = "╭╮╰╯│─"
-"""What the parser draws its messages with."""
+BOX, RULE = "╭╮╰╯│|", "─-+"
+"""What the parser draws its messages with, where the terminal has such characters and where not."""
 UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, SafetensorError)
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory")
 
@@ -23,7 +23,7 @@ def parser_line(box: str) -> str:
     """The parser's message, a box of several lines, in one: what is wrong, and what a value should be."""
     parts: list[list[str]] = [[]]
     for line in (line.strip(f"{BOX} ") for line in box.splitlines()[1:]):
-        if line:
+        if line.strip(RULE):
             parts[-1].append(line)
         else:
             parts.append([])

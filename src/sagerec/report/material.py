@@ -14,7 +14,6 @@ import polars as pl
 
 from sagerec import artifacts
 from sagerec.baselines.tuning import BaselineName
-from sagerec.errors import ArtifactError
 from sagerec.evaluation.evaluate import EvaluateSettings
 from sagerec.evaluation.per_case import make_yardstick
 from sagerec.evaluation.tests import differences, measure, seed_variances
@@ -143,11 +142,7 @@ def read_reports(run: Run, notes: list[str]) -> dict[str, dict[str, Any]]:
     """The test reports that fit the artefacts of today, by the name that is shown."""
     found = {}
     for path in sorted(run.folder.glob("evaluation*.json")):
-        try:
-            report = run.report(path.stem)
-        except ArtifactError as error:
-            notes.append(f"Left out: {error}.")
-            continue
+        report = run.report(path.stem)
         if report["split"] != "test":
             continue
         if stale := run.outdated(report["made_from"], grown=False):

@@ -103,11 +103,10 @@ class Run:
         found = []
         ours = {"dataset", "split", *KINDS}
         for name in (n for n in made_from if n in ours or n.startswith(("policy", "sasrec"))):
-            try:
-                manifest = self.manifest(name)
-            except ArtifactError:
+            if not (self.folder / name).exists():
                 found.append(name)
                 continue
+            manifest = self.manifest(name)
             same = made_from[name] == manifest.content_hash or (grown and made_from[name] in manifest.grown_from)
             if not same or self.outdated(manifest.made_from):
                 found.append(name)
@@ -121,6 +120,8 @@ class Run:
     def report(self, stem: str) -> dict[str, Any]:
         """RUN/`stem`.json. Raises: ArtifactError where it is missing, was changed, or is not of the lists beside it."""
         path = self.folder / f"{stem}.json"
+        if not path.is_file():
+            raise ArtifactError(f"{path} is missing; make it with: sagerec evaluate, or sagerec baseline")
         report = read_record(path)
         lists = self.lists_path(stem)
         if not lists.is_file() or artifacts.hash_file(lists) != report["hashes"]["lists"]:

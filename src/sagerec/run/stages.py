@@ -258,8 +258,8 @@ def report_lists(
     that is proven exact; `of_ids`: they hold sequences that several items may share.
     """
     require(
-        max(settings.k) <= run.data.n_items,
-        f"k is {settings.k}; expected at most {run.data.n_items:,}, the items of the catalogue",
+        max(settings.k) <= max(run.data.n_items, *EvaluateSettings().k),
+        f"k is {max(settings.k)}; expected at most {run.data.n_items:,}, the items of the catalogue",
     )
     stem = stem if settings.split == "test" else f"{stem}-{settings.split}"
     path = run.folder / f"{stem}.json"

@@ -97,6 +97,10 @@ class SemanticIdSettings:
     def __post_init__(self) -> None:
         check_fields(
             self,
+            text_weight=at_least(0),
+            category_weight=at_least(0),
+            collaborative_weight=at_least(0),
+            sentence_weight=at_least(0),
             levels=between(1, 8),
             window=at_least(1),
             vae_epochs=at_least(1, 100_000),
@@ -116,7 +120,7 @@ class SemanticIdSettings:
             f"codebook_size is {self.codebook_size}; expected 2 to 32767, or 0 to have it chosen",
         )
         weights = (self.text_weight, self.category_weight, self.collaborative_weight, self.sentence_weight)
-        require(min(weights) >= 0 and max(weights) > 0, f"weights are {weights}; expected none below 0, one above")
+        require(max(weights) > 0, "every weight is 0; expected one above")
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
