@@ -9,6 +9,7 @@ from rich.table import Table
 
 from sagerec.baselines.sasrec import TUNED, SasRecSettings
 from sagerec.baselines.tuning import BaselineName, evaluate_baseline
+from sagerec.catalogue.dataset import IdMap
 from sagerec.catalogue.splits import PARTS
 from sagerec.cli.arguments import FLAT, Folder
 from sagerec.cli.tables import (
@@ -182,8 +183,9 @@ class Recommend:
 
     run: Folder
     """Run folder."""
-    history: str
-    """Item ids, the oldest first, separated by commas."""
+    history: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Item ids, the oldest first, separated by commas; may be given several times. What is an id as it stands, comma
+    and all, is taken as one."""
     k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 10
     """Items to print."""
     slate: bool = False
@@ -200,7 +202,7 @@ class Recommend:
 
     def __call__(self) -> None:
         recommender = load(self.run, policy=self.policy, device=self.device)
-        history = [value.strip() for value in self.history.split(",") if value.strip()]
+        history = [item for given in self.history for item in named_items(given, recommender.item_ids)]
         found = recommender.recommend(history, k=self.k, exclude_history=not self.keep_history, slate=self.slate)
         table = Table()
         for column, justify in (("rank", "right"), ("item_id", "left"), ("title", "left"), ("score", "right")):
@@ -208,6 +210,13 @@ class Recommend:
         for rank, item, title, score in found.iter_rows():
             table.add_row(str(rank), item, title, f"{score:.3f}")
         console.print(table)
+
+
+def named_items(given: str, known: IdMap) -> list[str]:
+    """The ids of one --history: the text itself where it is an id, else those between its commas."""
+    if given in known:
+        return [given]
+    return [part if part in known else part.strip() for part in given.split(",") if part.strip()]
 
 
 @dataclass(frozen=True)

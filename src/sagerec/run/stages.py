@@ -19,7 +19,7 @@ from sagerec import artifacts
 from sagerec.actions.registry import KINDS, ActionSettings, kind_in, kind_of
 from sagerec.actions.space import ActionSpace
 from sagerec.catalogue.audit import EVENTS_USED, Finding, audit_order, audit_stage, read_events_used
-from sagerec.catalogue.dataset import INTERACTIONS, ITEM_ID, ITEMS, SOURCE, has_manifest, read_dataset
+from sagerec.catalogue.dataset import INTERACTIONS, ITEM_ID, ITEMS, SOURCE, files_in, has_manifest, read_dataset
 from sagerec.catalogue.grow import grow_dataset, known_items, read_new_items
 from sagerec.catalogue.splits import Cases, Part, SplitSettings, learnt_counts, make_split, read_split, write_split
 from sagerec.config import require, to_json
@@ -80,7 +80,7 @@ def prepare(dataset: Path, out: Path, settings: SplitSettings) -> Run:
         if needed:
             sizes = {"users": data.n_users, "items": data.n_items, "interactions": data.n_events}
             with artifacts.write_artifact(target, "dataset", made_from={"source": source}, sizes=sizes) as fresh:
-                for path in sorted(p for p in dataset.iterdir() if p.is_file() and p.name != artifacts.MANIFEST):
+                for path in (p for p in files_in(dataset) if p.name != artifacts.MANIFEST):
                     shutil.copy(path, fresh / path.name)
                 if has_manifest(dataset):
                     shutil.copy(dataset / artifacts.MANIFEST, fresh / SOURCE)
