@@ -1,6 +1,7 @@
 """Settings on disk: frozen dataclasses to JSON and back, where an unknown key is an error."""
 
 import dataclasses
+import math
 from itertools import product
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -45,6 +46,33 @@ def require(condition: bool, message: str) -> None:
     """Raise SettingsError with `message` unless `condition` holds; used by `__post_init__` checks."""
     if not condition:
         raise SettingsError(message)
+
+
+def require_number(
+    name: str,
+    value: Any,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    whole: bool = False,
+) -> None:
+    """Raise SettingsError unless `value` is a finite number (a whole one) in the range that the bounds leave.
+
+    The message names the bounds that do not hold: "batch_users is 0; expected at least 1".
+    """
+    holds = {
+        "at least": (least, lambda bound: value >= bound),
+        "above": (above, lambda bound: value > bound),
+        "at most": (most, lambda bound: value <= bound),
+        "below": (below, lambda bound: value < bound),
+    }
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        raise SettingsError(f"{name} is {value!r}; expected a {'whole ' if whole else ''}number")
+    require(abs(value) < math.inf or math.isnan(value), f"{name} is {value}; expected a finite number")
+    broken = [f"{word} {bound:g}" for word, (bound, test) in holds.items() if bound is not None and not test(bound)]
+    require(not broken, f"{name} is {value}; expected {' and '.join(broken)}")
 
 
 def require_choices(settings: Any) -> None:

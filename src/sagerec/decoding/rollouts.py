@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sagerec.actions.legal import NO_ITEM
+from sagerec.config import require_number
 from sagerec.decoding.beam import beam_lists
 from sagerec.decoding.slates import FreeTokens, Slates, join_tokens, slate_logprobs, write_slates
 from sagerec.errors import SettingsError
@@ -19,6 +20,8 @@ from sagerec.policies.protocol import ContextT, Policy, PrefixT
 
 LEAST_BEAMS = 20
 """Beams of a beam list, at least."""
+MOST = 10_000
+"""Items of a slate, and slates of a context, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +41,14 @@ class RolloutSettings:
     """Sample only among the most probable codes that together hold this share."""
 
     def __post_init__(self) -> None:
-        if self.k < 1 or self.slates < 1:
-            raise SettingsError(f"k is {self.k} and slates {self.slates}; expected at least 1")
+        for name in ("k", "slates"):
+            require_number(name, getattr(self, name), least=1, most=MOST, whole=True)
         most = self.slates if self.k == 1 else 1
-        if self.beam_slates is not None and not 0 <= self.beam_slates <= min(most, self.slates):
+        if self.beam_slates is not None and self.beam_slates not in range(most + 1):
             raise SettingsError(f"beam_slates is {self.beam_slates}; expected 0 to {most} with k = {self.k}")
-        if self.temperature <= 0:
-            raise SettingsError(f"temperature is {self.temperature}; expected above 0")
-        if not 0 < self.top_p <= 1:
-            raise SettingsError(f"top_p is {self.top_p}; expected above 0, at most 1")
+        require_number("temperature", self.temperature, above=0, most=1e3)
+        require_number("temperature", self.temperature, least=1e-3)  # below, logits overflow
+        require_number("top_p", self.top_p, above=0, most=1)
 
     @property
     def n_beams(self) -> int:

@@ -123,7 +123,7 @@ def align_policy(
             )
     device = choose_device(parallel.rank_device(settings.device))
     parallel.join_ranks(device)
-    weights = parse_rewards(settings.reward)
+    weights = {} if settings.row.trains_on_targets else parse_rewards(settings.reward)
     facts = gather_facts(data, split, start.space, clusters=settings.clusters, cold_max_count=settings.cold_max_count)
     train = split.sequences(data, "train")
     stage = Stage(
