@@ -214,6 +214,7 @@ def test_coefficient_rises_with_the_ratio_to_its_bound_and_falls_with_diversity(
 @settings(max_examples=25, deadline=None)
 def test_ratio_is_the_geometric_mean_and_masked_tokens_change_nothing(seed: int, rho: float) -> None:
     inputs = batch(seed)
+    inputs["logprobs"] = inputs["logprobs"] - math.log(5.0)  # so that no old log-probability is above 0
     inputs["old_logprobs"] = inputs["logprobs"] - math.log(rho)
     found, gradient = run(SAGE, inputs)
     torch.testing.assert_close(found.diagnostics["ratio"], torch.full_like(found.advantages, rho))

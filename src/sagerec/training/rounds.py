@@ -270,7 +270,7 @@ def losses(stage: Stage, batch: Minibatch, step: int) -> tuple[Tensor, dict[str,
             advantages=batch.advantages,
             diversity=batch.rollouts.diversity,
             coldness=batch.rollouts.coldness,
-            denominator=parallel.add_up(sizes[row.aggregation]),
+            denominator=parallel.add_up(sizes[row.aggregation]).clamp(min=1),
         )
         total = total + settings.policy_weight * found.loss
         logged |= bound_figures(found, mask)
