@@ -302,7 +302,7 @@ def compute_rewards(expressions: Sequence[str], x: RewardInputs, *, per_item: bo
     is no tensor of finite numbers of either shape.
     """
     n_items = len(x.facts.cold)
-    _check_items("a slate", x.slates, n_items)
+    _check_items("the slates", x.slates, n_items)
     _check_items("the targets", x.targets, n_items, least=0)
     columns = []
     for expression in expressions:

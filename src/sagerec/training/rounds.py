@@ -346,7 +346,8 @@ def update(stage: Stage, batch: Minibatch, step: int, total_steps: int) -> dict[
         loss, logged = losses(stage, batch, step)
     except NumericalError as error:
         raise TrainingError(
-            f"update {step}: {error}; the batch is saved in {save_batch(stage, batch, step)}"
+            f"update {step}: {error}; the batch is saved in {save_batch(stage, batch, step)}. "
+            "Lower --learning-rate, or look at the rewards in metrics.jsonl"
         ) from error
     if loss.requires_grad:
         loss.backward()  # type: ignore[no-untyped-call]
@@ -356,7 +357,7 @@ def update(stage: Stage, batch: Minibatch, step: int, total_steps: int) -> dict[
         path = save_batch(stage, batch, step)
         raise TrainingError(
             f"loss {loss.item()} with gradient norm {norm.item()} at update {step}; the batch is saved in {path}. "
-            "Lower the learning rate, or look at the rewards in metrics.jsonl"
+            "Lower --learning-rate, or look at the rewards in metrics.jsonl"
         )
     rate = learning_rate_at(step, total_steps, settings.learning_rate, settings.warmup_share)
     for group in stage.optimizer.param_groups:
