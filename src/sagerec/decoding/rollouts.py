@@ -44,8 +44,10 @@ class RolloutSettings:
         for name in ("k", "slates"):
             require_number(name, getattr(self, name), least=1, most=MOST, whole=True)
         most = self.slates if self.k == 1 else 1
-        if self.beam_slates is not None and self.beam_slates not in range(most + 1):
-            raise SettingsError(f"beam_slates is {self.beam_slates}; expected 0 to {most} with k = {self.k}")
+        if self.beam_slates is not None:
+            require_number("beam_slates", self.beam_slates, whole=True)
+            if not 0 <= self.beam_slates <= most:
+                raise SettingsError(f"beam_slates is {self.beam_slates}; expected 0 to {most} with k = {self.k}")
         require_number("temperature", self.temperature, above=0, most=1e3)
         require_number("temperature", self.temperature, least=1e-3)  # below, logits overflow
         require_number("top_p", self.top_p, above=0, most=1)

@@ -52,11 +52,13 @@ from sagerec.training.layout import most_choices
 from sagerec.training.loop import choose_device, make_optimizer
 from sagerec.training.rounds import Stage, roll_round, update
 from sagerec.training.settings import STORE_METRICS, AlignSettings, parse_criterion
-from sagerec.training.soundness import check_kept, check_weights
+from sagerec.training.soundness import check_kept
 from sagerec.training.tracking import Trackers, keep_records, open_trackers
 
 logger = logging.getLogger(__name__)
 VALIDATION_K, VALIDATION_BEAMS = 10, 20
+GLANCE = 8
+"""Reserved events that are looked at after each round, to see that the policy is not lost."""
 
 
 def validate(
@@ -161,7 +163,7 @@ def align_policy(
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         summary = run_rounds(stage, measure if len(validation) and settings.validations else None, made_from)
-    check_kept(stage.policy, sample_loss(stage), f"update {summary['updates']}")
+    check_kept(stage.policy, sample_loss(stage, settings.batch_users), f"update {summary['updates']}")
     if parallel.rank() == 0:
         opened, closed = (np.bincount(rows, minlength=data.n_events + 1) for rows in (cases.starts, cases.rows + 1))
         seen = np.flatnonzero((opened - closed).cumsum() > 0)  # from the start of each history to its target
@@ -179,10 +181,10 @@ def align_policy(
 
 
 @torch.no_grad()
-def sample_loss(stage: Stage) -> float:
-    """Next-item loss of the first reserved events, a minibatch of them, in nats an item."""
+def sample_loss(stage: Stage, n: int) -> float:
+    """Next-item loss of the first n reserved events, in nats an item."""
     policy, cases = stage.policy, stage.cases
-    some = np.arange(min(len(cases), stage.settings.batch_users))
+    some = np.arange(min(len(cases), n))
     history, length = cases.histories(some, policy.max_items)
     items, lengths = (torch.from_numpy(x).to(policy.device) for x in (history, length))
     targets = torch.from_numpy(policy.space.listed_as(cases.targets[some])).to(policy.device).long()
@@ -240,7 +242,7 @@ def run_rounds(stage: Stage, measure: Any, made_from: dict[str, str]) -> dict[st
                     progress["step"] += 1
             progress["round"] = number + 1
             logged |= {name: float(np.mean([f[name] for f in figures])) for name in figures[0]}
-            check_weights(policy, f"update {progress['step']}")
+            check_kept(policy, sample_loss(stage, GLANCE), f"update {progress['step']}")
             seconds = time.perf_counter() - started
             progress["seconds"] += seconds
             if number + 1 in due:
