@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ SMALL_FLAGS = ["--slates", "8", "--batch-users", "32", "--epochs", "1", "--valid
 
 
 @pytest.fixture
-def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A working directory with the package `mine`, whose module `rewards` registers one; all forgotten afterwards."""
     monkeypatch.setattr("sys.path", [path for path in sys.path if path])
     monkeypatch.chdir(tmp_path)
@@ -44,7 +45,7 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "rewards.py").write_text(SOURCE)
     load_reward_module.cache_clear()
-    yield tmp_path  # type: ignore[misc]
+    yield tmp_path
     REWARDS.clear()
     REWARDS.update(known)
     for name in set(sys.modules) - loaded:
@@ -236,12 +237,18 @@ def test_what_all_alignments_of_a_study_share_is_narrowed_to_each() -> None:
         assert (own.objective, own.learning_rate) == (objective, 1e-4)
         assert (own.k == 3) == (objective != "sft")
     assert shared.for_objective("sft").resolved().reward == ()
-    for given, message in (
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"objective": "gbpo"}, "objective is set for all alignments, and a study has its own; .*--objectives"),
         ({"seed": 3}, "seed is set for all alignments, and a study has its own; .*--seeds"),
-    ):
+    ]
+    for given, message in refused:
         with pytest.raises(SettingsError, match=message):
-            CompareSettings(align=AlignSettings(**given))  # type: ignore[arg-type]
+            CompareSettings(align=AlignSettings(**given))
+
+
+def changed(name: str, value: Any) -> AlignSettings:
+    """The defaults but for one."""
+    return AlignSettings(**{name: value})
 
 
 WHOLE = (
@@ -258,15 +265,15 @@ REAL = (
 @pytest.mark.parametrize("value", [-1, 10**30, -1e300, 1e300, math.nan, math.inf, -math.inf, "3", True])
 def test_a_number_out_of_range_is_refused_by_its_name(name: str, value: Any) -> None:
     with pytest.raises(SettingsError, match=rf"^{name} is .*; expected "):
-        AlignSettings(**{name: value})
+        changed(name, value)
 
 
 @pytest.mark.parametrize("name", ["k", "slates", "epochs", "round_users", "batch_users", "passes", "validation_users"])
 def test_counts_of_nothing_are_refused(name: str) -> None:
     with pytest.raises(SettingsError, match=f"^{name} is 0; expected at least 1$"):
-        AlignSettings(**{name: 0})
+        changed(name, 0)
     with pytest.raises(SettingsError, match=f"^{name} is 2.5; expected a whole number$"):
-        AlignSettings(**{name: 2.5})
+        changed(name, 2.5)
 
 
 @pytest.mark.parametrize("part", ["recall=nan", "recall=inf", "recall=1e99", "recall", "=1", "speed=1", "recall=x"])

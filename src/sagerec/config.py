@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from itertools import product
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -62,7 +63,7 @@ def require_number(
 
     The message names the bounds that do not hold: "batch_users is 0; expected at least 1".
     """
-    holds = {
+    holds: dict[str, tuple[float | None, Callable[[float], bool]]] = {
         "at least": (least, lambda bound: value >= bound),
         "above": (above, lambda bound: value > bound),
         "at most": (most, lambda bound: value <= bound),

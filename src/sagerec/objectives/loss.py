@@ -84,7 +84,7 @@ def compute_advantages(
     if math.isfinite(found.sum().item()):
         return found
     what = "advantages are not finite"
-    given = {"rewards": rewards, "weights": weights, "tokens": tokens}
+    given: dict[str, Tensor | None] = {"rewards": rewards, "weights": weights, "tokens": tokens}
     _refuse([_first_bad(name, values) for name, values in given.items()], what)
     found = _advantages(row, rewards.double(), weights, group, tokens).to(found.dtype)
     _refuse([_first_bad("advantages", found)], f"{what}: rewards of up to {float(rewards.abs().max()):g} overflow")
@@ -290,9 +290,9 @@ def _check(
     if row.trains_on_targets:
         raise SettingsError(f"{row.name} has no policy loss: it is the control that goes on with supervised training")
     require((rewards is None) != (given is None), "expected either rewards or advantages: give one of the two")
-    for name, tensor in (("logprobs", logprobs), ("old_logprobs", old_logprobs)):
-        if not tensor.is_floating_point():
-            raise SettingsError(f"{name} have type {tensor.dtype}; expected a floating-point type")
+    for name, given_logprobs in (("logprobs", logprobs), ("old_logprobs", old_logprobs)):
+        if not given_logprobs.is_floating_point():
+            raise SettingsError(f"{name} have type {given_logprobs.dtype}; expected a floating-point type")
     if logprobs.ndim != 3:
         raise SettingsError(f"logprobs have shape {tuple(logprobs.shape)}; expected (B, G, T)")
     tokens, slates = logprobs.shape, logprobs.shape[:2]

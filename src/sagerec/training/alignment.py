@@ -126,7 +126,7 @@ def align_policy(
             )
     device = choose_device(parallel.rank_device(settings.device))
     parallel.join_ranks(device)
-    weights = {} if settings.row.trains_on_targets else parse_rewards(settings.reward)
+    weights = parse_rewards(settings.reward) if settings.reward else {}  # the control has none
     facts = gather_facts(data, split, start.space, clusters=settings.clusters, cold_max_count=settings.cold_max_count)
     train = split.sequences(data, "train")
     stage = Stage(
