@@ -339,7 +339,8 @@ def _call(name: str, x: RewardInputs) -> Tensor:
         said = " ".join(f"{type(error).__name__}: {error}".split())
         raise RewardError(f"reward {name!r} failed ({said}); {expected}") from error
     if not isinstance(found, Tensor):
-        raise RewardError(f"reward {name!r} gave {type(found).__name__}; {expected}: wrap it in torch.as_tensor")
+        mend = "return one" if found is None else "wrap it in torch.as_tensor"
+        raise RewardError(f"reward {name!r} gave {type(found).__name__}; {expected}: {mend}")
     if found.shape not in (x.slates.shape, x.slates.shape[:2]) or found.is_complex():
         raise RewardError(f"reward {name!r} gave {found.dtype} of shape {tuple(found.shape)}; {expected}")
     if found.device != x.slates.device:
