@@ -458,3 +458,19 @@ def test_figures_of_token_ratios_are_of_counted_tokens() -> None:
     assert [figures[f"ratio_q{q}"].item() for q in ("05", "50", "95")] == pytest.approx([2.0] * 3)
     assert (figures["share_at_upper"].item(), figures["share_at_lower"].item()) == (0.5, 0.0)
     assert (figures["coefficient_positive"].item(), figures["coefficient_negative"].item()) == pytest.approx((0, 2))
+
+
+def test_nobody_answers_to_a_place_without_an_item(run: Run) -> None:
+    """The store's answers and item-kNN's scores: 0 at -1, elsewhere what they are without it."""
+    stage = stage_of(run, replace(QUICK, reward=("collaborative=1", "click=1", "watch=1")).resolved())
+    index = np.arange(5)
+    contexts = rounds.read_cases(stage, index)
+    slates = torch.arange(30).view(5, 2, 3)
+    holed = slates.clone()
+    holed[:, 1, 1:] = -1
+    history = (index, contexts.items.numpy(), contexts.lengths.numpy())
+    whole, found = (stage.feedback.answers(*history, slates=s, targets=contexts.targets) for s in (slates, holed))
+    assert {"collaborative", "click", "watch"} <= found.keys()
+    for name, values in found.items():
+        assert not bool(values[holed < 0].any()), name
+        assert torch.equal(values[holed >= 0], whole[name][holed >= 0]), name
