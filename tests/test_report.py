@@ -59,7 +59,7 @@ def run(store_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     train(made, SMALL_POLICY, replace(SMALL_TRAIN, epochs=1))
     evaluate(made, SMALL_RUN.evaluate, device="cpu")
     for objective in ("sft", "sage"):
-        name = align(made, replace(ALIGN, objective=objective), name=f"{objective}-s0")
+        name = align(made, ALIGN.for_objective(objective), name=f"{objective}-s0")
         evaluate(made, SMALL_RUN.evaluate, name=name, device="cpu")
     evaluate_baseline(made, "popularity", SMALL_RUN.evaluate)
     return made

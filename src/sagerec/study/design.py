@@ -7,9 +7,11 @@ from typing import Any
 from sagerec.baselines.sasrec import TUNED, SasRecSettings
 from sagerec.baselines.tuning import BaselineName, sasrec_grid
 from sagerec.config import at_least, check_fields, require
+from sagerec.objectives.rewards import parse_rewards
 from sagerec.objectives.table import find_objective
 from sagerec.run.stages import RunSettings
-from sagerec.training.settings import AlignSettings, TrainSettings
+from sagerec.training.reward_modules import check_origin
+from sagerec.training.settings import OF_A_ROW, AlignSettings, TrainSettings
 
 STUDY, CONTROL, START, OURS = "study.json", "sft", "supervised", "sage"
 RIVALS = ("gbpo", "gdpo")
@@ -111,7 +113,13 @@ class CompareSettings:
     """How it is trained; learning rate and dropout are tried."""
 
     def __post_init__(self) -> None:
-        for name in ("boost", "boost_form", "boost_scope", "entropy_penalty", "clip_low", "clip_high", "cap"):
+        for name, instead in (("objective", "objectives"), ("seed", "seeds")):
+            require(
+                getattr(self.align, name) == getattr(AlignSettings(), name),
+                f"{name} is set for all alignments, and a study has its own; leave it out and give --{instead}",
+            )
+        check_origin(list(parse_rewards(self.align.resolved().reward)), self.align.reward_module)
+        for name in OF_A_ROW:
             require(
                 getattr(self.align, name) is None,
                 f"{name} is set for all objectives, which would make one of another; leave it to the trials",

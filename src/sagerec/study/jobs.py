@@ -67,7 +67,7 @@ def tuning_jobs(settings: StudySettings, align: AlignSettings) -> list[Job]:
         if objective in settings.ablation_rows:
             continue
         for number, point in enumerate(grid(objective, settings.trials, align)):
-            chosen = replace(align, objective=objective, seed=0, **point)
+            chosen = replace(align.for_objective(objective), seed=0, **point)
             found.append(Job("trial", objective, chosen, f"{objective}-{number}"))
     return found
 
@@ -81,8 +81,9 @@ def chosen_settings(folder: Path, objective: str, settings: StudySettings, align
         for name in ("boost", "entropy_penalty"):
             if getattr(row, name) == 0 or row.bound != "gradient":
                 point.pop(name, None)
-        return replace(align, objective=objective, **point)
-    return replace(align, objective=objective, **chosen_point(folder, objective, settings))
+    else:
+        point = chosen_point(folder, objective, settings)
+    return replace(align.for_objective(objective), **point)
 
 
 def chosen_point(folder: Path, objective: str, settings: StudySettings) -> dict[str, Any]:
@@ -104,7 +105,7 @@ def do_job(folder: Path, job: Job, run_settings: RunSettings, threads: int, devi
     """Run one job; returns its name."""
     torch.set_num_threads(threads)
     run = open_run(folder / "run")
-    settings = replace(job.settings, device=device)
+    settings = replace(job.settings, device=device)  # validated anew, so that this process has the reward modules
     if job.kind == "row":
         pipeline.align(run, settings, name=job.name)
         pipeline.evaluate(run, run_settings.evaluate, name=f"policy-{job.name}", device=device)

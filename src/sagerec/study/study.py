@@ -143,7 +143,7 @@ def describe_study(folder: Path, run: Run, settings: CompareSettings, run_settin
         "one_seed": len(tests) - judged,
         "settings": {
             "study": to_json(study),
-            "align": to_json(aligned),
+            "align": to_json(aligned) | {"reward_module": aligned.reward_sources},
             "sasrec": to_json(settings.sasrec),
             "sasrec_train": to_json(settings.sasrec_train),
             **{name: to_json(getattr(run_settings, name)) for name in ("split", "ids", "policy", "train", "evaluate")},

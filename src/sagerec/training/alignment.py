@@ -59,10 +59,13 @@ from sagerec.training.layout import most_choices
 from sagerec.training.loop import choose_device, make_optimizer
 from sagerec.training.rounds import Stage, roll_round, update
 from sagerec.training.settings import STORE_METRICS, AlignSettings, parse_criterion
+from sagerec.training.soundness import check_kept
 from sagerec.training.tracking import Trackers, keep_records, open_trackers
 
 logger = logging.getLogger(__name__)
 VALIDATION_K, VALIDATION_BEAMS = 10, 20
+GLANCE = 8
+"""Reserved events that are looked at after each round, to see that the policy is not lost."""
 
 
 def validate(
@@ -112,7 +115,7 @@ def align_policy(
     `start` is trained, `reference` a second copy of it that stays. Work in progress stands in `folder` + `.training`.
 
     Raises: SettingsError where no event is reserved; RewardError for a reward that this data cannot give;
-    TrainingError where loss or gradient is not finite.
+    TrainingError where loss, gradient or weights are not finite, or what would be kept is lost.
     """
     work = working_folder(folder)
     resolved = {"policy": policy_settings, "align": settings.what()}
@@ -132,7 +135,7 @@ def align_policy(
             )
     device = choose_device(parallel.rank_device(settings.device))
     parallel.join_ranks(device)
-    weights = parse_rewards(settings.reward)
+    weights = parse_rewards(settings.reward) if settings.reward else {}  # the control has none
     facts = gather_facts(data, split, start.space, clusters=settings.clusters, cold_max_count=settings.cold_max_count)
     train = split.sequences(data, "train")
     stage = Stage(
@@ -169,6 +172,7 @@ def align_policy(
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         summary = run_rounds(stage, measure if len(validation) and settings.validations else None, depends)
+    check_kept(stage.policy, sample_loss(stage, settings.batch_users), f"update {summary['updates']}")
     if parallel.rank() == 0:
         opened, closed = (np.bincount(rows, minlength=data.n_events + 1) for rows in (cases.starts, cases.rows + 1))
         seen = np.flatnonzero((opened - closed).cumsum() > 0)  # from the start of each history to its target
@@ -182,6 +186,18 @@ def align_policy(
         shutil.rmtree(work)
     parallel.share_from_first(None)  # no rank goes on before the artefact is there
     return stage.policy
+
+
+@torch.no_grad()
+def sample_loss(stage: Stage, n: int) -> float:
+    """Next-item loss of the first n reserved events, in nats an item."""
+    policy, cases = stage.policy, stage.cases
+    some = np.arange(min(len(cases), n))
+    history, length = cases.histories(some, policy.max_items)
+    items, lengths = (torch.from_numpy(x).to(policy.device) for x in (history, length))
+    targets = torch.from_numpy(policy.space.listed_as(cases.targets[some])).to(policy.device).long()
+    last = torch.arange(items.shape[1], device=policy.device) == lengths[:, None] - 1
+    return float(policy.next_item_loss(items, targets[:, None].expand_as(items), last))
 
 
 def run_rounds(stage: Stage, measure: Any, depends: list[Any]) -> dict[str, Any]:
@@ -236,6 +252,7 @@ def run_rounds(stage: Stage, measure: Any, depends: list[Any]) -> dict[str, Any]
                     progress["step"] += 1
             progress["round"] = number + 1
             logged |= {name: float(np.mean([f[name] for f in figures])) for name in figures[0]}
+            check_kept(policy, sample_loss(stage, GLANCE), f"update {progress['step']}")
             seconds = time.perf_counter() - started
             progress["seconds"] += seconds
             if number + 1 in due:
