@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from sagerec import register_reward
-from sagerec.artifacts import hash_file, read_json
+from sagerec.artifacts import hash_file
 from sagerec.cli import main
 from sagerec.errors import RewardError, SettingsError, TrainingError
+from sagerec.files import read_json
 from sagerec.objectives.rewards import REWARDS
 from sagerec.objectives.table import OBJECTIVES
 from sagerec.run.folder import Run

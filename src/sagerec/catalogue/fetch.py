@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Literal
 
 from sagerec.artifacts import hash_file
 from sagerec.catalogue.formats.blocks import gzip_fault
-from sagerec.config import check_fields, require
+from sagerec.config import above, at_least, check_fields, require
 from sagerec.errors import DatasetError, SettingsError
 from sagerec.files import read_json, write_json
 from sagerec.progress import progress_bar
@@ -83,10 +83,8 @@ class FetchSettings:
     """How long a silent server is waited for."""
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        require(self.attempts >= 1, f"attempts is {self.attempts}; expected at least 1")
-        require(self.pause_seconds >= 0, f"pause_seconds is {self.pause_seconds}; expected at least 0")
-        require(self.timeout_seconds > 0, f"timeout_seconds is {self.timeout_seconds}; expected above 0")
+        day = 86_400
+        check_fields(self, attempts=at_least(1, 1000), pause_seconds=at_least(0, day), timeout_seconds=above(0, day))
         require(
             not self.base_url or _is_web(self.base_url), f"base_url is {self.base_url!r}; expected http(s)://HOST/…"
         )

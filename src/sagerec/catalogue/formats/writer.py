@@ -33,7 +33,7 @@ from sagerec.catalogue.describe import time_range
 from sagerec.catalogue.formats.blocks import BadRows, Chunk, place
 from sagerec.catalogue.formats.event_log import FILE, ITEM, LINE, USER, Codes, core, distinct, in_order, read_log, ties
 from sagerec.catalogue.formats.source import Source
-from sagerec.config import check_fields, require, to_json
+from sagerec.config import at_least, check_fields, to_json
 from sagerec.errors import DatasetError
 
 Progress = Callable[[int], None]
@@ -63,9 +63,7 @@ class ImportSettings:
     """Rows that cannot be read are counted and left out, in place of an error at the first."""
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        require(self.k_core >= 1, f"k_core is {self.k_core}; expected at least 1")
-        require(self.min_user_events >= 1, f"min_user_events is {self.min_user_events}; expected at least 1")
+        check_fields(self, k_core=at_least(1), min_user_events=at_least(1))
 
     def core(self) -> dict[str, int]:
         """How many events a user and an item keep at least."""
