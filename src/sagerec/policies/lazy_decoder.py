@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sagerec.actions.groups import group_log_softmax
 from sagerec.actions.space import ActionSpace
 from sagerec.actions.trie import PADDING, ROOT, Children
-from sagerec.config import at_least, check_fields, require
+from sagerec.config import at_least, require
 from sagerec.policies.layers import FastDropout, KeyValue, Layer, check_shape
 from sagerec.policies.protocol import Policy
 
@@ -55,9 +55,8 @@ class LazyDecoderSettings:
     """Add an embedding of the item's own to its code embeddings."""
 
     def __post_init__(self) -> None:
-        check_shape(width=self.width, heads=self.heads, dropout=self.dropout, max_items=self.max_items)
         layers = at_least(1, 128)
-        check_fields(self, encoder_layers=layers, decoder_layers=layers, expansion=at_least(1, 64))
+        check_shape(self, encoder_layers=layers, decoder_layers=layers, expansion=at_least(1, 64))
 
 
 class Context(NamedTuple):
