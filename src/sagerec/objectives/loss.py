@@ -95,7 +95,11 @@ def _advantages(
     row: Objective, rewards: Tensor, weights: Tensor | None, group: Tensor | None, tokens: Tensor | None
 ) -> Tensor:
     """`compute_advantages` before it looks whether they are finite."""
-    if rewards.ndim != 3:
+    for name, given in (("rewards", rewards), ("weights", weights)):
+        if given is not None and (not isinstance(given, Tensor) or given.is_complex()):
+            got = given.dtype if isinstance(given, Tensor) else type(given).__name__
+            raise SettingsError(f"{name} are {got}; expected a tensor of real numbers")
+    if rewards.ndim != 3 or rewards.shape[2] == 0:
         raise SettingsError(f"rewards have shape {tuple(rewards.shape)}; expected (B, G, M): add the last dimension")
     for name, given in (("group", group), ("tokens", tokens)):
         if given is not None and given.shape != rewards.shape[:2]:
@@ -153,14 +157,14 @@ def policy_loss(
     in float32.
 
     Raises: SettingsError for a wrong shape or type, or a missing argument; NumericalError, with argument, place and
-    value, for what is not finite or out of its range: a counted log-probability above 0 (by more than rounding),
-    diversity or coldness outside [0, 1], a denominator of 0 or less; and where loss or gradient is not finite in the
-    type in which it is returned. (A gradient that only the loss scaling of the caller takes out of range is infinite,
-    as its GradScaler expects.)
+    value, for what is not finite or out of its range: a counted log-probability above 0 (by more than rounding), a
+    diversity or coldness outside [0, 1] that the row reads, a denominator of 0 or less; and where loss or gradient is
+    not finite in the type in which it is returned. (A gradient that only the loss scaling of the caller takes out of
+    range is infinite, as its GradScaler expects.)
 
     """
     row = find_objective(objective)
-    _check(row, logprobs, old_logprobs, mask, rewards, advantages, diversity, coldness)
+    _check(row, logprobs, old_logprobs, mask, rewards, advantages, diversity, coldness, denominator)
     if denominator is not None and not 0 < float(denominator) < math.inf:
         raise NumericalError(f"denominator is {float(denominator)}, expected a finite number above 0")
     counted = mask.view(torch.uint8).to(torch.promote_types(logprobs.dtype, torch.float32))
@@ -287,11 +291,16 @@ def _check(
     given: Tensor | None,
     diversity: Tensor | None,
     coldness: Tensor | None,
+    denominator: float | Tensor | None,
 ) -> None:
     """Raise SettingsError for what does not fit together."""
     if row.trains_on_targets:
         raise SettingsError(f"{row.name} has no policy loss: it is the control that goes on with supervised training")
     require((rewards is None) != (given is None), "expected either rewards or advantages: give one of the two")
+    single = isinstance(denominator, Tensor) and denominator.numel() == 1
+    if not (denominator is None or single or (isinstance(denominator, (int, float)) and denominator is not True)):
+        got = tuple(denominator.shape) if isinstance(denominator, Tensor) else repr(denominator)
+        raise SettingsError(f"denominator is {got}; expected a number, or a tensor of one")
     for name, given_logprobs in (("logprobs", logprobs), ("old_logprobs", old_logprobs)):
         if not given_logprobs.is_floating_point():
             raise SettingsError(f"{name} have type {given_logprobs.dtype}; expected a floating-point type")
