@@ -345,6 +345,14 @@ def test_results_are_tables_of_the_record(tmp_path: Path, capsys: pytest.Capture
     assert "(1) under-tuned." in printed
     assert "number 2 by it" in printed
     assert "| sage | 1 | boost 4 | 2.500 | 2.500 |" in text
+    again = [f"A store={tmp_path / 'study'}", f"A-store={tmp_path / 'study'}", f"日本={tmp_path / 'study'}"]
+    assert main(["results", *again, "--out", str(page)]) == 0
+    plots = sorted(path.name for path in tmp_path.glob("*.svg"))
+    assert plots == ["results-a-store-2.svg", "results-a-store.svg", "results-study.svg"]
+    assert main(["results", again[0], again[0], "--out", str(page)]) == 2, "a title that stands twice"
+    (tmp_path / "results-study.svg").write_text("<svg>mine</svg>")
+    assert main(["results", again[2], "--out", str(page)]) == 1
+    assert (tmp_path / "results-study.svg").read_text() == "<svg>mine</svg>"
     assert main(["results", "nothing", "--out", str(page)]) == 2
     assert "expected TITLE=FOLDER" in capsys.readouterr().err
 
