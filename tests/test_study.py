@@ -271,7 +271,7 @@ def test_a_study_that_is_killed_goes_on_to_the_same_table(
     assert rows["popularity"]["metrics"]["clicks@10"]["value"] > rows["popularity"]["metrics"]["likes@10"]["value"] > 0
     assert rows["sasrec"]["kind"] == "baseline"
     assert [t["settings"] for t in record["trials"] if t["objective"] == "sasrec"] == [
-        {"learning_rate": 2e-3, "dropout": 0.5}
+        {"learning_rate": 2e-3, "dropout": 0.2}
     ]
     # Every job is done, so that no process is started.
     monkeypatch.setattr("sagerec.study.jobs.ProcessPoolExecutor", None)

@@ -32,7 +32,11 @@ class TrainSettings:
     weight_decay: float = 0.1
     """Weight decay of the matrices."""
     warmup_share: float = 0.05
-    """Share of the steps in which the learning rate rises from 0; a cosine to a fiftieth follows."""
+    """Share of the steps in which the learning rate rises from 0; a cosine follows."""
+    final_rate_share: float = 0.02
+    """Share of the highest learning rate at which the cosine ends; 1 keeps the rate constant."""
+    like_lengths: bool = True
+    """Batches are of sequences of like length, which pads least; else of any."""
     clip_norm: float = 1.0
     """Largest norm of the gradient."""
     validate_every: int = 5
@@ -60,6 +64,7 @@ class TrainSettings:
         require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}; expected above 0")
         require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; expected 0 or above")
         require(0 <= self.warmup_share < 1, f"warmup_share is {self.warmup_share}; expected from 0 to below 1")
+        require(0 <= self.final_rate_share <= 1, f"final_rate_share is {self.final_rate_share}; expected from 0 to 1")
         require(self.clip_norm > 0, f"clip_norm is {self.clip_norm}; expected above 0")
         require(self.validate_every >= 0, f"validate_every is {self.validate_every}; expected 0 or above")
         require(self.patience >= 1, f"patience is {self.patience}; expected at least 1")
