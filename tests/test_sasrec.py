@@ -76,8 +76,11 @@ def sasrec(**settings: float) -> SasRec:
 
 
 @pytest.mark.parametrize("shape", [{"layers": 1, "heads": 1}, {"layers": 2, "heads": 2}])
-def test_states_and_loss_equal_a_plain_twin(shape: dict[str, float]) -> None:
-    """States of the real places and their gradient; the loss is the mean over them of a plain cross-entropy."""
+def test_states_and_loss_equal_a_plain_twin(shape: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """States of the real places, the loss, which is their mean plain cross-entropy though rows are encoded two at a
+    time, and its gradient.
+    """
+    monkeypatch.setattr(sasrec_module, "ENCODED_ROWS", 2)
     model = sasrec(**shape)
     twin = PlainSasRec(model)
     rows = [row[: int(n)].tolist() for row, n in zip(INPUTS, COUNTED.sum(1), strict=True)]

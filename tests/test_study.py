@@ -219,6 +219,7 @@ def test_trials_begin_with_what_is_given_and_are_as_many_for_each() -> None:
 def test_a_study_that_is_killed_goes_on_to_the_same_table(
     store_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(NOTES, "sasrec", "what a reader must know")
     script = (
         "import sys; from pathlib import Path; from sagerec.study import run_study; from tests.test_study import *\n"
     )
@@ -251,7 +252,7 @@ def test_a_study_that_is_killed_goes_on_to_the_same_table(
     assert rows["supervised"]["criterion"]["value"] == pytest.approx(2.75)
     assert len(rows["sage"]["criterion"]["by_seed"]) == 2
     assert {"entropy@10", "coarse_entropy@10"} <= rows["sage"]["metrics"].keys()
-    assert rows["sasrec"]["note"] == NOTES["sasrec"]
+    assert (rows["sasrec"]["note"], rows["sage"]["note"]) == ("what a reader must know", "")
     assert rows["sage"]["settings"]["objective"] == "sage"
     assert rows["sage_no_boost"]["settings"]["boost"] is None
     assert {len(read_trials(out, objective)) for objective in ("sft", "sage", "gbpo")} == {1}

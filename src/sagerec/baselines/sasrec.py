@@ -66,9 +66,14 @@ TUNED = TrainSettings(
     warmup_share=0.0,
     final_rate_share=1.0,
     like_lengths=False,
+    patience=5,
     precision="float32",
 )
 """Training settings that won on Amazon Beauty's validation (docs/log.md)."""
+
+
+ENCODED_ROWS = 32
+"""Rows that are encoded at a time, of like length, so that little is padded."""
 
 
 class SasRecLayer(nn.Module):
@@ -150,9 +155,17 @@ class SasRec(nn.Module):
         return states
 
     def loss(self, inputs: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
-        """Cross-entropy in nats an item over all items, or over the target and each position's uniform sample."""
-        states, wanted = self.encode(inputs, counted.sum(dim=1))[counted], targets[counted]
-        items = self.dropout(self.items.weight)
+        """Cross-entropy in nats an item over all items, or over the target and each position's uniform sample.
+
+        Rows are encoded a few of like length at a time, for batches hold rows of any length.
+        """
+        lengths, encoded, kept = counted.sum(dim=1), [], []
+        for rows in lengths.argsort(stable=True).split(ENCODED_ROWS):
+            places = counted[rows, : int(lengths[rows].max())]
+            longest = places.shape[1]
+            encoded.append(self.encode(inputs[rows, :longest], lengths[rows])[places])
+            kept.append(targets[rows, :longest][places])
+        states, wanted, items = torch.cat(encoded), torch.cat(kept), self.dropout(self.items.weight)
         if self.settings.sampled == 0:
             return full_softmax_loss(states, items, wanted)
         negatives = torch.randint(len(items), (len(wanted), self.settings.sampled), device=states.device)

@@ -17,9 +17,7 @@ RIVALS = ("gbpo", "gdpo")
 ABLATIONS = ("sage_no_boost", "sage_no_penalty", "sage_coupled", "sage_token", "sage_bound")
 DETERMINISTIC: tuple[BaselineName, ...] = ("popularity", "item-knn")
 """Rows with nothing random: a second seed would be the same."""
-NOTES: dict[str, str] = {
-    "sasrec": "under-tuned: a plain SASRec reaches .0912 Recall@10 on Amazon Beauty; being mended",
-}
+NOTES: dict[str, str] = {}
 """Row -> what a reader of its figures must know; every table shows it."""
 COMMON_GRID: dict[str, tuple[Any, ...]] = {"learning_rate": (8e-4, 4e-4, 1.6e-3)}
 """What every objective may choose."""
