@@ -240,8 +240,8 @@ def test_sasrec_is_tuned_on_validation_and_learns_from_the_reserved_events(store
     run = prepare(store_folder, tmp_path / "run", SplitSettings(reserve="event"))
     make_actions(run, SMALL_RUN.ids)
     report = evaluate_baseline(run, "sasrec", SMALL_RUN.evaluate, model=TINY_SASREC, training=SMALL_TRAIN, trials=3)
-    trials = sasrec_trials(run, TINY_SASREC, SMALL_TRAIN, 3)
-    assert [trial["settings"] for trial in trials] == sasrec_grid(TINY_SASREC, SMALL_TRAIN, 3)
+    trials = sasrec_trials(run, TINY_SASREC, 3)
+    assert [trial["settings"] for trial in trials] == sasrec_grid(TINY_SASREC, 3)
     best = max(range(3), key=lambda number: trials[number]["criterion"])
     assert [trial["chosen"] for trial in trials] == [number == best for number in range(3)]
     chosen, copied = (run.folder / name / "model.safetensors" for name in (f"sasrec-{best}", "sasrec"))
@@ -264,7 +264,7 @@ def test_sasrec_is_tuned_on_validation_and_learns_from_the_reserved_events(store
     with pytest.raises(SettingsError, match="learns from the validation events, and the split is valid; expected test"):
         evaluate_baseline(run, "sasrec", replace(SMALL_RUN.evaluate, split="valid"), refit=True)
     with pytest.raises(SettingsError, match="trials is 9; expected 1 to"):
-        sasrec_grid(TINY_SASREC, SMALL_TRAIN, 9)
+        sasrec_grid(TINY_SASREC, 9)
 
 
 @pytest.mark.parametrize("name", ["popularity", "item-knn"])
@@ -293,7 +293,7 @@ def test_a_trial_of_sasrec_that_diverges_loses(
 
     monkeypatch.setattr(tuning, "train_sasrec", diverge)
     evaluate_baseline(run, "sasrec", SMALL_RUN.evaluate, model=TINY_SASREC, training=SMALL_TRAIN, trials=2)
-    trials = sasrec_trials(run, TINY_SASREC, SMALL_TRAIN, 2)
+    trials = sasrec_trials(run, TINY_SASREC, 2)
     assert [trial["chosen"] for trial in trials] == [True, False]
     assert trials[1]["criterion"] == 0
     monkeypatch.setattr(tuning, "train_sasrec", lambda *_, **__: diverge(tmp_path / "sasrec-1"))

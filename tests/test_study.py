@@ -271,9 +271,7 @@ def test_a_study_that_is_killed_goes_on_to_the_same_table(
     assert record["tests"] == sum("p_holm" in test for test in tests) == len(tests) - record["one_seed"] > 0
     assert rows["popularity"]["metrics"]["clicks@10"]["value"] > rows["popularity"]["metrics"]["likes@10"]["value"] > 0
     assert rows["sasrec"]["kind"] == "baseline"
-    assert [t["settings"] for t in record["trials"] if t["objective"] == "sasrec"] == [
-        {"learning_rate": 2e-3, "dropout": 0.2}
-    ]
+    assert [t["settings"] for t in record["trials"] if t["objective"] == "sasrec"] == [{"dropout": 0.2, "width": 16}]
     # Every job is done, so that no process is started.
     monkeypatch.setattr("sagerec.study.jobs.ProcessPoolExecutor", None)
     again = run_study(store_folder, out, SMALL_STUDY)

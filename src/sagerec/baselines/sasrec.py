@@ -160,7 +160,7 @@ class SasRec(nn.Module):
         Rows are encoded a few of like length at a time, for batches hold rows of any length.
         """
         lengths, encoded, kept = counted.sum(dim=1), [], []
-        for rows in lengths.argsort(stable=True).split(ENCODED_ROWS):
+        for rows in torch.split(lengths.argsort(stable=True), ENCODED_ROWS):
             places = counted[rows, : int(lengths[rows].max())]
             longest = places.shape[1]
             encoded.append(self.encode(inputs[rows, :longest], lengths[rows])[places])

@@ -101,9 +101,9 @@ class CompareSettings:
     align: AlignSettings = field(default_factory=AlignSettings)
     """What all alignments share."""
     sasrec: SasRecSettings = field(default_factory=SasRecSettings)
-    """Shape of the baseline SASRec."""
+    """Shape of the baseline SASRec; dropout and width are tried."""
     sasrec_train: TrainSettings = TUNED
-    """How it is trained; learning rate and dropout are tried."""
+    """How it is trained."""
 
     def __post_init__(self) -> None:
         for name in ("boost", "boost_form", "boost_scope", "entropy_penalty", "clip_low", "clip_high", "cap"):
@@ -112,7 +112,7 @@ class CompareSettings:
                 f"{name} is set for all objectives, which would make one of another; leave it to the trials",
             )
         if "sasrec" in self.study.baselines:
-            sasrec_grid(self.sasrec, self.sasrec_train, max(self.study.trials, 1))
+            sasrec_grid(self.sasrec, max(self.study.trials, 1))
         require(
             self.align.validations > 0 or self.study.trials < 2,
             "validations is 0, so that no trial could win; expected at least 1",
