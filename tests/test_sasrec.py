@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sagerec.baselines import sasrec as sasrec_module
 from sagerec.baselines.sasrec import TUNED, SasRec, SasRecSettings
+from sagerec.baselines.sasrec_layer import SasRecLayer
 from sagerec.baselines.softmax import CHUNK_POSITIONS, full_softmax_loss, sampled_softmax_loss
 from sagerec.baselines.tuning import evaluate_baseline
 from sagerec.catalogue.simulate import simulate
@@ -37,7 +38,7 @@ class PlainSasRec(nn.Module):
         width = ours.settings.width
         self.attention = nn.ModuleList()
         for layer in ours.layers:
-            assert isinstance(layer, sasrec_module.SasRecLayer)
+            assert isinstance(layer, SasRecLayer)
             attention = nn.MultiheadAttention(width, ours.settings.heads, batch_first=True)
             attention.load_state_dict(
                 {
@@ -57,7 +58,7 @@ class PlainSasRec(nn.Module):
         h = (table[padded] + self.ours.positions.weight.flip(0)) * keep
         later = torch.ones(self.length, self.length, dtype=torch.bool).triu(1)
         for layer, attention in zip(self.ours.layers, self.attention, strict=True):
-            assert isinstance(layer, sasrec_module.SasRecLayer)
+            assert isinstance(layer, SasRecLayer)
             q = layer.norm_attention(h)
             h = q + attention(q, h, h, attn_mask=later, need_weights=False)[0]
             z = layer.norm_feed_forward(h)

@@ -1,14 +1,13 @@
 """SASRec with a full or sampled softmax: the baseline to beat, in the same harness.
 
-Kang and McAuley (2018), as their own code has it: a layer attends from its normalised input to its plain one, and adds
-what it reads to what it normalised; positions count back from the latest item; empty places are attended to. With the
-softmax loss that makes it strong (Klenitskiy and Vasilev 2023; Petrov and Macdonald 2023), Adam at a constant rate, and
-dropout of the item embeddings where they are scored too, without which it overfits (docs/log.md).
+Kang and McAuley (2018), as the PyTorch port of their code has it: the layer of `sasrec_layer`, and positions that count
+back from the latest item. With the softmax loss that makes it strong (Klenitskiy and Vasilev 2023; Petrov and Macdonald
+2023), Adam at a constant rate, and dropout of the item embeddings where they are scored too, without which it overfits
+(docs/log.md).
 
-Shapes: B users, T history items, N items, D width, H heads, E width of a head, P targets, S negatives.
+Shapes: B users, T history items, N items, D width.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sagerec.artifacts import read_manifest, write_artifact
+from sagerec.baselines.sasrec_layer import SasRecLayer
 from sagerec.baselines.softmax import full_softmax_loss, sampled_softmax_loss
 from sagerec.catalogue.audit import write_events_used
 from sagerec.catalogue.splits import Cases, Part, Sequences
@@ -74,54 +74,6 @@ TUNED = TrainSettings(
 
 ENCODED_ROWS = 32
 """Rows that are encoded at a time, of like length, so that little is padded."""
-
-
-class SasRecLayer(nn.Module):
-    """Causal self-attention and feed-forward: h = n(x) + attend(n(x), x), then n'(h) + feed_forward(n'(h))."""
-
-    def __init__(self, *, width: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm_attention = nn.LayerNorm(width)
-        self.query_key_value = nn.Linear(width, 3 * width)
-        self.attention_output = nn.Linear(width, width)
-        self.norm_feed_forward = nn.LayerNorm(width)
-        self.feed_forward_in = nn.Linear(width, width)
-        self.feed_forward_out = nn.Linear(width, width)
-        self.dropout = FastDropout(dropout)
-        for bias in (self.query_key_value.bias, self.attention_output.bias):
-            nn.init.zeros_(bias)
-
-    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
-        """The layer's output for x (B, T, D); `padding` (B,) counts the empty places before the first item."""
-        normed = self.norm_attention(x)
-        h = normed + self.attention_output(self._attend(normed, x, padding))
-        z = self.norm_feed_forward(h)
-        inner = self.dropout(F.relu(self.feed_forward_in(z)))
-        output: Tensor = z + self.dropout(self.feed_forward_out(inner))
-        return output
-
-    def _attend(self, normed: Tensor, x: Tensor, padding: Tensor) -> Tensor:
-        """What each position (B, T, D) reads of itself, those before, and the empty places before all of them.
-
-        An empty place is 0, so that its key and value are the biases: one more column of scores, plus the logarithm of
-        how many there are, stands for all of them, and the values' bias, which every column has, is added to the sum.
-        """
-        batch, length, width = x.shape
-        weight, bias = self.query_key_value.weight, self.query_key_value.bias
-
-        def heads(y: Tensor) -> Tensor:
-            return y.view(-1, y.shape[-2], self.heads, width // self.heads).transpose(1, 2)
-
-        query = heads(F.linear(normed, weight[:width], bias[:width])) / math.sqrt(width // self.heads)
-        key = heads(F.linear(x, weight[width : 2 * width], bias[width : 2 * width]))
-        value = heads(F.linear(x, weight[2 * width :]))
-        later = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
-        scores = (query @ key.transpose(2, 3)).masked_fill(later, -torch.inf)
-        empty = query @ heads(bias[None, width : 2 * width]).transpose(2, 3) + padding.log()[:, None, None, None]
-        weights = torch.cat([scores, empty], dim=-1).softmax(dim=-1)[..., :-1]
-        attended: Tensor = (self.dropout(weights) @ value).transpose(1, 2).reshape(batch, length, width)
-        return attended + bias[2 * width :]
 
 
 class SasRec(nn.Module):
