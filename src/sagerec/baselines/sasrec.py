@@ -69,7 +69,7 @@ TUNED = TrainSettings(
     patience=5,
     precision="float32",
 )
-"""Training settings that won on Amazon Beauty's validation (docs/log.md)."""
+"""Training settings that made it strong on Amazon Beauty (docs/log.md)."""
 
 
 ENCODED_ROWS = 32
