@@ -219,6 +219,7 @@ def test_trials_begin_with_what_is_given_and_are_as_many_for_each() -> None:
 def test_a_study_that_is_killed_goes_on_to_the_same_table(
     store_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(NOTES, "sasrec", "what a reader must know")
     script = (
         "import sys; from pathlib import Path; from sagerec.study import run_study; from tests.test_study import *\n"
     )
@@ -251,7 +252,7 @@ def test_a_study_that_is_killed_goes_on_to_the_same_table(
     assert rows["supervised"]["criterion"]["value"] == pytest.approx(2.75)
     assert len(rows["sage"]["criterion"]["by_seed"]) == 2
     assert {"entropy@10", "coarse_entropy@10"} <= rows["sage"]["metrics"].keys()
-    assert rows["sasrec"]["note"] == NOTES["sasrec"]
+    assert (rows["sasrec"]["note"], rows["sage"]["note"]) == ("what a reader must know", "")
     assert rows["sage"]["settings"]["objective"] == "sage"
     assert rows["sage_no_boost"]["settings"]["boost"] is None
     assert {len(read_trials(out, objective)) for objective in ("sft", "sage", "gbpo")} == {1}
@@ -270,9 +271,7 @@ def test_a_study_that_is_killed_goes_on_to_the_same_table(
     assert record["tests"] == sum("p_holm" in test for test in tests) == len(tests) - record["one_seed"] > 0
     assert rows["popularity"]["metrics"]["clicks@10"]["value"] > rows["popularity"]["metrics"]["likes@10"]["value"] > 0
     assert rows["sasrec"]["kind"] == "baseline"
-    assert [t["settings"] for t in record["trials"] if t["objective"] == "sasrec"] == [
-        {"learning_rate": 2e-3, "dropout": 0.5}
-    ]
+    assert [t["settings"] for t in record["trials"] if t["objective"] == "sasrec"] == [{"dropout": 0.2, "width": 16}]
     # Every job is done, so that no process is started.
     monkeypatch.setattr("sagerec.study.jobs.ProcessPoolExecutor", None)
     again = run_study(store_folder, out, SMALL_STUDY)

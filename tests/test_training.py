@@ -92,6 +92,21 @@ def test_learning_rate_by_hand() -> None:
     assert learning_rate_at(9, 100, 1.0, 0.1) == pytest.approx(1.0)
     assert learning_rate_at(55, 100, 1.0, 0.1) == pytest.approx(0.02 + 0.98 / 2)
     assert learning_rate_at(100, 100, 1.0, 0.1) == pytest.approx(0.02)
+    assert {learning_rate_at(step, 100, 0.5, 0.0, final_share=1.0) for step in range(100)} == {0.5}
+
+
+@pytest.mark.parametrize("like_lengths", [True, False])
+def test_batches_of_like_length_are_a_setting(like_lengths: bool, tmp_path: Path) -> None:
+    """Eight sequences of one input and eight of nine, four a batch: alike in every batch, or in some batch not."""
+    model, seen = torch.nn.Linear(1, 1), []
+
+    def loss(inputs: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+        seen.append(set(counted.sum(1).tolist()))
+        return model.weight.sum()
+
+    settings_ = TrainSettings(epochs=1, batch_size=4, like_lengths=like_lengths, device="cpu")
+    fit(model, tmp_path, make_windows(sequences([2, 10] * 8), 9), settings_, loss=loss, validate=None, fingerprint=[])
+    assert all(len(lengths) == 1 for lengths in seen) == like_lengths
 
 
 def test_loss_is_the_mean_of_the_brute_force_logprobs() -> None:

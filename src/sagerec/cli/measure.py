@@ -49,9 +49,9 @@ class Compare:
     run: RunSettings = field(default_factory=RunSettings)
     """The supervised stage."""
     sasrec: SasRecSettings = field(default_factory=SasRecSettings)
-    """Shape of the baseline SASRec."""
+    """Shape of the baseline SASRec; dropout and width are tried."""
     sasrec_train: TrainSettings = TUNED
-    """How it is trained; learning rate and dropout are tried."""
+    """How it is trained."""
 
     def __call__(self) -> None:
         settings = CompareSettings(self.study, self.run, self.align, self.sasrec, self.sasrec_train)
@@ -119,7 +119,7 @@ class Baseline:
     train: TrainSettings = TUNED
     """How SASRec is trained."""
     trials: int = 1
-    """Learning rates and dropouts that SASRec is trained with; the best on validation is kept."""
+    """Dropouts and widths that SASRec is trained with; the best on validation is kept."""
     refit: bool = False
     """Train SASRec once more, on the validation events too, after the same flags without this one; a row of its own."""
 

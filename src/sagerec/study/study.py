@@ -128,7 +128,7 @@ def describe_study(folder: Path, run: Run, settings: CompareSettings, run_settin
         for trial in read_trials(folder, objective)[: study.trials]
     ]
     if "sasrec" in study.baselines:
-        trials += sasrec_trials(run, settings.sasrec, settings.sasrec_train, max(study.trials, 1))
+        trials += sasrec_trials(run, settings.sasrec, max(study.trials, 1))
     return {
         "title": f"{', '.join(study.objectives)} and the control {CONTROL}",
         "dataset": run.manifest("dataset").sizes,

@@ -43,7 +43,11 @@ class TrainSettings:
     weight_decay: float = 0.1
     """Weight decay of the matrices."""
     warmup_share: float = 0.05
-    """Share of the steps in which the learning rate rises from 0; a cosine to a fiftieth follows."""
+    """Share of the steps in which the learning rate rises from 0; a cosine follows."""
+    final_rate_share: float = 0.02
+    """Share of the highest learning rate at which the cosine ends; 1 keeps the rate constant."""
+    like_lengths: bool = True
+    """Batches are of sequences of like length, which pads least; else of any."""
     clip_norm: float = 1.0
     """Largest norm of the gradient."""
     validate_every: int = 5
@@ -72,6 +76,7 @@ class TrainSettings:
             learning_rate=above(0),
             weight_decay=at_least(0, 1000),
             warmup_share=between(0, 1, below=True),
+            final_rate_share=between(0, 1),
             clip_norm=above(0),
             validate_every=at_least(0),
             validation_users=at_least(1),
