@@ -197,7 +197,7 @@ class AlignSettings:
             "top_p is set, and all slates come from beam search; set beam_slates below slates to sample some",
         )
         require(
-            self.slates >= 2 or row.advantage == "raw" or row.trains_on_targets,
+            self.slates >= 2 or not row.compares,
             f"slates is {self.slates}, and {self.objective} compares the slates of a context; expected at least 2",
         )
         require(
