@@ -218,8 +218,9 @@ def test_up_grpo_by_hand() -> None:
 def test_the_clipped_form_in_units_of_the_spread_by_hand() -> None:
     """Log-ratios of .04, .01, -.04, -.01: a spread of sqrt((.0016 + .0001) / 2) = .029155.
 
-    Successes are cut above 1 + 4e-4 + .029155: e^.04 is, e^.01 is not. Failures are cut below 1 - 3e-4 - .029155 (1 - H):
-    e^-.04 at H = 1 is, e^-.01 at H = 0 is not, and would be at H = 1. Twice the spread, given, spares all but e^-.04.
+    Successes are cut above 1 + 4e-4 + .029155: e^.04 is, e^.01 is not. Failures are cut below
+    1 - 3e-4 - .029155 (1 - H): e^-.04 at H = 1 is, e^-.01 at H = 0 is not, and would be at H = 1. Twice the spread,
+    given, spares all but e^-.04.
     """
     q = [0.5] * 4
     p = [x * math.exp(nats) for x, nats in zip(q, (0.04, 0.01, -0.04, -0.01), strict=True)]
@@ -238,7 +239,7 @@ def test_the_clipped_form_in_units_of_the_spread_by_hand() -> None:
         old_logprobs=old,
         mask=mask,
         spread=2 * spread,
-        **{key: torch.tensor([values]) for key, values in facts.items()},  # type: ignore[arg-type]
+        **{key: torch.tensor([values]) for key, values in facts.items()},
     )
     assert wide.diagnostics["at_bound"][0].tolist() == [False, False, True, False]
     with pytest.raises(NumericalError, match=r"spread is -1.0, expected a finite number of at least 0"):

@@ -91,7 +91,7 @@ class Evaluate:
     evaluate: Annotated[EvaluateSettings, FLAT] = field(default_factory=EvaluateSettings)
     """What is measured."""
     policy: str = "policy"
-    """Which policy of the run: policy, policy-refit, or an aligned one, such as policy-sage."""
+    """Which policy of the run: policy, policy-refit, policy-all-at-once, or an aligned one, such as policy-sage."""
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
 
@@ -193,7 +193,7 @@ class Recommend:
     keep_history: bool = False
     """Items of the history may be recommended again."""
     policy: str = "policy"
-    """Which policy of the run: policy, policy-refit, or an aligned one, such as policy-sage."""
+    """Which policy of the run: policy, policy-refit, policy-all-at-once, or an aligned one, such as policy-sage."""
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
 

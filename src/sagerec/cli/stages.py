@@ -129,10 +129,15 @@ class Train:
     """How the policy is trained."""
     refit: bool = False
     """Also train once more with the validation events, for deployment."""
+    all_at_once: bool = False
+    """Also train a policy on the training and the reserved events together: RUN/policy-all-at-once, which an alignment
+    must beat."""
 
     def __call__(self) -> None:
         run = open_run(self.run)
         pipeline.train(run, self.policy, self.train)
+        if self.all_at_once:
+            pipeline.train_all_at_once(run, self.policy, self.train)
         if self.refit:
             pipeline.refit(run, self.policy, self.train)
 

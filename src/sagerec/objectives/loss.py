@@ -159,9 +159,9 @@ def policy_loss(
 
     Raises: SettingsError for a wrong shape or type, or a missing argument; NumericalError, with argument, place and
     value, for what is not finite or out of its range: a counted log-probability above 0 (by more than rounding),
-    diversity or coldness outside [0, 1], a denominator of 0 or less, a spread below 0; and where loss or gradient is not finite in the
-    type in which it is returned. (A gradient that only the loss scaling of the caller takes out of range is infinite,
-    as its GradScaler expects.)
+    diversity or coldness outside [0, 1], a denominator of 0 or less, a spread below 0; and where loss or gradient is
+    not finite in the type in which it is returned. (A gradient that only the loss scaling of the caller takes out of
+    range is infinite, as its GradScaler expects.)
 
     """
     row = find_objective(objective)
@@ -196,8 +196,8 @@ def policy_loss(
         value = _dot(found.surrogate, counts * per_token)
         slope, share = (found.coefficient * gain * per_token).unsqueeze(2), counted
     else:
-        wide = (None if x is None else x.unsqueeze(2) for x in (diversity, coldness))
-        found = _bound(row, ratio, new, gain.unsqueeze(2), *wide, unit)
+        wide = [None if x is None else x.unsqueeze(2) for x in (diversity, coldness)]
+        found = _bound(row, ratio, new, gain.unsqueeze(2), wide[0], wide[1], unit)
         found = found._replace(coefficient=found.coefficient.mul_(counted), at_bound=found.at_bound & mask)
         value = _dot(found.surrogate.mul_(counted).sum(dim=2), per_token.expand_as(counts))
         slope, share = (gain * per_token).unsqueeze(2), found.coefficient

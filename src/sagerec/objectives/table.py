@@ -1,6 +1,6 @@
 """The table of objectives: each is a row, ratio x advantage x bound x aggregation, and nothing else.
 
-    ratio        token: r_t = pi(o_t) / pi_old(o_t);  sequence: r = exp(mean_t log r_t), the geometric mean (GSPO, SAGE);
+    ratio        token: r_t = pi(o_t) / pi_old(o_t);  sequence: r = exp(mean_t log r_t), the geometric mean (GSPO, SAGE)
                  unit: the same with q set to sg(p), so that r = 1 whoever wrote the slates (OneRec-V2)
     advantage    raw, ternary (nearest of -1, 0, 1), mean, normalised (sum, then normalise), decoupled (normalise each,
                  then sum), decoupled-token

@@ -19,7 +19,7 @@ from sagerec.evaluation.per_case import make_yardstick
 from sagerec.evaluation.tests import differences, measure, seed_variances
 from sagerec.files import read_record
 from sagerec.report.drawing import MOST_SERIES, Style
-from sagerec.run.folder import Run, open_run
+from sagerec.run.folder import ALL_AT_ONCE, Run, open_run
 from sagerec.training.tracking import METRICS, read_metrics
 
 STUDY, RUN = "study.json", "run"
@@ -35,7 +35,7 @@ class Row:
     name: str
     """What was measured."""
     kind: str
-    """start, aligned, baseline, other; in a study control, objective, ablation, baseline."""
+    """start, reference, aligned, baseline, other; in a study control, objective, ablation, baseline."""
     metrics: dict[str, dict[str, float]]
     """Metric -> value, low, high, and seed_std where there are several seeds."""
     seeds: tuple[int, ...] = ()
@@ -202,10 +202,12 @@ def run_rows(run: Run, reports: Mapping[str, dict[str, Any]], aligned: list[Alig
     rows = []
     for name, report in reports.items():
         kind = "aligned" if f"policy-{name}" in run.aligned() else "other"
-        kind = {START: "start", **dict.fromkeys(get_args(BaselineName), "baseline")}.get(name, kind)
+        kind = {START: "start", ALL_AT_ONCE: "reference", **dict.fromkeys(get_args(BaselineName), "baseline")}.get(
+            name, kind
+        )
         seed = seeds.get(name)
         rows.append(Row(name, kind, report["metrics"], () if seed is None else (seed,), against.get(name, {})))
-    kinds, drawn = ("start", "aligned", "baseline", "other"), list(seeds)
+    kinds, drawn = ("start", "reference", "aligned", "baseline", "other"), list(seeds)
     order = {name: place for place, name in enumerate(drawn)}
     return sorted(rows, key=lambda row: (kinds.index(row.kind), order.get(row.name, len(drawn))))
 

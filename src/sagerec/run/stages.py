@@ -36,7 +36,7 @@ from sagerec.evaluation.evaluate import (
 from sagerec.files import locked
 from sagerec.policies.registry import PolicySettings, describe_policy, read_policy
 from sagerec.progress import progress_bar
-from sagerec.run.folder import Run, check_aligned_name, check_name, open_run
+from sagerec.run.folder import ALL_AT_ONCE, Run, check_aligned_name, check_name, open_run
 from sagerec.training import parallel
 from sagerec.training.alignment import align_policy
 from sagerec.training.checkpoints import discard_finished
@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 AUDITED: dict[str, tuple[Part, ...]] = {
     "policy": ("train",),
     "sasrec": ("train", "align"),
+    f"policy-{ALL_AT_ONCE}": ("train", "align"),
     "policy-refit": ("train", "align", "valid"),
     "sasrec-refit": ("train", "align", "valid"),
 }
@@ -154,6 +155,20 @@ def train(run: Run, policy_settings: Any, settings: TrainSettings) -> None:
     """The supervised stage of a run."""
     folder, made_from = run.folder / "policy", run.hashes("dataset", "split", run.actions)
     _train(run, folder, policy_settings, settings, ("train",), run.split.cases(run.data, "valid"), made_from)
+
+
+def train_all_at_once(run: Run, policy_settings: Any, settings: TrainSettings) -> None:
+    """The same on the training and the reserved events together: what an alignment on the latter must beat.
+
+    Raises: SettingsError where no event is reserved.
+    """
+    require(
+        run.split.counts()["align"] > 0,
+        "the split reserves no event, so that all at once is what sagerec train does; expected --split.reserve event",
+    )
+    folder, made_from = run.folder / f"policy-{ALL_AT_ONCE}", run.hashes("dataset", "split", run.actions)
+    parts: tuple[Part, ...] = ("train", "align")
+    _train(run, folder, policy_settings, settings, parts, run.split.cases(run.data, "valid"), made_from)
 
 
 def refit(run: Run, policy_settings: Any, settings: TrainSettings) -> None:
