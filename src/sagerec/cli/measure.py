@@ -32,8 +32,9 @@ from sagerec.training.settings import AlignSettings, TrainSettings
 
 @dataclass(frozen=True)
 class Compare:
-    """Compare objectives under equal conditions: one supervised policy, the same events, rewards, rollouts and budget,
-    as many trials of each one's settings, several seeds, always beside the control. A stopped study goes on.
+    """Compare objectives under equal conditions: the same events, rewards, rollouts and budget, as many trials of each
+    one's settings, several seeds with supervised policies of their own, always beside the control and the policy that
+    learnt all events at once. A stopped study goes on.
 
     Example: sagerec compare DATASET --objectives sage,gbpo,gspo --seeds 3 --out STUDY
     """

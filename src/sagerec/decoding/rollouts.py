@@ -1,7 +1,7 @@
 """Rollouts: G slates of K items for each context, and their log-probabilities under the policy that wrote them.
 
 Slates are sampled, or come from beam search: with K = 1 each of the most probable items is a slate, with K > 1 the beam
-list is one. Both kinds are scored under one distribution, that of `write_slates`, which the loss uses too.
+list is one. Samples differ from seed to seed, and reach items that no beam list holds. Both kinds are scored under one distribution, that of `write_slates`, which the loss uses too.
 
 Shapes: B users, G slates of each, K places, X excluded items.
 """
@@ -33,8 +33,8 @@ class RolloutSettings:
     slates: int = 32
     """Slates a context, G."""
     beam_slates: int | None = None
-    """Slates of the G that come from beam search: with one item a slate up to all (the default), else the beam list,
-    0 or 1 (the default is 1)."""
+    """Slates of the G that come from beam search: with one item a slate up to all (the default is half of them), else
+    the beam list, 0 or 1 (the default is 1)."""
     temperature: float = 1.0
     """Of sampling, of the old log-probabilities and of the loss."""
     top_p: float = 1.0
@@ -57,7 +57,9 @@ class RolloutSettings:
     @property
     def n_beams(self) -> int:
         """`beam_slates`, with the default filled in."""
-        return self.beam_slates if self.beam_slates is not None else (self.slates if self.k == 1 else 1)
+        if self.beam_slates is not None:
+            return self.beam_slates
+        return self.slates - self.slates // 2 if self.k == 1 else 1
 
 
 @torch.no_grad()

@@ -1,10 +1,11 @@
 """What a report is made of: a run or a study folder, read into records. What is not there is left out.
 
-A study folder holds `study.json` (rows, verdicts, trials) and `run/`, a run folder.
+A study folder holds `study.json` (rows, verdicts, trials), `run/`, a run folder, and `run-sSEED/`, those of the other
+seeds: the page shows the first, and what the alignments of all have logged.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -100,14 +101,16 @@ def gather(folder: Path) -> Material:
     study: dict[str, Any] = {}
     if (folder / STUDY).is_file():
         study = read_record(folder / STUDY)
-        run = open_run(folder / RUN) if (folder / RUN / "dataset").is_dir() else None
+        runs = [open_run(path) for path in run_folders(folder)]
     else:
-        run = open_run(folder)
+        runs = [open_run(folder)]
+    run = runs[0] if runs else None
     notes: list[str] = []
     reports = {} if run is None else read_reports(run, notes)
     k = shown_k(study, reports)
-    aligned = [] if run is None else read_aligned(run, study, notes)
-    if unmeasured := [p.name for p in aligned if shown_name(p.name) not in reports]:
+    aligned = read_aligned(runs, study, notes)
+    own = set() if run is None else set(run.aligned())
+    if unmeasured := [p.name for p in aligned if p.name in own and shown_name(p.name) not in reports]:
         notes.append(
             f"Without a test report: {', '.join(unmeasured)}. For one: sagerec evaluate {run.folder if run else ''} "
             f"--policy {unmeasured[0]}"
@@ -120,6 +123,13 @@ def gather(folder: Path) -> Material:
     names += [str(trial.get("objective")) for trial in study.get("trials", [])]
     styles = {name: Style(number) for number, name in enumerate(dict.fromkeys(names)) if number < MOST_SERIES}
     return Material(folder, study, run, rows, reports, aligned, styles, notes, k)
+
+
+def run_folders(study: Path) -> list[Path]:
+    """The runs of a study, that of seed 0 first."""
+    found = {int(path.name.rpartition("-s")[2]): path for path in study.glob(f"{RUN}-s*") if SEED.search(path.name)}
+    folders = [study / RUN, *(found[seed] for seed in sorted(found))]
+    return [path for path in folders if (path / "dataset").is_dir()]
 
 
 def shown_k(study: Mapping[str, Any], reports: Mapping[str, dict[str, Any]]) -> int:
@@ -154,11 +164,11 @@ def read_reports(run: Run, notes: list[str]) -> dict[str, dict[str, Any]]:
     return {name: found[name] for name in sorted(found, key=lambda name: (name != START, name))}
 
 
-def read_aligned(run: Run, study: Mapping[str, Any], notes: list[str]) -> list[Aligned]:
+def read_aligned(runs: Sequence[Run], study: Mapping[str, Any], notes: list[str]) -> list[Aligned]:
     """Aligned policies with what they logged: a study's by objective, a run's by age."""
     objectives = [str(name) for name in study.get("objectives", [])]
     found = []
-    for name in run.aligned():
+    for run, name in ((each, name) for each in runs for name in each.aligned()):
         manifest = run.manifest(name)
         if "align" not in manifest.settings or not (run.folder / name / METRICS).is_file():
             continue
@@ -202,9 +212,8 @@ def run_rows(run: Run, reports: Mapping[str, dict[str, Any]], aligned: list[Alig
     rows = []
     for name, report in reports.items():
         kind = "aligned" if f"policy-{name}" in run.aligned() else "other"
-        kind = {START: "start", ALL_AT_ONCE: "reference", **dict.fromkeys(get_args(BaselineName), "baseline")}.get(
-            name, kind
-        )
+        kind = dict.fromkeys(get_args(BaselineName), "baseline").get(name, kind)
+        kind = {START: "start", ALL_AT_ONCE: "reference"}.get(name, kind)
         seed = seeds.get(name)
         rows.append(Row(name, kind, report["metrics"], () if seed is None else (seed,), against.get(name, {})))
     kinds, drawn = ("start", "reference", "aligned", "baseline", "other"), list(seeds)

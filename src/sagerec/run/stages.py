@@ -179,6 +179,24 @@ def refit(run: Run, policy_settings: Any, settings: TrainSettings) -> None:
     _train(run, folder, policy_settings, settings, ("train", "align", "valid"), None, made_from)
 
 
+def is_trained(run: Run, name: str, policy_settings: Any, settings: TrainSettings) -> bool:
+    """Whether RUN/`name` was trained with these settings on what the run holds."""
+    reason = artifacts.misfit(
+        run.folder / name,
+        "policy",
+        made_from=run.hashes("dataset", "split", run.actions),
+        settings=_resolved(policy_settings, settings),
+        seed=settings.seed,
+        grown_from=run.grown_from("dataset", run.actions),
+    )
+    return reason is None
+
+
+def _resolved(policy_settings: Any, settings: TrainSettings) -> dict[str, Any]:
+    """Settings of the supervised stage, as its manifest has them."""
+    return {"policy": describe_policy(policy_settings), "train": to_json(settings)}
+
+
 def _train(
     run: Run,
     folder: Path,
@@ -189,8 +207,7 @@ def _train(
     made_from: dict[str, str],
 ) -> None:
     """Train a policy into `folder` on the events of `parts`, unless one that fits is there."""
-    resolved = {"policy": describe_policy(policy_settings), "train": to_json(settings)}
-    older = run.grown_from("dataset", run.actions)
+    resolved, older = _resolved(policy_settings, settings), run.grown_from("dataset", run.actions)
     with making(
         folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed, grown_from=older
     ) as needed:

@@ -109,7 +109,8 @@ class AlignSettings:
     slates: int = 16
     """Slates a context, G."""
     beam_slates: int | None = None
-    """Slates of the G that come from beam search: with one item a slate all by default, else the beam list (1)."""
+    """Slates of the G that come from beam search, the others are sampled: with one item a slate half by default, else
+    the beam list (1)."""
     temperature: float = 1.0
     """Of sampling, and of the log-probabilities in the loss."""
     top_p: float = 1.0
