@@ -240,15 +240,16 @@ def test_a_study_that_is_killed_goes_on_to_the_same_table(
     (tmp_path / "study.py").write_text(script)
     out = tmp_path / "study"
     command = [sys.executable, str(tmp_path / "study.py"), str(store_folder), str(out)]
-    process = subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    deadline = time.monotonic() + 200
-    while len(list((out / "trials").glob("*.json"))) < 1 and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.05)
-    assert process.poll() is None, "the study ended before it could be killed"
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    for moment in ("run-s1/semantic_ids", "trials/*.json"):  # before the policies of the seeds, and in the trials
+        process = subprocess.Popen(
+            command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        deadline = time.monotonic() + 200
+        while not list(out.glob(moment)) and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.05)
+        assert process.poll() is None, "the study ended before it could be killed"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     kept = {path.name: path.stat().st_mtime_ns for path in (out / "trials").glob("*.json")}
     record = run_study(store_folder, out, SMALL_STUDY)
     assert {name: (out / "trials" / name).stat().st_mtime_ns for name in kept} == kept
