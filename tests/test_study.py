@@ -385,6 +385,14 @@ def test_results_are_tables_of_the_record(tmp_path: Path, capsys: pytest.Capture
     assert "(1) under-tuned." in printed
     assert "number 2 by it" in printed
     assert "| sage | 1 | boost 4 | 2.500 | 2.500 |" in text
+    again = [f"A store={tmp_path / 'study'}", f"A-store={tmp_path / 'study'}", f"日本={tmp_path / 'study'}"]
+    assert main(["results", *again, "--out", str(page)]) == 0
+    plots = sorted(path.name for path in tmp_path.glob("*.svg"))
+    assert plots == ["results-a-store-2.svg", "results-a-store.svg", "results-study.svg"]
+    assert main(["results", again[0], again[0], "--out", str(page)]) == 2, "a title that stands twice"
+    (tmp_path / "results-study.svg").write_text("<svg>mine</svg>")
+    assert main(["results", again[2], "--out", str(page)]) == 1
+    assert (tmp_path / "results-study.svg").read_text() == "<svg>mine</svg>"
     assert main(["results", "nothing", "--out", str(page)]) == 2
     assert "expected TITLE=FOLDER" in capsys.readouterr().err
 
@@ -414,3 +422,32 @@ def test_each_seed_has_a_run_unless_all_share_one() -> None:
         assert [job.run for job in row_jobs(Path("none"), study, QUICK) if job.objective == "sage"] == names
     seeds = [seeded(replace(SMALL_RUN, train=replace(SMALL_TRAIN, seed=7)), seed) for seed in (0, 2)]
     assert [(s.ids.seed, s.train.seed, s.split) for s in seeds] == [(0, 7, seeds[0].split), (2, 9, seeds[0].split)]
+
+
+POOL = """
+import os, time
+from sagerec.study.workers import worker_pool
+if __name__ == "__main__":
+    pool = worker_pool(2)
+    print(pool.submit(os.getpid).result(), flush=True)
+    pool.submit(time.sleep, 300)
+    pool.submit(time.sleep, 300)
+    time.sleep(300)
+"""
+
+
+def test_workers_end_with_a_study_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "pool.py").write_text(POOL)
+    command = [sys.executable, str(tmp_path / "pool.py")]
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        parent.kill()
+    for _ in range(200):
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker of a killed study was there ten seconds later")

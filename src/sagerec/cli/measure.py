@@ -76,6 +76,7 @@ class Results:
         for text in self.studies:
             title, equals, folder = text.partition("=")
             require(bool(title and equals and folder), f"study {text!r}; expected TITLE=FOLDER")
+            require(title not in folders, f"title {title!r} stands twice; expected another for each study")
             folders[title] = Path(folder)
         console.print("wrote " + ", ".join(map(str, write_results(self.out, folders))), highlight=False)
 

@@ -95,7 +95,11 @@ def _advantages(
     row: Objective, rewards: Tensor, weights: Tensor | None, group: Tensor | None, tokens: Tensor | None
 ) -> Tensor:
     """`compute_advantages` before it looks whether they are finite."""
-    if rewards.ndim != 3:
+    for name, given in (("rewards", rewards), ("weights", weights)):
+        if given is not None and (not isinstance(given, Tensor) or given.is_complex()):
+            got = given.dtype if isinstance(given, Tensor) else type(given).__name__
+            raise SettingsError(f"{name} are {got}; expected a tensor of real numbers")
+    if rewards.ndim != 3 or rewards.shape[2] == 0:
         raise SettingsError(f"rewards have shape {tuple(rewards.shape)}; expected (B, G, M): add the last dimension")
     for name, given in (("group", group), ("tokens", tokens)):
         if given is not None and given.shape != rewards.shape[:2]:
@@ -158,14 +162,14 @@ def policy_loss(
     in float32.
 
     Raises: SettingsError for a wrong shape or type, or a missing argument; NumericalError, with argument, place and
-    value, for what is not finite or out of its range: a counted log-probability above 0 (by more than rounding),
-    diversity or coldness outside [0, 1], a denominator of 0 or less, a spread below 0; and where loss or gradient is
-    not finite in the type in which it is returned. (A gradient that only the loss scaling of the caller takes out of
-    range is infinite, as its GradScaler expects.)
+    value, for what is not finite or out of its range: a counted log-probability above 0 (by more than rounding), a
+    diversity or coldness outside [0, 1] that the row reads, a denominator of 0 or less, a spread below 0; and where
+    loss or gradient is not finite in the type in which it is returned. (A gradient that only the loss scaling of the
+    caller takes out of range is infinite, as its GradScaler expects.)
 
     """
     row = find_objective(objective)
-    _check(row, logprobs, old_logprobs, mask, rewards, advantages, diversity, coldness)
+    _check(row, logprobs, old_logprobs, mask, rewards, advantages, diversity, coldness, denominator, spread)
     if denominator is not None and not 0 < float(denominator) < math.inf:
         raise NumericalError(f"denominator is {float(denominator)}, expected a finite number above 0")
     if spread is not None and not 0 <= float(spread) < math.inf:
@@ -243,17 +247,19 @@ def ratio_spread(objective: str | Objective, *, logprobs: Tensor, old_logprobs: 
 def _is_sound(
     value: Tensor, distance: Tensor, logprobs: tuple[Tensor, Tensor], shares: tuple[Tensor | None, Tensor | None]
 ) -> bool:
-    """Whether all is in range, uncounted places included."""
-    if not math.isfinite(value.item() + distance.item()):
-        return False
-    if not logprobs[0].numel():
-        return True
-    for share in shares:
-        if share is not None:
-            low, high = share.aminmax()
-            if not (low.item() >= 0 and high.item() <= 1):
-                return False
-    return logprobs[0].amax().item() <= ROUNDING and logprobs[1].amax().item() <= ROUNDING
+    """Whether all is in range, uncounted places included; a GPU is asked once."""
+    highest = [x.amax() for x in logprobs] if logprobs[0].numel() else []
+    ranges = [end for share in shares if share is not None and share.numel() for end in share.aminmax()]
+    asked = (value, distance, *highest, *ranges)
+    on_cpu = value.device.type == "cpu"
+    loss, moved, *found = [x.item() for x in asked] if on_cpu else torch.stack([x.to(value) for x in asked]).tolist()
+    tops, ends = found[: len(highest)], found[len(highest) :]
+    return (
+        math.isfinite(loss + moved)
+        and all(top <= ROUNDING for top in tops)
+        and all(low >= 0 for low in ends[::2])
+        and all(high <= 1 for high in ends[1::2])
+    )
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
@@ -318,11 +324,18 @@ def _check(
     given: Tensor | None,
     diversity: Tensor | None,
     coldness: Tensor | None,
+    denominator: float | Tensor | None,
+    spread: float | Tensor | None,
 ) -> None:
     """Raise SettingsError for what does not fit together."""
     if row.trains_on_targets:
         raise SettingsError(f"{row.name} has no policy loss: it is the control that goes on with supervised training")
     require((rewards is None) != (given is None), "expected either rewards or advantages: give one of the two")
+    for name, number in (("denominator", denominator), ("spread", spread)):
+        single = isinstance(number, Tensor) and number.numel() == 1
+        if not (number is None or single or (isinstance(number, (int, float)) and number is not True)):
+            got = tuple(number.shape) if isinstance(number, Tensor) else repr(number)
+            raise SettingsError(f"{name} is {got}; expected a number, or a tensor of one")
     for name, given_logprobs in (("logprobs", logprobs), ("old_logprobs", old_logprobs)):
         if not given_logprobs.is_floating_point():
             raise SettingsError(f"{name} have type {given_logprobs.dtype}; expected a floating-point type")

@@ -91,6 +91,15 @@ class Material:
         return self.styles.get(name, Style(MOST_SERIES - 1))
 
 
+def stale_study(folder: Path) -> str | None:
+    """Why the study.json of a folder is not of the runs in it; None where it is, or no run is there."""
+    hashes = read_record(folder / STUDY).get("hashes", {})
+    for path in run_folders(folder):
+        if old := open_run(path).outdated(hashes if path.name == RUN else hashes.get(path.name, {})):
+            return f"{folder / STUDY} is of an earlier {' and '.join(old)}; make it again with: sagerec compare"
+    return None
+
+
 def stem(name: str) -> str:
     """What the report of a shown name is called: the other way of `shown_name`."""
     return "evaluation" if name == START else f"evaluation-{name}"
@@ -99,13 +108,16 @@ def stem(name: str) -> str:
 def gather(folder: Path) -> Material:
     """Read a run or a study folder. Raises: ArtifactError where it is neither, or a file of it is damaged."""
     study: dict[str, Any] = {}
+    notes: list[str] = []
     if (folder / STUDY).is_file():
         study = read_record(folder / STUDY)
         runs = [open_run(path) for path in run_folders(folder)]
+        if (stale := stale_study(folder)) is not None:
+            notes.append(f"Stale: {stale}.")
+            study = {}
     else:
         runs = [open_run(folder)]
     run = runs[0] if runs else None
-    notes: list[str] = []
     reports = {} if run is None else read_reports(run, notes)
     k = shown_k(study, reports)
     aligned = read_aligned(runs, study, notes)

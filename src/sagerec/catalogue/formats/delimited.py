@@ -63,7 +63,7 @@ class Dialect:
 def read_delimited(path: Path, choose: Choose, bad: BadRows, dialect: Dialect) -> Iterator[Chunk]:
     """The chosen fields of every row, in chunks. Bad rows: broken lines, missing values, wrong types.
 
-    Raises: DatasetError for a header that is not text, or lacks a field.
+    Raises: DatasetError for a header that is not text, lacks a field, or has one twice.
     """
     header: list[str] = []
     fields: Sequence[Field] = ()
@@ -74,6 +74,9 @@ def read_delimited(path: Path, choose: Choose, bad: BadRows, dialect: Dialect) -
             end = 0 if dialect.header else block.text.index(NEWLINE) + 1
             header = list(dialect.header) or _header(path, block.text[:end], dialect)
             fields = choose(header)
+            twice = sorted({field.source for field in fields if header.count(field.source) > 1})
+            if twice:
+                raise DatasetError(f"{path}: column {twice[0]!r} stands twice in the header; rename one of them")
             require_columns(pl.DataFrame(schema=dict.fromkeys(header, pl.String)), [f.source for f in fields], path)
             skipped = int(end > 0)
             block = replace(
