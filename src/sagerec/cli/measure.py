@@ -32,8 +32,9 @@ from sagerec.training.settings import AlignSettings, TrainSettings
 
 @dataclass(frozen=True)
 class Compare:
-    """Compare objectives under equal conditions: one supervised policy, the same events, rewards, rollouts and budget,
-    as many trials of each one's settings, several seeds, always beside the control. A stopped study goes on.
+    """Compare objectives under equal conditions: the same events, rewards, rollouts and budget, as many trials of each
+    one's settings, several seeds with supervised policies of their own, always beside the control and the policy that
+    learnt all events at once. A stopped study goes on.
 
     Example: sagerec compare DATASET --objectives sage,gbpo,gspo --seeds 3 --out STUDY
     """
@@ -92,7 +93,7 @@ class Evaluate:
     evaluate: Annotated[EvaluateSettings, FLAT] = field(default_factory=EvaluateSettings)
     """What is measured."""
     policy: str = "policy"
-    """Which policy of the run: policy, policy-refit, or an aligned one, such as policy-sage."""
+    """Which policy of the run: policy, policy-refit, policy-all-at-once, or an aligned one, such as policy-sage."""
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
 
@@ -194,7 +195,7 @@ class Recommend:
     keep_history: bool = False
     """Items of the history may be recommended again."""
     policy: str = "policy"
-    """Which policy of the run: policy, policy-refit, or an aligned one, such as policy-sage."""
+    """Which policy of the run: policy, policy-refit, policy-all-at-once, or an aligned one, such as policy-sage."""
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
 

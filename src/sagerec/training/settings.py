@@ -114,7 +114,8 @@ class AlignSettings:
     slates: int = 16
     """Slates a context, G."""
     beam_slates: int | None = None
-    """Slates of the G that come from beam search: with one item a slate all by default, else the beam list (1)."""
+    """Slates of the G that come from beam search, the others are sampled: with one item a slate all by default, else
+    the beam list (1)."""
     temperature: float = 1.0
     """Of sampling, and of the log-probabilities in the loss."""
     top_p: float = 1.0
@@ -202,7 +203,7 @@ class AlignSettings:
             "top_p is set, and all slates come from beam search; set beam_slates below slates to sample some",
         )
         require(
-            self.slates >= 2 or row.advantage == "raw" or row.trains_on_targets,
+            self.slates >= 2 or not row.compares,
             f"slates is {self.slates}, and {self.objective} compares the slates of a context; expected at least 2",
         )
         require(
