@@ -4,6 +4,8 @@ After a deliberate change: python -m tests.test_cli > tests/cli.txt
 """
 
 import dataclasses
+import subprocess
+import sys
 import typing
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from sagerec.cli.tables import print_examples
 from sagerec.errors import DatasetError
 from sagerec.recommend import Recommender
 from sagerec.run.folder import Run
+from tests.conftest import ENVIRONMENT
 
 FROZEN = Path(__file__).parent / "cli.txt"
 POSITIONAL = {
@@ -146,3 +149,13 @@ def test_brackets_in_titles_are_printed_as_they_are(small_run: Run, capsys: pyte
     titles = ["[/bold] cable [usb-c]"] * small_run.data.n_items
     print_examples(small_run, Recommender(small_run.policy(device="cpu"), small_run.data.item_ids, titles), users=1)
     assert "[/bold] cable [usb-c]" in capsys.readouterr().out
+
+
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    """`sagerec … | head -1`."""
+    command = [sys.executable, "-m", "sagerec.cli", "compare", "--help"]
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as done:
+        assert done.stdout is not None
+        assert done.stderr is not None
+        done.stdout.close()
+        assert done.stderr.read() == ""

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import io
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -68,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped; the same command goes on where it was")
         return 130
+    except BrokenPipeError:  # who reads what is printed has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (Exception, PanicException) as error:
         found = explain(error, words, while_parsing=command is None)
         if found is None:
