@@ -26,7 +26,9 @@ def small_policy(*, seed: int = 0, variable_length: bool = False, **settings: An
         # Items alone under their first two codes end there.
         alone = np.bincount(codes[:, 0] * 4 + codes[:, 1], minlength=16)[codes[:, 0] * 4 + codes[:, 1]] == 1
         codes[alone, 2] = -1
-    shape = LazyDecoderSettings(width=16, heads=2, encoder_layers=2, dropout=0.1, max_items=12, **settings)
+    shape = LazyDecoderSettings(
+        **{"width": 16, "heads": 2, "encoder_layers": 2, "dropout": 0.1, "max_items": 12, "item_width": 8} | settings
+    )
     policy = LazyDecoder(shape, make_space(codes, vectors=torch.randn(N, 5).numpy()))
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
@@ -48,7 +50,9 @@ def all_logprobs(policy: LazyDecoder, hidden: torch.Tensor) -> torch.Tensor:
     return torch.stack(columns, dim=1)
 
 
-@pytest.mark.parametrize("settings", [{}, {"content": False}, {"item_embedding": True}, {"decoder_layers": 2}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"content": False}, {"item_embedding": True}, {"decoder_layers": 2}, {"item_scores": False}]
+)
 def test_item_probabilities_sum_to_one(settings: dict[str, Any]) -> None:
     policy = small_policy(**settings)
     items, lengths = histories()

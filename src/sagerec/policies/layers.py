@@ -3,6 +3,8 @@
 Shapes: B sequences, T positions, S cached positions, D width, H heads, E width of a head.
 """
 
+from collections.abc import Iterable, Sequence
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
@@ -93,3 +95,18 @@ class Layer(nn.Module):
         x = x + self.dropout(self.attention_output(merged))
         inner = self.dropout(F.gelu(self.feed_forward_in(self.norm_feed_forward(x))))
         return x + self.dropout(self.feed_forward_out(inner)), (key, value)
+
+
+def run_layers(
+    layers: Iterable[nn.Module],
+    x: Tensor,
+    positions: Tensor,
+    caches: Sequence[KeyValue] = (),
+    mask: Tensor | None = None,
+) -> tuple[Tensor, tuple[KeyValue, ...]]:
+    """Send x (B, T, D) through layers, each with its own of `caches` where there are any; returns the grown too."""
+    grown = []
+    for number, layer in enumerate(layers):
+        x, cache = layer(x, positions=positions, cache=caches[number] if caches else None, mask=mask)
+        grown.append(cache)
+    return x, tuple(grown)

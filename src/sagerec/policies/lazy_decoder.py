@@ -4,10 +4,11 @@ After OneRec-V2 (arXiv 2508.20900): the history costs one position an item, not 
 few codes pass through the decoder, which is what makes a CPU enough. Departures from it: the decoder reads the
 encoder's last state as its first position instead of attending to all of the history; an item enters as the sum
 of its code embeddings and a linear map of its content vector (the vector that was quantised), so that what the
-codes round off is not lost.
+codes round off is not lost; and the scores of a second expert over whole items stand beside the code logits
+(`item_scores`), in one distribution.
 
 Shapes: B users, G slates of each, T history items, S cached positions, P targets, R prefixes, L codes per item, C codes
-of a level, D width, H heads, N items.
+of a level, D width (of an encoder state: of both experts together), H heads, N items.
 """
 
 from collections.abc import Iterable
@@ -22,11 +23,15 @@ from sagerec.actions.groups import group_log_softmax
 from sagerec.actions.space import ActionSpace
 from sagerec.actions.trie import PADDING, ROOT, Children
 from sagerec.config import require
-from sagerec.policies.layers import FastDropout, KeyValue, Layer, check_shape
+from sagerec.policies.item_scores import ItemScores, Scorer
+from sagerec.policies.layers import FastDropout, KeyValue, Layer, check_shape, run_layers
 from sagerec.policies.protocol import Policy
 
 CODE_ROWS = ("item_codes.weight", "prefix_codes.weight", "head", "head_bias")
 """Weights with a row a code, level after level."""
+SCORED_ROWS = "item_scores.items.weight"
+ITEM_ROWS = {"item_embedding.weight", SCORED_ROWS}
+"""Weights with a row an item; the second are scored."""
 DENSE_SHARE = 16
 """Above one child in this many codes of a level, a matrix product over all codes is faster than a gather."""
 
@@ -53,12 +58,27 @@ class LazyDecoderSettings:
     """Add a linear map of the item's content vector to its code embeddings."""
     item_embedding: bool = False
     """Add an embedding of the item's own to its code embeddings."""
+    item_scores: bool = True
+    """Add scores of whole items, from an encoder of their own, to the code logits."""
+    item_width: int = 64
+    """Width of the item scores' encoder."""
+    item_layers: int = 1
+    """Its causal layers."""
+    item_heads: int = 2
+    """Its attention heads."""
+    item_dropout: float = 0.2
+    """Dropout in it, and on the item embeddings where they are scored."""
+    expert_weight: float = 0.5
+    """In training, weight of each expert's own next-item loss beside that of both together."""
 
     def __post_init__(self) -> None:
         check_shape(width=self.width, heads=self.heads, dropout=self.dropout, max_items=self.max_items)
         require(self.encoder_layers >= 1, f"encoder_layers is {self.encoder_layers}; expected at least 1")
         require(self.decoder_layers >= 1, f"decoder_layers is {self.decoder_layers}; expected at least 1")
         require(self.expansion >= 1, f"expansion is {self.expansion}; expected at least 1")
+        require(self.item_layers >= 1, f"item_layers is {self.item_layers}; expected at least 1")
+        require(self.expert_weight >= 0, f"expert_weight is {self.expert_weight}; expected 0 or above")
+        check_shape(width=self.item_width, heads=self.item_heads, dropout=self.item_dropout, max_items=self.max_items)
 
 
 class Context(NamedTuple):
@@ -67,7 +87,7 @@ class Context(NamedTuple):
     hidden: Tensor
     """(B, G, D) state that the next item is decoded from."""
     caches: tuple[KeyValue, ...]
-    """Per encoder layer, keys and values (B, H, S, D/H): the history, then the slates' items."""
+    """Per layer of the encoders, keys and values (B, H, S, D/H): the history, then the slates' items."""
     visible: Tensor
     """(B, G, S) bool: the cached positions that belong to the history or to the slate itself."""
     positions: Tensor
@@ -83,6 +103,8 @@ class Prefix(NamedTuple):
     """Per decoder layer, keys and values (R, H, level + 1, D/H)."""
     level: int
     """Codes written so far."""
+    scorer: Scorer | None
+    """The item scores of the R states, where the policy has some."""
 
 
 class LazyDecoder(Policy[Context, Prefix]):
@@ -132,10 +154,18 @@ class LazyDecoder(Policy[Context, Prefix]):
         self.decoder = nn.ModuleList(Layer(**shape) for _ in range(settings.decoder_layers))
         self.decoder_norm = nn.LayerNorm(width)
         self.dropout = FastDropout(settings.dropout)
+        if settings.item_scores:
+            self.item_scores = ItemScores(
+                space,
+                width=settings.item_width,
+                heads=settings.item_heads,
+                layers=settings.item_layers,
+                dropout=settings.item_dropout,
+            )
 
     def layers(self) -> Iterable[nn.Module]:
-        """The encoder's and the decoder's."""
-        return [*self.encoder, *self.decoder]
+        """The encoders' and the decoder's."""
+        return [*self.encoder, *self.decoder, *(self.item_scores.layers if self.settings.item_scores else ())]
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """Take trained weights, grown to the codes of today."""
@@ -155,13 +185,20 @@ class LazyDecoder(Policy[Context, Prefix]):
 
     def encode_all(self, items: Tensor) -> tuple[Tensor, tuple[KeyValue, ...]]:
         """Encoder states (B, T, D) after each item of sequences (B, T), and the caches of each layer."""
-        positions = torch.arange(items.shape[1], device=items.device)[None]
-        x = self.embed_items(items)
-        caches = []
-        for layer in self.encoder:
-            x, cache = layer(x, positions=positions)
-            caches.append(cache)
-        return self.encoder_norm(x), tuple(caches)
+        return self._encode(items, torch.arange(items.shape[1], device=items.device)[None])
+
+    def _encode(
+        self, items: Tensor, positions: Tensor, caches: tuple[KeyValue, ...] = (), mask: Tensor | None = None
+    ) -> tuple[Tensor, tuple[KeyValue, ...]]:
+        """States (B, T, D) of both experts after items (B, T) at positions (B or 1, T) that see `caches` by `mask`."""
+        n = len(self.encoder)
+        x, grown = run_layers(self.encoder, self.embed_items(items), positions, caches[:n], mask)
+        states = self.encoder_norm(x)
+        if self.settings.item_scores:
+            scores = self.item_scores
+            x, more = run_layers(scores.layers, scores.embed(items), positions, caches[n:], mask)
+            states, grown = torch.cat([states, scores.norm(x)], dim=-1), grown + more
+        return states, grown
 
     def encode(self, items: Tensor, lengths: Tensor, *, slates: int = 1) -> Context:
         """Read histories; see the protocol."""
@@ -178,12 +215,8 @@ class LazyDecoder(Policy[Context, Prefix]):
         own = torch.eye(slates, dtype=torch.bool, device=items.device).expand(batch, -1, -1)
         visible = torch.cat([context.visible, own], dim=2)
         positions = context.positions[:, None].expand(-1, slates)
-        x = self.embed_items(items)
-        caches = []
-        for layer, cache in zip(self.encoder, context.caches, strict=True):
-            x, grown = layer(x, positions=positions, cache=cache, mask=visible.unsqueeze(1))
-            caches.append(grown)
-        return Context(self.encoder_norm(x), tuple(caches), visible, context.positions + 1)
+        hidden, caches = self._encode(items, positions, context.caches, visible.unsqueeze(1))
+        return Context(hidden, caches, visible, context.positions + 1)
 
     def extend(self, context: Context, slates: Tensor) -> Context:
         """Read whole slates at once; see the protocol. Their items are columns that a mask keeps to their slate."""
@@ -193,21 +226,27 @@ class LazyDecoder(Policy[Context, Prefix]):
         seen = context.visible[:, :1].expand(-1, len(order), -1)
         visible = torch.cat([seen, own.expand(batch, -1, -1)], dim=2)
         positions = context.positions[:, None] + order % places
-        x = self.embed_items(slates.flatten(1))
-        for layer, cache in zip(self.encoder, context.caches, strict=True):
-            x, _ = layer(x, positions=positions, cache=cache, mask=visible.unsqueeze(1))
-        hidden = torch.cat([context.hidden[:, :1], self.encoder_norm(x)], dim=1)
-        return Context(hidden, context.caches, visible, context.positions)
+        states, _ = self._encode(slates.flatten(1), positions, context.caches, visible.unsqueeze(1))
+        return Context(torch.cat([context.hidden[:, :1], states], dim=1), context.caches, visible, context.positions)
 
     def begin(self, context: Context) -> Prefix:
         """The empty prefix of every state; see the protocol."""
-        return self._decode(context.hidden.flatten(0, 1), None, 0)
+        hidden, scorer = self._split(context.hidden.flatten(0, 1))
+        return self._decode(hidden, None, 0, scorer)
+
+    def _split(self, states: Tensor) -> tuple[Tensor, Scorer | None]:
+        """What the decoder starts from, and the item scores, of encoder states (R, D)."""
+        if not self.settings.item_scores:
+            return states, None
+        width = self.settings.width
+        return states[:, :width], self.item_scores.begin(states[:, width:])
 
     def step(self, prefix: Prefix, rows: Tensor, tokens: Tensor) -> Prefix:
         """Longer prefixes; see the protocol."""
         x = self.prefix_codes(tokens + self.level_offsets[prefix.level])
         caches = tuple((key[rows], value[rows]) for key, value in prefix.caches)
-        return self._decode(x, caches, prefix.level + 1)
+        scorer = None if prefix.scorer is None else prefix.scorer.of_rows(rows)
+        return self._decode(x, caches, prefix.level + 1, scorer)
 
     def follow(self, prefix: Prefix, rows: Tensor, tokens: Tensor, lengths: Tensor) -> list[Prefix]:
         """Whole code sequences at once; see the protocol. Sequences of one length go through the decoder together."""
@@ -226,34 +265,41 @@ class LazyDecoder(Policy[Context, Prefix]):
             for layer, (key, value) in zip(self.decoder, prefix.caches, strict=True):
                 x, _ = layer(x, cache=(key[rows[same]], value[rows[same]]), mask=mask)
             outputs = outputs.index_put((at,), self.decoder_norm(x))
-        return [Prefix(outputs[begin[lengths >= d] + d - 1], (), d) for d in range(1, longest + 1)]
+        prefixes = []
+        for depth in range(1, longest + 1):
+            going = lengths >= depth
+            scorer = None if prefix.scorer is None else prefix.scorer.of_rows(rows[going])
+            prefixes.append(Prefix(outputs[begin[going] + depth - 1], (), depth, scorer))
+        return prefixes
 
-    def _decode(self, x: Tensor, caches: tuple[KeyValue, ...] | None, level: int) -> Prefix:
+    def _decode(self, x: Tensor, caches: tuple[KeyValue, ...] | None, level: int, scorer: Scorer | None) -> Prefix:
         x = (x + self.level_embedding[level]).unsqueeze(1)
         grown = []
         for number, layer in enumerate(self.decoder):
             x, cache = layer(x, cache=None if caches is None else caches[number])
             grown.append(cache)
-        return Prefix(self.decoder_norm(x.squeeze(1)), tuple(grown), level)
+        return Prefix(self.decoder_norm(x.squeeze(1)), tuple(grown), level, scorer)
 
     def root_logits(self, prefix: Prefix) -> Tensor:
         """Logits of the root's children; see the protocol."""
-        return self._root_logits(
-            prefix.output, self.space.trie.children(prefix.output.new_zeros(1, dtype=torch.int64)).token
-        )
+        logits = self._root_code_logits(prefix.output, self._root_tokens())
+        return logits if prefix.scorer is None else logits + self.item_scores.at_root(prefix.scorer)
 
     def child_logits(self, prefix: Prefix, children: Children) -> Tensor:
         """Logits of legal continuations; see the protocol."""
-        return self._logits(prefix.output, prefix.level, children)
+        if prefix.level == 0 and len(children.token) == len(prefix.output) * self.n_first_codes:
+            return self.root_logits(prefix).flatten()
+        logits = self._code_logits(prefix.output, prefix.level, children)
+        if prefix.scorer is None:
+            return logits
+        return logits + self.item_scores.under(prefix.scorer, children, self.space.trie)
 
-    def _logits(self, output: Tensor, level: int, children: Children) -> Tensor:
+    def _code_logits(self, output: Tensor, level: int, children: Children) -> Tensor:
         """(M,) float32 logits y_parent . w_token + b_token of children of decoder outputs y (R, D).
 
         Where the children are few beside all codes of the level, only theirs are computed.
         """
         begin, size = int(self.level_offsets[level]), self.level_sizes[level]
-        if level == 0 and len(children.token) == len(output) * self.n_first_codes:
-            return self._root_logits(output, children.token[: self.n_first_codes]).flatten()
         if DENSE_SHARE * len(children.token) > len(output) * size:
             weight, bias = self.head[begin : begin + size], self.head_bias[begin : begin + size]
             return F.linear(output, weight, bias)[children.parent, children.token].float()
@@ -261,14 +307,24 @@ class LazyDecoder(Policy[Context, Prefix]):
         products = output[children.parent].float() * weight.float()
         return products.sum(dim=1) + self.head_bias[children.token + begin]
 
-    def _root_logits(self, output: Tensor, tokens: Tensor) -> Tensor:
-        """(R, n) float32 logits of the root's n tokens from decoder outputs (R, D)."""
+    def _root_tokens(self) -> Tensor:
+        return self.space.trie.children(torch.full((1,), ROOT, device=self.device)).token
+
+    def _root_code_logits(self, output: Tensor, tokens: Tensor) -> Tensor:
+        """(R, n) float32 code logits of the root's n tokens from decoder outputs (R, D)."""
         return F.linear(output, self.head[tokens], self.head_bias[tokens]).float()
 
     def next_item_loss(self, items: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
-        """Mean negative log-probability of targets; see the protocol."""
+        """Mean negative log-probability of targets; see the protocol.
+
+        In training, that of each expert alone is added with the weight `expert_weight`, so that neither leaves to the
+        other what it could have learnt.
+        """
         states, _ = self.encode_all(items)
-        return -self.target_logprobs(states[counted], targets[counted]).sum(dim=1).mean()
+        weight = self.settings.expert_weight if self.training and self.settings.item_scores else 0.0
+        together, *alone = self._logprobs(states[counted], targets[counted], alone=weight > 0).sum(dim=2).mean(dim=1)
+        loss: Tensor = -together
+        return loss - weight * torch.stack(alone).sum() if alone else loss
 
     def target_logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Log-probabilities (P, L) in nats of the codes of items `targets` (P,) after encoder states (P, D).
@@ -277,35 +333,61 @@ class LazyDecoder(Policy[Context, Prefix]):
         uses. Where a prefix leaves one item, the rest of its codes have probability 1 and are not decoded; places
         after a code sequence's end give 0 too.
         """
+        return self._logprobs(hidden, targets, alone=False)[0]
+
+    def _logprobs(self, hidden: Tensor, targets: Tensor, *, alone: bool) -> Tensor:
+        """(1, P, L) `target_logprobs`; with `alone` (3, P, L), then those by the codes and by the item scores alone."""
         codes = self.codes[targets]
         states = self.space.trie.walk(codes)
         needed = (~self.space.trie.is_decided(states[:, :-1])).sum(dim=1)
-        logprobs = torch.zeros(codes.shape, device=hidden.device)
-        for depth in sorted(set(needed.tolist())):
+        hidden, scorer = self._split(hidden)
+        logprobs = torch.zeros(3 if alone else 1, *codes.shape, device=hidden.device)
+        for depth in sorted(set(needed.tolist()) - {0}):
             rows = (needed == depth).nonzero()[:, 0]
-            if depth:
-                block = self._block_logprobs(hidden[rows], codes[rows, :depth], states[rows, : depth + 1])
-                logprobs = logprobs.index_put((rows[:, None], torch.arange(depth, device=rows.device)), block)
+            block = self._block_logprobs(
+                hidden[rows],
+                None if scorer is None else scorer.of_rows(rows),
+                codes[rows, :depth],
+                states[rows, : depth + 1],
+                alone=alone,
+            )
+            logprobs = logprobs.index_copy(1, rows, F.pad(block, (0, codes.shape[1] - depth)))
         return logprobs
 
-    def _block_logprobs(self, hidden: Tensor, codes: Tensor, states: Tensor) -> Tensor:
-        """Log-probabilities (P, n) of the first n codes (P, n), whose prefixes are states (P, n + 1)."""
-        depth = codes.shape[1]
+    def _block_logprobs(
+        self, hidden: Tensor, scorer: Scorer | None, codes: Tensor, states: Tensor, *, alone: bool
+    ) -> Tensor:
+        """`_logprobs` (1 or 3, P, n) of the first n codes (P, n), whose prefixes are states (P, n + 1)."""
+        depth, trie = codes.shape[1], self.space.trie
         x = self.dropout(self.prefix_codes(codes[:, :-1] + self.level_offsets[: depth - 1]))
         x = torch.cat([hidden.unsqueeze(1), x], dim=1) + self.level_embedding[:depth]
         for layer in self.decoder:
             x, _ = layer(x)
         x = self.decoder_norm(x)
         # All rows stand at the root first: its children are listed once, and one dense softmax serves.
-        root = self.space.trie.children(states[:1, 0])
-        first = self._root_logits(x[:, 0], root.token).log_softmax(dim=-1)
-        columns = [first.gather(1, torch.searchsorted(root.token, codes[:, :1].contiguous())).squeeze(1)]
+        tokens = self._root_tokens()
+        at = torch.searchsorted(tokens, codes[:, :1].contiguous())
+        logits = self._root_code_logits(x[:, 0], tokens)
+        sums = None if scorer is None else self.item_scores.at_root(scorer)
+        experts = combine(logits, sums, alone=alone)
+        columns = [torch.stack([one.log_softmax(dim=1).gather(1, at)[:, 0] for one in experts])]
         for level in range(1, depth):
-            children = self.space.trie.children(states[:, level])
-            logits = self._logits(x[:, level], level, children)
-            steps = group_log_softmax(logits, children.parent, len(states))
-            columns.append(steps[children.node == states[children.parent, level + 1]])
-        return torch.stack(columns, dim=1)
+            children = trie.children(states[:, level])
+            taken = children.node == states[children.parent, level + 1]
+            logits = self._code_logits(x[:, level], level, children)
+            sums = None if scorer is None else self.item_scores.under(scorer, children, trie)
+            experts = combine(logits, sums, alone=alone)
+            columns.append(
+                torch.stack([group_log_softmax(one, children.parent, len(states))[taken] for one in experts])
+            )
+        return torch.stack(columns, dim=2)
+
+
+def combine(codes: Tensor, sums: Tensor | None, *, alone: bool) -> list[Tensor]:
+    """Logits of both experts together, code logits + log-sum-exp of item scores; with `alone` of each by itself too."""
+    if sums is None:
+        return [codes]
+    return [codes + sums, codes, sums] if alone else [codes + sums]
 
 
 def grow_weights(weights: dict[str, Tensor], policy: LazyDecoder) -> dict[str, Tensor]:
@@ -313,13 +395,14 @@ def grow_weights(weights: dict[str, Tensor], policy: LazyDecoder) -> dict[str, T
 
     Codes in use stay and only the last level gets more of them. A last code that no item had in training takes the
     row of the last one that some item had: both stand for the least popular of items that collide. An item of its own
-    (`settings.item_embedding`) that was never trained gets zeros.
+    (`settings.item_embedding`) that was never trained gets zeros, and is scored as the mean of all items is.
     """
     grown = dict(weights)
     more_codes = sum(policy.level_sizes) - len(weights["head"])
     for name in CODE_ROWS:
         grown[name] = torch.cat([weights[name], weights[name][-1:].expand(more_codes, *weights[name].shape[1:])])
-    if (name := "item_embedding.weight") in weights:
+    for name in ITEM_ROWS & weights.keys():
         more_items = policy.space.n_items - len(weights[name])
-        grown[name] = torch.cat([weights[name], weights[name].new_zeros(more_items, weights[name].shape[1])])
+        mean = weights[name].mean(dim=0, keepdim=True) * (name == SCORED_ROWS)
+        grown[name] = torch.cat([weights[name], mean.expand(more_items, -1)])
     return grown

@@ -1,0 +1,128 @@
+"""Item scores: a second expert in the policy's one distribution over the trie.
+
+SASRec (Kang and McAuley 2018) with the full softmax scores whole items, s_i = x . v_i, from a small encoder over item
+embeddings of its own. The policy's code logits c know what items share; the scores know each item for itself. Each
+child v of a trie node gets the logit
+
+    c_v + log sum_{i under v} exp(s_i),
+
+normalised over the node's legal children as ever. So it stays one proper distribution: with c = 0 the sums telescope to
+softmax(s), with s = 0 it is the codes' alone, and with both it is, token by token, the product of the two experts
+(Hinton 2002). What is barred stays in the sums, which only says how much a prefix is worth; the tokens that lead to
+nothing else are left out by whoever decodes.
+
+An item that shares its sequence is scored through the item that stands for them all. Only the root sums over the
+catalogue, at a cost of N x D a state; deeper nodes sum over the items under them.
+
+Shapes: B sequences, T history items, R states, M children, N leaves (distinct sequences), D width of the scores.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from sagerec.actions.groups import group_logsumexp
+from sagerec.actions.space import ActionSpace
+from sagerec.actions.trie import ROOT, Children, Trie
+from sagerec.policies.layers import FastDropout, Layer
+
+LARGEST_TABLE = 2**26
+"""Scores that are held at a time."""
+FLOOR = 1e-30
+"""Least share of the highest score's weight that a sum over items is taken for."""
+
+
+def leaf_order(trie: Trie) -> tuple[Tensor, Tensor]:
+    """Items (N,) int64 at the leaves in the order of their sequences, and each node's first place there (nodes,).
+
+    The items under node v stand at places first[v] … first[v] + size[v] - 1.
+    """
+    size = trie.size.long()
+    before = size.cumsum(0) - size
+    first = torch.zeros_like(size)
+    nodes = torch.full((1,), ROOT, device=size.device)
+    leaves = []
+    while len(nodes):
+        ends = trie.is_leaf(nodes)
+        leaves.append(nodes[ends])
+        if bool(ends.all()):
+            break
+        inner = nodes[~ends]
+        children = trie.children(inner)
+        parents = inner[children.parent]
+        # Siblings are consecutive: a node's place is its parent's, and then the items under the siblings before it.
+        first[children.node] = first[parents] + before[children.node] - before[trie.first_child[parents].long()]
+        nodes = children.node
+    found = torch.cat(leaves)
+    return torch.empty_like(found).scatter(0, first[found], trie.item[found].long()), first
+
+
+class Scorer(NamedTuple):
+    """The item scores of R states, not computed yet."""
+
+    states: Tensor
+    """(R, D) encoder states."""
+    vectors: Tensor
+    """(N, D) item vectors in the order of the leaves, with what dropout left of them."""
+
+    def of_rows(self, rows: Tensor) -> "Scorer":
+        """Those of some rows."""
+        return Scorer(self.states[rows], self.vectors)
+
+
+class ItemScores(nn.Module):
+    """The expert: item embeddings, causal layers over them, and the log-sum-exp of scores under trie nodes."""
+
+    leaves: Tensor
+    first: Tensor
+    root_sizes: Tensor
+
+    def __init__(self, space: ActionSpace, *, width: int, heads: int, layers: int, dropout: float) -> None:
+        super().__init__()
+        self.width = width
+        self.items = nn.Embedding(space.n_items, width)
+        nn.init.normal_(self.items.weight, std=0.02)
+        self.layers = nn.ModuleList(
+            Layer(width=width, heads=heads, expansion=2, dropout=dropout) for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.dropout = FastDropout(dropout)
+        leaves, first = leaf_order(space.trie)
+        self.register_buffer("leaves", leaves, persistent=False)
+        self.register_buffer("first", first, persistent=False)
+        children = space.trie.children(torch.full((1,), ROOT, device=space.device)).node
+        self.register_buffer("root_sizes", space.trie.size[children].long(), persistent=False)
+
+    def embed(self, items: Tensor) -> Tensor:
+        """Embeddings (…, D) of items (…) as the encoder reads them."""
+        embedded: Tensor = self.dropout(self.items(items))
+        return embedded
+
+    def begin(self, states: Tensor) -> Scorer:
+        """The scores of encoder states (R, D); dropout is drawn once for all that is scored by them."""
+        return Scorer(states, self.dropout(self.items(self.leaves)))
+
+    def at_root(self, scorer: Scorer) -> Tensor:
+        """(R, n) float32 log-sum-exp of the scores under each of the root's n children."""
+        rows = max(1, LARGEST_TABLE // len(self.leaves))
+        parts = [self._root_sums(states, scorer.vectors) for states in torch.split(scorer.states, rows)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _root_sums(self, states: Tensor, vectors: Tensor) -> Tensor:
+        scores = F.linear(vectors, states).float()  # items first: a child's are consecutive rows
+        top = scores.detach().amax(dim=0)
+        child = torch.repeat_interleave(self.root_sizes)
+        sums = scores.new_zeros(len(self.root_sizes), len(states)).index_add(0, child, (scores - top).exp())
+        return (sums.clamp(min=FLOOR).log() + top).T
+
+    def under(self, scorer: Scorer, children: Children, trie: Trie) -> Tensor:
+        """(M,) float32 log-sum-exp of the scores under each of the children of R states."""
+        size = trie.size[children.node].long()
+        child = torch.repeat_interleave(size)
+        begin = self.first[children.node] - size.cumsum(0) + size
+        place = torch.arange(len(child), device=child.device) + begin[child]
+        states = F.embedding(children.parent[child], scorer.states)
+        scores = (states.float() * F.embedding(place, scorer.vectors).float()).sum(dim=1)
+        return group_logsumexp(scores, child, len(size))

@@ -1,0 +1,108 @@
+"""Item scores: what lies under a node, and what the two experts are alone and together."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from sagerec.actions.space import make_space
+from sagerec.actions.trie import ROOT
+from sagerec.policies import item_scores
+from sagerec.policies.item_scores import ItemScores, leaf_order
+from tests.test_policy import N, all_logprobs, histories, small_policy
+
+
+def test_leaves_by_hand() -> None:
+    """Sequences 1 0 | 0 2 1 | 0 2 0 | 2 | 0 1 in order: items 4, 2, 1, 0, 3; node 0 2 begins after item 4."""
+    sequences = np.array([[1, 0, -1], [0, 2, 1], [0, 2, 0], [2, -1, -1], [0, 1, -1]])
+    trie = make_space(sequences).trie
+    items, first = leaf_order(trie)
+    assert items.tolist() == [4, 2, 1, 0, 3]
+    # Root; 0, 1, 2; 0 1, 0 2, 1 0; 0 2 0, 0 2 1.
+    assert first.tolist() == [0, 0, 3, 4, 0, 1, 3, 1, 2]
+
+
+@pytest.mark.parametrize("variable_length", [False, True])
+@pytest.mark.parametrize("table", [2**26, 100])
+def test_sums_under_nodes_equal_the_slow_twin(
+    variable_length: bool, table: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Node by node: log sum exp of the scores of all items whose way leads through it, in chunks too."""
+    monkeypatch.setattr(item_scores, "LARGEST_TABLE", table)
+    space = small_policy(variable_length=variable_length).space
+    scores = ItemScores(space, width=8, heads=2, layers=1, dropout=0.1).eval()
+    states = 20 * torch.randn(4, 8)
+    with torch.no_grad():
+        scorer = scores.begin(states)
+        each = (states @ scores.items.weight.T).double()
+        under = {node: [i for i in range(N) if node in ways_of(space, i)] for node in range(1, space.trie.n_nodes)}
+        inner = (~space.trie.is_leaf(torch.arange(space.trie.n_nodes))).nonzero()[:, 0]
+        for node in inner.tolist():
+            children = space.trie.children(torch.full((4,), node))
+            expected = [
+                float(each[row, under[child]].logsumexp(0))
+                for row, child in zip(children.parent.tolist(), children.node.tolist(), strict=True)
+            ]
+            found = scores.under(scorer, children, space.trie)
+            torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-4)
+            if node == ROOT:
+                torch.testing.assert_close(scores.at_root(scorer).flatten(), found, rtol=1e-4, atol=1e-4)
+
+
+def ways_of(space: object, item: int) -> list[int]:
+    """The nodes on the way of an item."""
+    nodes, offsets = space.nodes, space.offsets  # type: ignore[attr-defined]
+    found: list[int] = nodes[offsets[item] : offsets[item + 1]].tolist()
+    return found
+
+
+@pytest.mark.parametrize("variable_length", [False, True])
+def test_without_code_logits_the_policy_is_the_softmax_of_the_scores(variable_length: bool) -> None:
+    """With c = 0 each step is exp(LSE of the child - LSE of the node): the product over the way telescopes."""
+    policy = small_policy(variable_length=variable_length)
+    with torch.no_grad():
+        policy.head.zero_()
+        policy.head_bias.zero_()
+        hidden = policy.encode(*histories()).hidden[:, 0]
+        scores = hidden[:, policy.settings.width :] @ policy.item_scores.items.weight.T
+        torch.testing.assert_close(all_logprobs(policy, hidden), scores.log_softmax(1), rtol=1e-4, atol=1e-4)
+
+
+def test_without_item_vectors_a_child_counts_by_its_items() -> None:
+    """With s = 0 the logit of a child is c + log size: the root's is checked against the code logits."""
+    policy = small_policy()
+    with torch.no_grad():
+        policy.item_scores.items.weight.zero_()
+        prefix = policy.begin(policy.encode(*histories()))
+        children = policy.space.trie.children(torch.tensor([ROOT]))
+        codes = prefix.output @ policy.head[children.token].T + policy.head_bias[children.token]
+        expected = codes + policy.space.trie.size[children.node].log()
+        torch.testing.assert_close(policy.root_logits(prefix), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_training_adds_what_each_expert_says_alone() -> None:
+    """Without dropout, loss in training = -log P - w (log softmax(s) + log P of the codes without scores)."""
+    policy = small_policy(dropout=0.0, item_dropout=0.0, expert_weight=0.3)
+    items, targets = torch.tensor([[3, 9, 0], [7, 2, 5]]), torch.tensor([[9, 4, 0], [2, 5, 11]])
+    counted = torch.tensor([[True, True, False], [True, True, True]])
+    codes_alone = small_policy(dropout=0.0, item_scores=False)
+    codes_alone.load_state_dict({n: v for n, v in policy.state_dict().items() if not n.startswith("item_scores.")})
+    with torch.no_grad():
+        together, codes = (p.next_item_loss(items, targets, counted) for p in (policy, codes_alone))
+        states = policy.encode_all(items)[0][counted][:, policy.settings.width :]
+        scores = (states @ policy.item_scores.items.weight.T).log_softmax(1)
+        alone = -scores.gather(1, targets[counted][:, None]).mean()
+        found = policy.train().next_item_loss(items, targets, counted)
+    assert float(found) == pytest.approx(float(together + 0.3 * (codes + alone)), rel=1e-5)
+
+
+def test_a_sum_of_far_lower_scores_stays_finite() -> None:
+    """Scores 0 and -200: exp(-200) is 0 in float32, and the sum under the second child is taken for the floor."""
+    space = make_space(np.array([[0], [1]]))
+    scores = ItemScores(space, width=4, heads=2, layers=1, dropout=0.0)
+    with torch.no_grad():
+        scores.items.weight.zero_()
+        scores.items.weight[1, 0] = -200
+        found = scores.at_root(scores.begin(torch.tensor([[1.0, 0, 0, 0]])))
+    assert found.tolist() == [[0.0, pytest.approx(math.log(1e-30))]]
