@@ -175,7 +175,9 @@ def test_every_quantiser_takes_new_items(quantiser: str, store_folder: Path, tmp
 
 
 def test_grown_weights_by_hand() -> None:
-    """Levels of 2 and 2 codes and 3 items become 2 and 4 codes and 5 items: two copies of the last row, two zeros."""
+    """Levels of 2 and 2 codes and 3 items become 2 and 4 codes and 5 items: two copies of the last row, two zeros,
+    and two means where items are scored.
+    """
     shape = LazyDecoderSettings(width=4, heads=2, content=False, item_embedding=True)
     before = np.array([[0, 0], [0, 1], [1, 0]])
     after = np.array([[0, 0], [0, 1], [1, 0], [0, 2], [0, 3]])
@@ -188,12 +190,14 @@ def test_grown_weights_by_hand() -> None:
     items = grown["item_embedding.weight"]
     assert torch.equal(items[:3], weights["item_embedding.weight"])
     assert items[3:].eq(0).all()
+    scored = "item_scores.items.weight"
+    assert torch.equal(grown[scored][3:], weights[scored].mean(dim=0).expand(2, -1))
     large.load_state_dict(grown)
     assert all(torch.equal(value, weights[name]) for name, value in grow_weights(weights, small).items())
 
 
 def test_the_policy_serves_on(small_run: Run, grown: Run) -> None:
-    """Where no item came under a prefix, nothing changes: first codes are the same, so their probabilities are too."""
+    """Where no item came under a prefix its odds stay; one with more items is worth more, and all others pay alike."""
     one, other = small_run.policy(device="cpu"), grown.policy(device="cpu")
     assert isinstance(one, LazyDecoder)
     assert isinstance(other, LazyDecoder)
@@ -204,11 +208,13 @@ def test_the_policy_serves_on(small_run: Run, grown: Run) -> None:
         before = one.target_logprobs(one.encode(history, length).hidden[:, 0].expand(200, -1), every)
         after = other.target_logprobs(other.encode(history, length).hidden[:, 0].expand(200, -1), every)
         alone = other.target_logprobs(other.encode(history, length).hidden[:, 0].expand(207, -1), torch.arange(207))
-    assert torch.allclose(before[:, 0], after[:, 0], atol=1e-5)
     old, new = semantic_ids(small_run).codes, semantic_ids(grown).codes
     untouched = ~np.isin(old[:, 0], np.unique(new[200:, 0]))
     assert untouched.any()
-    assert torch.allclose(before[untouched], after[untouched], atol=1e-5)
+    assert torch.allclose(before[untouched, 1:], after[untouched, 1:], atol=1e-5)
+    cost = (before - after)[untouched, 0]
+    assert torch.allclose(cost, cost[0].expand_as(cost), atol=1e-5)
+    assert float(cost[0]) > 0
     assert float(alone.sum(dim=1).exp().sum()) == pytest.approx(1, abs=1e-4)
 
 
