@@ -69,7 +69,7 @@ class LazyDecoderSettings:
     item_dropout: float = 0.2
     """Dropout in it, and on the item embeddings where they are scored."""
     expert_weight: float = 0.5
-    """In training, weight of each expert's own next-item loss beside that of both together."""
+    """In training, weight of each expert's own next-item loss beside that of both together, whose weight is 1."""
 
     def __post_init__(self) -> None:
         check_shape(width=self.width, heads=self.heads, dropout=self.dropout, max_items=self.max_items)
@@ -317,14 +317,14 @@ class LazyDecoder(Policy[Context, Prefix]):
     def next_item_loss(self, items: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
         """Mean negative log-probability of targets; see the protocol.
 
-        In training, that of each expert alone is added with the weight `expert_weight`, so that neither leaves to the
-        other what it could have learnt.
+        In training, the weighted mean of it (weight 1) and of what each expert alone gives (`expert_weight` each), so
+        that neither leaves to the other what it could have learnt.
         """
         states, _ = self.encode_all(items)
         weight = self.settings.expert_weight if self.training and self.settings.item_scores else 0.0
         together, *alone = self._logprobs(states[counted], targets[counted], alone=weight > 0).sum(dim=2).mean(dim=1)
-        loss: Tensor = -together
-        return loss - weight * torch.stack(alone).sum() if alone else loss
+        loss: Tensor = -(together + weight * sum(alone)) / (1 + 2 * weight)
+        return loss
 
     def target_logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Log-probabilities (P, L) in nats of the codes of items `targets` (P,) after encoder states (P, D).

@@ -90,7 +90,7 @@ class Policy(nn.Module, Generic[ContextT, PrefixT]):
         """Mean over counted places of -log P(target | items up to it) in nats an item, with gradient.
 
         Args: items, targets (B, T) item indices; counted (B, T) bool. Each token is normalised over the legal ones.
-        In training mode a policy may add losses of its parts; in evaluation mode it is this mean.
+        In training mode a policy may average it with losses of its parts; in evaluation mode it is this mean.
         """
         raise NotImplementedError
 
