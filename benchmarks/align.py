@@ -53,10 +53,10 @@ from torch import Tensor
 from trie import GB, describe_run, machine_line, peak_bytes, resident_bytes, show_limits, table
 
 from sagerec.actions.trie import build_trie
-from sagerec.artifacts import write_json
 from sagerec.catalogue.splits import Cases
 from sagerec.config import require
 from sagerec.errors import MissingExtraError, SagerecError
+from sagerec.files import write_json
 from sagerec.objectives.rewards import Facts, Membership
 from sagerec.training.feedback import Feedback
 from sagerec.training.loop import make_optimizer

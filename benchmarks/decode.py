@@ -43,10 +43,10 @@ from trie import GB, describe_run, machine_line, peak_bytes, prefix_dictionary, 
 from sagerec.actions.semantic_ids.quantisers import separate
 from sagerec.actions.space import make_space
 from sagerec.actions.trie import Trie, build_trie
-from sagerec.artifacts import write_json
 from sagerec.config import require
 from sagerec.decoding.beam import BeamLists, exact_lists
 from sagerec.errors import MissingExtraError, SagerecError
+from sagerec.files import write_json
 from sagerec.policies.lazy_decoder import LazyDecoder, LazyDecoderSettings
 
 TARGET_RATIO = 50.0

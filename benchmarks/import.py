@@ -36,10 +36,10 @@ from isal import igzip
 from rich.console import Console
 from trie import GB, MB, describe_run, machine_line, peak_bytes, resident_bytes, show_limits, table, timed
 
-from sagerec.artifacts import write_json
 from sagerec.catalogue.formats.importer import import_dataset
 from sagerec.config import require
 from sagerec.errors import MissingExtraError
+from sagerec.files import write_json
 
 LIMIT_ROWS, LIMIT_GB, LIMIT_RATIO = 10_000_000, 2.0, 5.0
 WRITTEN_AT_ONCE = 100_000

@@ -29,8 +29,8 @@ from rich.console import Console
 from torch import Tensor
 from trie import describe_run, machine_line, show_limits, table, timed
 
-from sagerec.artifacts import write_json
 from sagerec.config import require
+from sagerec.files import write_json
 from sagerec.objectives.loss import policy_loss
 from sagerec.objectives.table import OBJECTIVES
 
@@ -92,7 +92,7 @@ def draw_inputs(shape: tuple[int, int, int], seed: int) -> dict[str, Tensor]:
     mask[..., 0] = True
     return {
         "logprobs": logprobs.requires_grad_(),
-        "old_logprobs": logprobs.detach() + 0.1 * torch.randn(shape, generator=generator),
+        "old_logprobs": (logprobs.detach() + 0.1 * torch.randn(shape, generator=generator)).clamp(max=0.0),
         "mask": mask,
         "rewards": rand(*shape[:2], REWARDS),
         "weights": rand(REWARDS),

@@ -33,13 +33,13 @@ from rich.console import Console
 from trie import describe_run, machine_line, show_limits, table
 
 from sagerec.actions.semantic_ids.build import SemanticIdSettings, read_semantic_ids
-from sagerec.artifacts import write_json
 from sagerec.catalogue.simulate import simulate
 from sagerec.catalogue.simulated_store import StoreSettings, write_store
 from sagerec.catalogue.splits import SplitSettings
 from sagerec.config import require
 from sagerec.errors import SettingsError
 from sagerec.evaluation.evaluate import EvaluateSettings
+from sagerec.files import write_json
 from sagerec.policies.lazy_decoder import LazyDecoderSettings
 from sagerec.run.stages import evaluate, make_actions, prepare, train
 from sagerec.training.settings import TrainSettings

@@ -42,8 +42,9 @@ from rich.table import Table
 from torch import Tensor
 
 from sagerec.actions.trie import Trie, build_trie, read_trie, write_trie
-from sagerec.artifacts import package_versions, write_json
+from sagerec.artifacts import package_versions
 from sagerec.config import require, to_json
+from sagerec.files import write_json
 
 CODEBOOK_SIZE = 256
 LIMIT_ITEMS, LIMIT_SECONDS, LIMIT_GB = 10_000_000, 60.0, 2.0

@@ -131,7 +131,7 @@ def recall_at_1(run: Run, name: str) -> float:
 
 
 def test_the_control_trains_on_the_same_events_and_the_audit_proves_them(run: Run) -> None:
-    names = [align(run, replace(QUICK, objective=objective)) for objective in ("sft", "sage")]
+    names = [align(run, QUICK.for_objective(objective)) for objective in ("sft", "sage")]
     assert names == run.aligned()[::-1] == ["policy-sft", "policy-sage"]
     found = {finding.stage: finding.counts for finding in audit(run)}
     reserved = run.split.counts()["align"]
@@ -251,7 +251,9 @@ def test_replay_keeps_what_supervised_training_knew(base_run: Path, tmp_path: Pa
     batch = [torch.from_numpy(x) for x in windows.batch(np.arange(len(windows)))]
     losses = {}
     for weight in (0.0, 1.0):
-        name = align(run, replace(QUICK, objective="sft", replay_weight=weight, validations=0), name=f"w{weight:.0f}")
+        name = align(
+            run, replace(QUICK.for_objective("sft"), replay_weight=weight, validations=0), name=f"w{weight:.0f}"
+        )
         with torch.no_grad():
             losses[weight] = float(run.policy(name, device="cpu").next_item_loss(*batch))
         last = json.loads((run.folder / name / "metrics.jsonl").read_text().splitlines()[-1])
@@ -340,7 +342,7 @@ def stage_of(run: Run, settings: AlignSettings) -> rounds.Stage:
     """A stage as `align_policy` makes it."""
     policy, cases = run.policy(device="cpu"), run.split.cases(run.data, "align")
     facts = gather_facts(run.data, run.split, run.space(), clusters="coarse", cold_max_count=5)
-    weights = parse_rewards(settings.reward)
+    weights = parse_rewards(settings.reward) if settings.reward else {}
     return rounds.Stage(
         settings=settings,
         policy=policy,
@@ -384,8 +386,8 @@ def test_what_cannot_be_aligned_is_refused(run: Run, small_run: Run, tmp_path: P
     with pytest.raises(SettingsError, match="criterion 'speed=1'; expected METRIC=WEIGHT"):
         AlignSettings(criterion=("speed=1",))
     unread: list[tuple[dict[str, Any], str]] = [
-        ({"objective": "grpo", "boost": 4.0}, "boost is set, which the objective 'grpo' does not read"),
-        ({"objective": "sage", "cap": 2.0}, "cap is set, which the objective 'sage' does not read"),
+        ({"objective": "grpo", "boost": 4.0}, "--boost is not read by objective grpo; leave it out"),
+        ({"objective": "sage", "cap": 2.0}, "--cap is not read by objective sage; leave it out"),
         ({"top_p": 0.9}, "all slates come from beam search"),
         ({"slates": 1}, "slates is 1, and sage compares the slates of a context"),
     ]
@@ -456,3 +458,19 @@ def test_figures_of_token_ratios_are_of_counted_tokens() -> None:
     assert [figures[f"ratio_q{q}"].item() for q in ("05", "50", "95")] == pytest.approx([2.0] * 3)
     assert (figures["share_at_upper"].item(), figures["share_at_lower"].item()) == (0.5, 0.0)
     assert (figures["coefficient_positive"].item(), figures["coefficient_negative"].item()) == pytest.approx((0, 2))
+
+
+def test_nobody_answers_to_a_place_without_an_item(run: Run) -> None:
+    """The store's answers and item-kNN's scores: 0 at -1, elsewhere what they are without it."""
+    stage = stage_of(run, replace(QUICK, reward=("collaborative=1", "click=1", "watch=1")).resolved())
+    index = np.arange(5)
+    contexts = rounds.read_cases(stage, index)
+    slates = torch.arange(30).view(5, 2, 3)
+    holed = slates.clone()
+    holed[:, 1, 1:] = -1
+    history = (index, contexts.items.numpy(), contexts.lengths.numpy())
+    whole, found = (stage.feedback.answers(*history, slates=s, targets=contexts.targets) for s in (slates, holed))
+    assert {"collaborative", "click", "watch"} <= found.keys()
+    for name, values in found.items():
+        assert not bool(values[holed < 0].any()), name
+        assert torch.equal(values[holed >= 0], whole[name][holed >= 0]), name

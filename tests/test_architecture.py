@@ -6,7 +6,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parents[1] / "src" / "sagerec"
 LAYERS = [
     {"errors"},
-    {"config", "artifacts", "progress"},
+    {"config", "files", "artifacts", "progress"},
     {"objectives"},
     {"catalogue"},
     {"actions"},

@@ -1,6 +1,7 @@
 """Artefacts are written whole or not at all and refused where they do not fit; settings there and back."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -21,14 +22,12 @@ from sagerec.artifacts import (
     hash_file,
     hash_folder,
     misfit,
-    read_json,
     read_manifest,
-    replace_folder,
     write_artifact,
-    write_json,
 )
-from sagerec.config import from_json, require, require_choices, to_json
+from sagerec.config import check_fields, from_json, require, to_json
 from sagerec.errors import ArtifactError, SettingsError
+from sagerec.files import read_json, replace_folder, write_json
 
 
 def make(target: Path, text: str = "content", kind: str = "thing", **values: Any) -> Path:
@@ -131,7 +130,7 @@ def test_the_manifest_says_what_the_artefact_is_and_where_it_came_from(tmp_path:
     assert (manifest.kind, manifest.made_from, manifest.settings) == ("thing", {"log": "ab"}, {"x": [1, 2]})
     assert (manifest.seed, manifest.sizes) == (7, {"rows": 1, "columns": 2})
     assert manifest.content_hash == hash_folder(tmp_path / "t")
-    assert manifest.format_version == FORMAT_VERSION == 1
+    assert manifest.format_version == FORMAT_VERSION == 2
     assert set(manifest.versions) == {
         "python", "machine", "sagerec", "torch", "numpy", "polars", "scikit-learn", "faiss-cpu"
     }  # fmt: skip
@@ -166,27 +165,40 @@ def test_another_kind(tmp_path: Path) -> None:
     assert str(error.value) == f"{tmp_path}/t holds a 'policy' artefact, expected 'split'"
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 1, "2", None])
 def test_another_format_version(tmp_path: Path, version: Any) -> None:
     spoil(make(tmp_path / "t"), format_version=version)
     with pytest.raises(ArtifactError) as error:
         read_manifest(tmp_path / "t", "thing")
-    assert str(error.value) == f"{tmp_path}/t has format version {version}, this version reads 1; make it again"
+    assert str(error.value) == f"{tmp_path}/t has format version {version}, this version reads 2; make it again"
 
 
 @pytest.mark.parametrize(
-    ("values", "reason"),
-    [
-        ({"colour": "red"}, "unexpected keyword argument 'colour'"),
-        ({"kind": None}, "missing 1 required positional argument: 'kind'"),
-    ],
+    "values", [{"colour": "red"}, {"kind": None}, {"sizes": {"rows": 9}}, {"seed": "7"}, {"hashes": []}]
 )
-def test_a_manifest_with_other_fields(tmp_path: Path, values: dict[str, Any], reason: str) -> None:
+def test_an_edited_manifest(tmp_path: Path, values: dict[str, Any]) -> None:
     spoil(make(tmp_path / "t"), **values)
     with pytest.raises(ArtifactError) as error:
         read_manifest(tmp_path / "t", "thing")
-    assert str(error.value).startswith(f"{tmp_path}/t/manifest.json: ")
-    assert str(error.value).endswith(f"{reason}; make the artefact again")
+    assert str(error.value) == f"{tmp_path}/t/manifest.json was changed after it was written; make the artefact again"
+
+
+def test_a_file_is_compared_by_its_hash_where_its_time_is_another(tmp_path: Path) -> None:
+    """And by size and time alone where these are as they were, so that opening costs nothing."""
+    path = make(tmp_path / "t") / "a.txt"
+    before, text = path.stat(), path.read_text()
+    path.touch()
+    read_manifest(tmp_path / "t", "thing")
+    path.write_text(text.swapcase())
+    with pytest.raises(ArtifactError, match=r"a\.txt was changed after it was written"):
+        read_manifest(tmp_path / "t", "thing")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    manifest = read_manifest(tmp_path / "t", "thing")
+    with pytest.raises(ArtifactError, match="was changed"):
+        check_content(tmp_path / "t", manifest)
+    path.unlink()
+    with pytest.raises(ArtifactError, match=r"a\.txt cannot be read \(No such file"):
+        read_manifest(tmp_path / "t", "thing")
 
 
 @pytest.mark.parametrize("text", ["[]", '"thing"', "3", "null"])
@@ -342,7 +354,7 @@ class Settings:
     name: str | None = None
 
     def __post_init__(self) -> None:
-        require_choices(self)
+        check_fields(self)
         require(self.size > 0, f"size is {self.size}; expected above 0")
 
 
@@ -361,7 +373,7 @@ def test_settings_there_and_back() -> None:
         ({"colour": 1, "beta": 2}, "Settings: unknown setting 'beta'; expected some of size, scheme, k, name"),
         ({"scheme": None}, "Settings: setting 'scheme' is missing; expected all of size, scheme, k, name"),
         ({"size": 0}, "size is 0; expected above 0"),
-        ({"size": "3"}, "Settings: '>' not supported between instances of 'str' and 'int'"),
+        ({"size": "3"}, "size is '3'; expected a whole number"),
         ({"scheme": "medium"}, "scheme is 'medium'; expected one of fast, slow"),
     ],
 )

@@ -185,7 +185,7 @@ def test_a_clean_run_passes_and_its_counts_are_those_of_the_split(small_run: Run
 def test_a_changed_split_or_dataset_is_refused(run: Run, artefact: str, name: str) -> None:
     with (run.folder / artefact / name).open("ab") as file:
         file.write(b"\0")
-    with pytest.raises(ArtifactError, match=f"{artefact} was changed after it was written"):
+    with pytest.raises(ArtifactError, match=f"{artefact}/{name} was changed after it was written"):
         audit(run)
 
 
@@ -196,7 +196,9 @@ def test_a_changed_file_is_refused(run: Run, name: str) -> None:
         file.write(b"\0")
     with pytest.raises(ArtifactError) as error:
         audit(run)
-    assert str(error.value) == f"{run.folder}/semantic_ids was changed after it was written; make it again"
+    assert str(error.value) == (
+        f"{run.folder}/semantic_ids/{name} was changed after it was written; make {run.folder}/semantic_ids again"
+    )
 
 
 def test_an_artefact_that_does_not_say_what_it_used_is_refused(run: Run) -> None:

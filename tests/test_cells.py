@@ -8,9 +8,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from sagerec.artifacts import read_json
 from sagerec.baselines.tuning import evaluate_baseline
 from sagerec.evaluation.tests import COMPARED
+from sagerec.files import read_record
 from sagerec.report import cells
 from sagerec.report.material import differences_to_start, study_row
 from sagerec.run.folder import Run, open_run
@@ -77,7 +77,7 @@ def test_differences_within_a_run_are_of_one_seed(small_run: Run, tmp_path: Path
     run = open_run(tmp_path / "run")
     evaluate_baseline(run, "popularity", SMALL_RUN.evaluate)
     reports = {
-        name: read_json(run.folder / f"evaluation{tail}.json")
+        name: read_record(run.folder / f"evaluation{tail}.json")
         for name, tail in (("supervised", ""), ("popularity", "-popularity"))
     }
     found = differences_to_start(run, reports, 10)

@@ -95,6 +95,10 @@ def test_simulate_inspect_run_recommend(tmp_path: Path, capsys: pytest.CaptureFi
     printed = capsys.readouterr().out
     assert "score" in printed
     assert "i0000" in printed
+    assert main(["recommend", out, "--history", "i00000001", "--history", "i00000002", "-k", "3"]) == 0
+    assert capsys.readouterr().out == printed
+    assert main(["recommend", out]) == 1
+    assert "the history is empty; expected at least one item id" in capsys.readouterr().err
 
 
 def test_errors_are_one_line_and_status_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 
 from sagerec.catalogue.dataset import INTERACTIONS, ITEMS, Dataset, assemble, check_interactions, check_items
-from sagerec.catalogue.describe import describe
+from sagerec.catalogue.describe import describe, time_range
 from sagerec.catalogue.splits import Split, SplitSettings, make_split
 from tests.test_dataset import dataset
 
@@ -68,6 +68,7 @@ def test_every_figure_by_hand() -> None:
         "item_interactions": pytest.approx(
             {"0%": 1, "25%": 1, "50%": 1, "75%": 3, "90%": 3, "99%": 3, "100%": 3},
         ),
+        "times": "1 to 5",
         "same_time_ties": 3,
         "same_time_tie_share": pytest.approx(0.5),
         "repeated_items": 1,
@@ -105,6 +106,25 @@ def test_cold_counts_grow_with_the_limit(limit: int, items: int, cases: int) -> 
 def test_ties_are_the_same_for_times_of_every_type(times: list[Any]) -> None:
     data = small(times)
     assert describe(data, make_split(data, SplitSettings()), cold_max_count=1)["same_time_ties"] == 3
+
+
+MIXED = "MIXED UNITS (2 in seconds, 1 in milliseconds), so their order is wrong; write all in one unit"
+RANGES: list[tuple[list[Any], str]] = [
+    ([0, 57, 3], "0 to 57"),
+    ([1.5, -2.0], "-2.0 to 1.5"),
+    ([1500794772, 1500794700], "2017-07-23 07:25 to 2017-07-23 07:26 (UTC, of seconds)"),
+    ([1500794772000, 1588687728923], "2017-07-23 07:26 to 2020-05-05 14:08 (UTC, of milliseconds)"),
+    ([0, 1500794772], "1970-01-01 00:00 to 2017-07-23 07:26 (UTC, of seconds)"),
+    ([1500794772, 1500794773000, 1500794771], f"1500794771 to 1500794773000: {MIXED}"),
+    ([datetime(2011, 2, 1, 8, 26), datetime(2011, 1, 12)], "2011-01-12 00:00:00 to 2011-02-01 08:26:00"),
+    ([-(10**11) + 1, 1500794772], "-99999999999 to 1500794772"),
+]
+
+
+@pytest.mark.parametrize(("times", "expected"), RANGES)
+def test_the_range_of_times_is_of_dates_where_they_look_like_it(times: list[Any], expected: str) -> None:
+    """1500794772 s is 23 July 2017, 07:26:12 UTC."""
+    assert time_range(pl.Series(times)) == expected
 
 
 def test_users_of_one_event_have_no_ties_and_no_repeats() -> None:

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sagerec.actions.space import make_space
-from sagerec.artifacts import read_json, write_json
 from sagerec.baselines.tuning import evaluate_baseline
 from sagerec.cli import main
 from sagerec.evaluation.diagnose import HIT, UNSEEN, diagnose
+from sagerec.files import read_record, write_record
 from sagerec.run.folder import Run
 from tests.conftest import SMALL_RUN
 
@@ -55,14 +55,14 @@ def test_the_command_compares_systems(small_run: Run, capsys: pytest.CaptureFixt
     printed = capsys.readouterr().out
     gaps = [float(line.split("(")[1].split(")")[0]) for line in printed.splitlines() if "(+" in line or "(-" in line]
     recalls = [
-        read_json(small_run.folder / f"evaluation{name}.json")["metrics"]["recall@10"]["value"]
+        read_record(small_run.folder / f"evaluation{name}.json")["metrics"]["recall@10"]["value"]
         for name in ("", "-popularity")
     ]
     assert sum(gaps) == pytest.approx(recalls[1] - recalls[0], abs=5e-4)
     assert main(["diagnose", str(small_run.folder), "--k", "50"]) == 1
     assert "have 10 places; expected 50 or more" in " ".join(capsys.readouterr().err.split())
     assert main(["diagnose", str(small_run.folder), "policy-absent"]) == 1
-    assert "evaluation-absent.lists.parquet is missing; make it with: sagerec evaluate" in capsys.readouterr().err
+    assert "evaluation-absent.json is missing; make it with: sagerec evaluate" in capsys.readouterr().err
 
 
 def test_lists_of_an_earlier_artefact_are_refused(
@@ -70,11 +70,11 @@ def test_lists_of_an_earlier_artefact_are_refused(
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(small_run.folder, folder)
-    report = read_json(folder / "evaluation.json")
-    write_json(folder / "evaluation.json", report | {"made_from": report["made_from"] | {"policy": "0" * 64}})
+    report = read_record(folder / "evaluation.json")
+    write_record(folder / "evaluation.json", report | {"made_from": report["made_from"] | {"policy": "0" * 64}})
     assert main(["diagnose", str(folder)]) == 1
     assert "measures another split or an earlier artefact; evaluate policy again" in capsys.readouterr().err
 
 
 def test_no_places_are_an_error(small_run: Run) -> None:
-    assert main(["diagnose", str(small_run.folder), "--k", "0"]) == 1
+    assert main(["diagnose", str(small_run.folder), "--k", "0"]) == 2

@@ -17,12 +17,12 @@ from sagerec.actions.semantic_ids.build import SemanticIdSettings
 from sagerec.actions.semantic_ids.existing import parse_id, read_existing
 from sagerec.actions.space import make_space
 from sagerec.actions.trie import ROOT
-from sagerec.artifacts import read_json
 from sagerec.baselines.tuning import evaluate_baseline
 from sagerec.catalogue.dataset import INTERACTIONS, ITEM_ID, ITEMS, Dataset, assemble, read_dataset, write_dataset
 from sagerec.catalogue.splits import SplitSettings
 from sagerec.decoding.beam import exact_lists
 from sagerec.errors import ArtifactError, DatasetError, SettingsError
+from sagerec.files import read_json
 from sagerec.policies.lazy_decoder import LazyDecoder, LazyDecoderSettings
 from sagerec.run.folder import Run
 from sagerec.run.stages import evaluate, make_actions, prepare, train

@@ -3,7 +3,9 @@
 import gzip
 import json
 import threading
+import urllib.request
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 
 from sagerec.catalogue.dataset import read_dataset
-from sagerec.catalogue.fetch import CATEGORIES, SITES, FetchSettings, fetch_category, fetch_file
+from sagerec.catalogue.fetch import CATEGORIES, SITES, FetchSettings, _Redirects, fetch_category, fetch_file
 from sagerec.cli import main
 from sagerec.errors import DatasetError, SettingsError
 from tests.test_formats import review_2023
@@ -41,6 +43,8 @@ class Server(ThreadingHTTPServer):
         self.extra_length = 0
         """How far the stated length is off."""
         self.ranges, self.tag, self.status = True, '"v1"', 200
+        self.leads_to = ""
+        """Address that the first path is redirected to."""
 
     @property
     def address(self) -> str:
@@ -55,6 +59,12 @@ class Handler(BaseHTTPRequestHandler):
         content, wanted = server.files[self.path], self.headers["Range"]
         server.asked.append((self.path, wanted))
         start = 0
+        if server.leads_to and len(server.asked) == 1:
+            self.send_response(302)
+            self.send_header("Location", server.leads_to)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         if server.status != 200:
             self.send_error(server.status)
             return
@@ -106,6 +116,8 @@ def test_fetch_and_import(server: Server, tmp_path: Path, capsys: pytest.Capture
     assert (data.n_users, data.n_items, data.n_events) == (7, 5, 400)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "data.downloads"]
     assert sorted(p.name for p in (tmp_path / "data.downloads").iterdir()) == [
+        ".All_Beauty.jsonl.gz.json",
+        ".meta_All_Beauty.jsonl.gz.json",
         "All_Beauty.jsonl.gz",
         "meta_All_Beauty.jsonl.gz",
     ]
@@ -119,7 +131,7 @@ def test_a_cut_connection_is_taken_up_where_it_was_cut(server: Server, tmp_path:
     [reviews, _] = fetch_category("All_Beauty", tmp_path, patient(server))
     assert reviews.read_bytes() == server.files[REVIEWS]
     assert [r for p, r in server.asked if p == REVIEWS] == [None, "bytes=100-", "bytes=150-"]
-    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".gz", ".gz"]
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".gz", ".gz", ".json", ".json"]
 
 
 def test_a_second_call_goes_on_after_the_first_gave_up(server: Server, tmp_path: Path) -> None:
@@ -179,9 +191,94 @@ def test_a_server_that_states_no_size(server: Server, tmp_path: Path) -> None:
 
 def test_a_page_in_place_of_the_file(server: Server, tmp_path: Path) -> None:
     server.files[REVIEWS] = b"<html>come back later</html>"
-    with pytest.raises(DatasetError, match=r"got 28 bytes that begin with b'<h'; expected a gzip file of 28 bytes"):
+    said = r"got 28 bytes, and the file begins with b'<h'; expected a whole gzip file of 28 bytes"
+    with pytest.raises(DatasetError, match=said):
         fetch_category("All_Beauty", tmp_path, patient(server))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kept", [10, -1])
+def test_a_gzip_file_that_is_cut_on_the_server(server: Server, tmp_path: Path, kept: int) -> None:
+    """It begins as it should and is as long as the server says; it never gets its name."""
+    server.files[REVIEWS] = server.files[REVIEWS][:kept]
+    with pytest.raises(DatasetError, match=r"and the file ends early; expected a whole gzip file"):
+        fetch_category("All_Beauty", tmp_path, patient(server))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gzip_file_with_a_wrong_byte(server: Server, tmp_path: Path) -> None:
+    content = bytearray(server.files[REVIEWS])
+    content[len(content) // 2] ^= 1
+    server.files[REVIEWS] = bytes(content)
+    with pytest.raises(DatasetError, match=r"and the file cannot be read"):
+        fetch_category("All_Beauty", tmp_path, patient(server))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_changed_since_it_was_fetched(server: Server, tmp_path: Path) -> None:
+    [reviews, _] = fetch_category("All_Beauty", tmp_path, patient(server))
+    reviews.write_bytes(packed([review_2023("other", "P1", 1)]))
+    record = tmp_path / ".All_Beauty.jsonl.gz.json"
+    with pytest.raises(DatasetError) as error:
+        fetch_category("All_Beauty", tmp_path, patient(server))
+    assert str(error.value) == (
+        f"{reviews} is not what was fetched: its SHA-256 is not that in {record}. Remove the file to fetch it anew, or "
+        "the record to take the file as it is"
+    )
+    record.unlink()
+    fetch_category("All_Beauty", tmp_path, patient(server))
+    assert len(server.asked) == 2
+
+
+def test_a_file_of_the_same_name_of_another_release(server: Server, tmp_path: Path) -> None:
+    """Metadata of Books is meta_Books.json.gz in 2014 and 2018."""
+    packed_meta = server.files[META]
+    server.files |= {
+        "/categoryFiles/reviews_Books_5.json.gz": packed_meta,
+        "/categoryFiles/meta_Books.json.gz": packed_meta,
+    }
+    server.files["/categoryFilesSmall/Books_5.json.gz"] = packed_meta
+    settings = patient(server)
+    fetch_category("Books", tmp_path, replace(settings, release="2014"))
+    with pytest.raises(
+        DatasetError, match=r"meta_Books.json.gz was not fetched from metaFiles2/meta_Books.json.gz, says"
+    ):
+        fetch_category("Books", tmp_path, replace(settings, release="2018"))
+
+
+@pytest.mark.parametrize("place", ["ftp://127.0.0.1/x", "file:///etc/passwd", "data:,x", "http://[::1"])
+def test_redirects_lead_to_the_web_only(server: Server, tmp_path: Path, place: str) -> None:
+    server.leads_to = place
+    with pytest.raises(DatasetError) as error:
+        fetch_category("All_Beauty", tmp_path, patient(server))
+    assert str(error.value).startswith(f"{server.address}{REVIEWS}: ")
+    assert "--base-url" in str(error.value)
+    assert len(server.asked) == 1
+
+
+def test_a_redirect_on_the_web_is_followed_and_never_from_https_to_http(server: Server, tmp_path: Path) -> None:
+    server.files["/moved.gz"] = server.files[REVIEWS]
+    server.leads_to = "/moved.gz"
+    [reviews, _] = fetch_category("All_Beauty", tmp_path, patient(server))
+    assert reviews.read_bytes() == server.files["/moved.gz"]
+    asked = urllib.request.Request("https://a.org/x")
+    with pytest.raises(
+        DatasetError, match=r"the server leads to 'http://a.org/x', which is not followed; expected https:"
+    ):
+        _Redirects().redirect_request(asked, None, 302, "", {}, "http://a.org/x")
+    assert _Redirects().redirect_request(asked, None, 302, "", {}, "https://b.org/x") is not None
+
+
+@pytest.mark.parametrize(
+    "address", ["http://[::1", "http://", "https://a b/", "http://h:x/", "http://h\n/", "ftp://h/"]
+)
+def test_an_address_that_is_none(address: str) -> None:
+    with pytest.raises(SettingsError, match=r"base_url is .*; expected http\(s\)://HOST/…"):
+        FetchSettings(base_url=address)
+
+
+def test_addresses_are_secure() -> None:
+    assert all(site.startswith("https://") for site, _, _ in SITES.values())
 
 
 @pytest.mark.parametrize(("status", "said"), [(404, "the server answered 404"), (503, "the server answered 503")])
@@ -209,6 +306,6 @@ def test_offline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_unknown_categories_and_settings(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="'beauty' is no category of Amazon 2014; expected for example Beauty"):
         fetch_category("beauty", tmp_path, FetchSettings(release="2014"))
-    with pytest.raises(SettingsError, match=r"base_url is 'file:///etc'; expected http\(s\)://…"):
+    with pytest.raises(SettingsError, match=r"base_url is 'file:///etc'; expected http\(s\)://HOST/…"):
         FetchSettings(base_url="file:///etc")
     assert set(CATEGORIES) == set(SITES)

@@ -339,8 +339,10 @@ def test_settings_are_checked() -> None:
         ImportSettings(k_core=0)
     with pytest.raises(SettingsError, match="duplicates is 'all'; expected one of event, item, keep"):
         ImportSettings(duplicates="all")  # type: ignore[arg-type]
-    with pytest.raises(SettingsError, match="separator is '--'; expected one character"):
-        TableColumns(separator="--")
+    with pytest.raises(SettingsError, match=r"separator is '\\n'; expected no line end"):
+        TableColumns(separator="\n")
+    with pytest.raises(SettingsError, match="quote is '--'; expected one character of ASCII, or none"):
+        TableColumns(quote="--")
 
 
 # --- cells ----------------------------------------------------------------------------------------------------------

@@ -20,9 +20,11 @@ from sagerec.catalogue.formats.delimited import Dialect, slow_chunk
 from sagerec.catalogue.formats.event_log import LINE, USER, Codes, in_order
 from sagerec.catalogue.formats.fields import Field, log_fields
 from sagerec.catalogue.formats.importer import Format, import_dataset
+from sagerec.catalogue.formats.quotes import Quoting
 from sagerec.catalogue.formats.writer import ImportSettings
 from sagerec.errors import DatasetError
 from tests.test_formats import META_2014, SKIP, error_of, imported, put, review_2014, review_2018, review_2023
+from tests.test_formats_kinds import movielens
 from tests.test_formats_tables import INTER, ITEM, minionerec, row
 
 FIELDS = LOG_FIELDS["amazon-2023"]
@@ -31,10 +33,10 @@ FIELDS = LOG_FIELDS["amazon-2023"]
 # --- blocks ---------------------------------------------------------------------------------------------------------
 
 
-def lines_of(path: Path, block_bytes: int, *, quoted: bool = False) -> list[tuple[int, bytes]]:
+def lines_of(path: Path, block_bytes: int) -> list[tuple[int, bytes]]:
     """(number, line) of every line, put together from the blocks."""
     found = []
-    for block in read_blocks(path, BadRows(skip=False), quoted=quoted, block_bytes=block_bytes):
+    for block in read_blocks(path, BadRows(skip=False), block_bytes=block_bytes):
         lines = block.text.removesuffix(b"\n").split(b"\n")
         assert len(lines) == block.line_count
         found += list(enumerate(lines, block.first_line))
@@ -71,7 +73,7 @@ def test_no_block_ends_inside_a_quoted_cell(cells: list[str], block_bytes: int) 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x"
         path.write_text("".join(quoted), encoding="utf-8")
-        blocks = list(read_blocks(path, BadRows(skip=False), quoted=True, block_bytes=block_bytes))
+        blocks = list(read_blocks(path, BadRows(skip=False), quoting=Quoting(), block_bytes=block_bytes))
     assert b"".join(block.text for block in blocks).decode() == "".join(quoted)
     assert all(block.text.count(b'"') % 2 == 0 for block in blocks)
     found = [number for block in blocks for number, _ in delimited.records_of(block, Dialect())]
@@ -87,7 +89,7 @@ def test_a_line_that_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         list(read_blocks(path, BadRows(skip=False), block_bytes=1 << 20))
     path.write_bytes(b'a,"b\n' + b"c\n" * (2 << 20))
     with pytest.raises(DatasetError, match=r'line 1: a quote \("\) that is opened there is not closed within 1 MB'):
-        list(read_blocks(path, BadRows(skip=False), quoted=True, block_bytes=1 << 20))
+        list(read_blocks(path, BadRows(skip=False), quoting=Quoting(), block_bytes=1 << 20))
 
 
 @pytest.mark.parametrize("cut", [0.5, 0.999])
@@ -145,10 +147,8 @@ BAD_LINES: list[tuple[Any, str]] = [
         GOOD | {"timestamp": 10**30},
         "wrong type: 'timestamp' is 1000000000000000000000000000000; expected a whole number",
     ),
-    (GOOD | {"rating": 10**400}, f"wrong type: 'rating' is 1{'0' * 56}...; expected a number"),
-    (GOOD | {"rating": "good"}, "wrong type: 'rating' is 'good'; expected a number"),
-    (GOOD | {"verified_purchase": 1}, "wrong type: 'verified_purchase' is 1; expected true or false"),
-    (GOOD | {"helpful_vote": True}, "wrong type: 'helpful_vote' is True; expected a number"),
+    (GOOD | {"parent_asin": "NULL"}, "missing value: 'parent_asin' is missing or empty"),
+    (GOOD | {"parent_asin": 1.5}, "wrong type: 'parent_asin' is 1.5; expected text or a whole number"),
     (
         "[" * 100_000,
         "broken line: not JSON (maximum recursion depth exceeded while decoding a JSON array from a unicode string)",
@@ -165,6 +165,29 @@ def test_a_bad_line_is_named_and_can_be_left_out(tmp_path: Path, line: Any, faul
     data, figures = imported("amazon-2023", path, settings=SKIP)
     assert data.events["timestamp"].to_list() == [1, 2]
     assert figures["bad_rows_by_reason"] == {fault.split(":")[0]: 1}
+
+
+UNREADABLE: list[tuple[dict[str, Any], str, str]] = [
+    ({"rating": 10**400}, "rating", f"'rating' is 1{'0' * 56}...; expected a number"),
+    ({"rating": "good"}, "rating", "'rating' is 'good'; expected a number"),
+    ({"verified_purchase": 1}, "verified", "'verified_purchase' is 1; expected true or false"),
+    ({"helpful_vote": True}, "helpful_votes", "'helpful_vote' is True; expected a number"),
+]
+
+
+@pytest.mark.parametrize(("values", "column", "detail"), UNREADABLE)
+def test_an_optional_value_that_cannot_be_read_is_null_and_counted(
+    tmp_path: Path, values: dict[str, Any], column: str, detail: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The event stays, also where bad rows are an error."""
+    path = put(tmp_path / "R.jsonl", [GOOD, GOOD | values | {"timestamp": 2}, GOOD | values | {"timestamp": 3}])
+    data, figures = imported("amazon-2023", path)
+    assert data.events[column].null_count() == 2
+    assert (data.n_events, figures["bad_rows"], figures["unreadable_values"]) == (3, 0, 2)
+    assert figures["unreadable_values_by_column"] == {column: 2}
+    assert caplog.messages == [
+        f"no {column} for R.jsonl, line 2: {detail}; the row stays, and further ones are counted"
+    ]
 
 
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
@@ -366,6 +389,7 @@ def samples(folder: Path) -> dict[Format, list[Path]]:
         ],
         "recbole": [recbole / "x.inter", recbole / "x.item"],
         "table": [table / "log.csv", table / "items.csv"],
+        "movielens": sorted(movielens(folder / "movielens", "1m").iterdir()),
         "minionerec": sorted(p for p in mini.rglob("*") if p.is_file()),
     }
 
@@ -380,7 +404,9 @@ BYTES = st.one_of(
 )
 
 
-@pytest.mark.parametrize("name", ["amazon-2014", "amazon-2018", "amazon-2023", "recbole", "table", "minionerec"])
+@pytest.mark.parametrize(
+    "name", ["amazon-2014", "amazon-2018", "amazon-2023", "recbole", "table", "movielens", "minionerec"]
+)
 @given(data=st.data())
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_broken_bytes_are_an_error_or_a_counted_skip(

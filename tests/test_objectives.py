@@ -214,6 +214,7 @@ def test_coefficient_rises_with_the_ratio_to_its_bound_and_falls_with_diversity(
 @settings(max_examples=25, deadline=None)
 def test_ratio_is_the_geometric_mean_and_masked_tokens_change_nothing(seed: int, rho: float) -> None:
     inputs = batch(seed)
+    inputs["logprobs"] = inputs["logprobs"] - math.log(5.0)  # so that no old log-probability is above 0
     inputs["old_logprobs"] = inputs["logprobs"] - math.log(rho)
     found, gradient = run(SAGE, inputs)
     torch.testing.assert_close(found.diagnostics["ratio"], torch.full_like(found.advantages, rho))
@@ -404,3 +405,153 @@ def test_wrong_calls_say_what_is_wrong() -> None:
     reward[0, 1, 1] = torch.inf
     with pytest.raises(NumericalError, match=r"rewards\[0, 1, 1\] is inf"):
         policy_loss("sage", **(x | {"rewards": reward}))
+
+
+WRONG_VALUES: dict[str, tuple[dict[str, Any], str]] = {
+    "coldness above 1": ({"coldness": 5.0}, r"coldness\[0, 1\] is 5.0, expected .*at least 0 and at most 1"),
+    "coldness below 0": ({"coldness": -0.1}, r"coldness\[0, 1\] is -0.1"),
+    "diversity above 1": ({"diversity": 5.0}, r"diversity\[0, 1\] is 5.0, expected .*at least 0 and at most 1"),
+    "diversity below 0": ({"diversity": -2.0}, r"diversity\[0, 1\] is -2.0"),
+    "diversity nan": ({"diversity": math.nan}, r"diversity\[0, 1\] is nan"),
+    "advantage nan": ({"advantages": math.nan}, r"advantages\[0, 1\] is nan"),
+    "advantage inf": ({"advantages": math.inf}, r"advantages\[0, 1\] is inf"),
+    "logprob above 0": ({"logprobs": 0.5}, r"logprobs\[0, 1, 0\] is 0.5, expected .*at most 0.01"),
+    "logprob inf": ({"logprobs": math.inf}, r"logprobs\[0, 1, 0\] is inf"),
+    "logprob -inf": ({"logprobs": -math.inf}, r"logprobs\[0, 1, 0\] is -inf"),
+    "old above 0": ({"old_logprobs": 3.0}, r"old_logprobs\[0, 1, 0\] is 3.0"),
+    "old nan": ({"old_logprobs": math.nan}, r"old_logprobs\[0, 1, 0\] is nan"),
+    "old -inf": ({"old_logprobs": -math.inf}, r"old_logprobs\[0, 1, 0\] is -inf"),
+}
+
+
+@pytest.mark.parametrize("name", WITH_LOSS)
+@pytest.mark.parametrize("case", WRONG_VALUES)
+def test_a_counted_value_out_of_range_is_refused_by_its_name(name: str, case: str) -> None:
+    """One value is put in the place (0, 1), or (0, 1, 0), which counts; what the row does not read is left alone."""
+    changed, message = WRONG_VALUES[case]
+    x, row = batch(0), OBJECTIVES[name]
+    given_: dict[str, Any] = {k: v for k, v in x.items() if k not in ("rewards", "weights")}
+    given_["advantages"] = compute_advantages("sage", x["rewards"])
+    for argument, value in changed.items():
+        given_[argument] = given_[argument].clone()
+        given_[argument][(0, 1, 0)[: given_[argument].ndim]] = value
+        unread = {"coldness": not row.needs_coldness, "diversity": not row.needs_diversity}.get(argument, False)
+        if unread:
+            assert bool(run(row, given_)[1].isfinite().all())
+            continue
+        with pytest.raises(NumericalError, match=message):
+            policy_loss(row, **given_)
+
+
+@pytest.mark.parametrize("denominator", [0, -3.0, math.nan, math.inf, torch.tensor(0.0), torch.tensor(-1)])
+def test_a_denominator_that_is_not_above_0_is_refused(denominator: Any) -> None:
+    """A negative one would turn the gradient round."""
+    for name in ("sage", "dapo", "dr_grpo"):
+        with pytest.raises(NumericalError, match=r"denominator is .*, expected a finite number above 0"):
+            policy_loss(name, **batch(0), denominator=denominator)
+
+
+@pytest.mark.parametrize("name", WITH_LOSS)
+def test_weights_and_rewards_that_are_not_finite_are_named(name: str) -> None:
+    x = batch(0)
+    for value in (math.nan, math.inf):
+        for argument in ("weights", "rewards"):
+            changed = x[argument].clone()
+            changed.view(-1)[1] = value
+            with pytest.raises(NumericalError, match=rf"{argument}\[.*1\] is {value}, expected a finite number"):
+                policy_loss(name, **(x | {argument: changed}))
+            with pytest.raises(NumericalError, match=rf"{argument}\[.*1\] is {value}, expected a finite number"):
+                compute_advantages(name, **{n: x[n] for n in ("rewards", "weights")} | {argument: changed})
+    with pytest.raises(SettingsError, match=r"group has type torch.float64; expected integers"):
+        compute_advantages(name, x["rewards"], group=x["diversity"])
+
+
+@pytest.mark.parametrize("name", [name for name in WITH_LOSS if OBJECTIVES[name].advantage not in ("raw", "mean")])
+@pytest.mark.parametrize("size", [1e15, 1e20, 1e30])
+def test_large_rewards_give_the_advantages_of_small_ones(name: str, size: float) -> None:
+    """Squares of 1e20 overflow float32: the deviation was infinite, every advantage 0; normalised, size is nothing."""
+    row, rewards = replace(OBJECTIVES[name], eps=1e-30), batch(0)["rewards"].float()
+    small, large = (compute_advantages(row, rewards * factor) for factor in (1.0, size))
+    assert large.dtype == torch.float32
+    torch.testing.assert_close(large, small, rtol=1e-4, atol=1e-5)
+    group = torch.arange(3)[:, None].expand(3, 4)
+    torch.testing.assert_close(compute_advantages(row, rewards * size, group=group), small, rtol=1e-4, atol=1e-5)
+    with pytest.raises(NumericalError, match=r"rewards of up to .*e\+[0-9]+ overflow: advantages\[0, 0\] is nan"):
+        compute_advantages(row, rewards.double() * 1e300)
+
+
+FINITE = st.one_of(
+    st.floats(-50.0, 0.0), st.sampled_from([0.0, -1e-30, -1e-7, -1e-3, -88.0, -104.0, -1e4, -6e4, -1e30, -3e38])
+)
+SIGNED = st.one_of(st.floats(-5.0, 5.0), st.sampled_from([0.0, 1e-30, -1e-8, 6e4, -6e4, 1e20, -1e30, 3e38]))
+
+
+@pytest.mark.parametrize("name", WITH_LOSS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@given(data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_extreme_finite_inputs_give_a_finite_gradient_of_the_right_sign_or_an_error(
+    name: str, dtype: torch.dtype, data: st.DataObject
+) -> None:
+    """Four slates of two tokens: the gradient goes against the advantage, and is exactly 0 where nothing counts."""
+
+    def draw(shape: tuple[int, ...], values: st.SearchStrategy[Any]) -> Tensor:
+        n = math.prod(shape)
+        drawn = torch.tensor(data.draw(st.lists(values, min_size=n, max_size=n)), dtype=torch.float64)
+        top = torch.finfo(dtype).max
+        return drawn.clamp(-top, top).to(dtype).view(shape)
+
+    mask = draw((2, 2, 2), st.booleans()).bool()
+    logprobs = draw((2, 2, 2), FINITE).requires_grad_()
+    advantages = draw((2, 2), SIGNED)
+    inputs = {
+        "logprobs": logprobs,
+        "old_logprobs": draw((2, 2, 2), FINITE),
+        "mask": mask,
+        "advantages": advantages,
+        "diversity": draw((2, 2), st.floats(0, 1)),
+        "coldness": draw((2, 2), st.floats(0, 1)),
+    }
+    try:
+        found = policy_loss(name, **inputs)
+    except NumericalError as error:
+        refused = str(error)
+    else:
+        refused = ""
+    if refused:
+        assert "overflow" in refused or "the gradient of" in refused
+        return
+    (gradient,) = torch.autograd.grad(found.loss, logprobs)
+    assert bool(found.loss.isfinite())
+    assert gradient.dtype == dtype
+    assert bool(gradient.isfinite().all())
+    assert bool((gradient * advantages.sign().unsqueeze(2) <= 0).all())
+    assert not bool(gradient[~mask].any())
+
+
+def test_a_gradient_that_the_type_does_not_hold_is_an_error() -> None:
+    """A ratio of e^20 and A = -3 over two slates: c A / n = -7e8, and float16 ends at 65,504."""
+    x = {
+        "logprobs": torch.zeros(1, 2, 1),
+        "old_logprobs": torch.full((1, 2, 1), -30.0),
+        "mask": torch.ones(1, 2, 1, dtype=torch.bool),
+        "advantages": torch.full((1, 2), -3.0),
+    }
+    assert bool(run("gbpo", x)[1].isfinite().all())
+    with pytest.raises(
+        NumericalError, match=r"the gradient of gbpo reaches 7.28e\+08, and torch.float16 holds 6.55e\+04"
+    ):
+        run("gbpo", {k: v if v.dtype == torch.bool else v.half() for k, v in x.items()})
+
+
+@pytest.mark.parametrize("setting", ["clip_low", "clip_high", "cap", "boost", "entropy_penalty", "early_margin", "eps"])
+@pytest.mark.parametrize("value", [-1, math.nan, math.inf, -math.inf, 1e300, "1"])
+def test_settings_of_a_row_out_of_range_are_refused(setting: str, value: Any) -> None:
+    with pytest.raises(SettingsError, match=rf"{setting} is .*; expected"):
+        replace(SAGE, **{setting: value})
+
+
+def test_integers_are_no_log_probabilities() -> None:
+    x = batch(0)
+    with pytest.raises(SettingsError, match=r"old_logprobs have type torch.int64; expected a floating-point type"):
+        policy_loss("sage", **(x | {"old_logprobs": x["old_logprobs"].long()}))

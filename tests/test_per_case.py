@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 
-from sagerec.artifacts import read_json
 from sagerec.catalogue.splits import Cases, learnt_counts
 from sagerec.evaluation import metrics
 from sagerec.evaluation.per_case import (
@@ -20,6 +19,7 @@ from sagerec.evaluation.per_case import (
     per_case,
     validation_means,
 )
+from sagerec.files import read_record
 from sagerec.run.folder import Run
 from sagerec.run.stages import read_lists
 from tests.conftest import SMALL_RUN
@@ -110,7 +110,7 @@ def test_the_report_of_a_run_is_the_table_s_means(small_run: Run) -> None:
     assert yardstick.cold is not None
     assert np.array_equal(yardstick.cold, learnt_counts(run.data, run.split) <= settings_.cold_max_count)
     table = per_case(read_lists(run), run.split.cases(run.data, "test"), settings_.k, yardstick)
-    saved = read_json(run.folder / "evaluation.json")["metrics"]
+    saved = read_record(run.folder / "evaluation.json")["metrics"]
     assert table.keys() == {name for name in saved if not name.startswith(("coverage", "gini"))}
     assert {"entropy@10", "coarse_entropy@10", "clicks@10", "watch_seconds@10"} <= table.keys()
     for name, found in table.items():

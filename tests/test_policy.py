@@ -156,7 +156,7 @@ def test_fast_dropout_keeps_the_mean_and_the_stated_share() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"width": 30, "heads": 4}, "width 30 and heads 4"),
+        ({"width": 30, "heads": 4}, "width is 30; expected a multiple of twice the 4 heads"),
         ({"dropout": 1.0}, "dropout is 1.0; expected from 0 to below 1"),
         ({"encoder_layers": 0}, "encoder_layers is 0"),
         ({"max_items": 0}, "max_items is 0"),

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sagerec import artifacts
+from sagerec import files
 from sagerec.baselines.tuning import evaluate_baseline
 from sagerec.catalogue.dataset import INTERACTIONS, ITEMS
 from sagerec.catalogue.splits import SplitSettings
@@ -59,7 +59,7 @@ def run(store_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     train(made, SMALL_POLICY, replace(SMALL_TRAIN, epochs=1))
     evaluate(made, SMALL_RUN.evaluate, device="cpu")
     for objective in ("sft", "sage"):
-        name = align(made, replace(ALIGN, objective=objective), name=f"{objective}-s0")
+        name = align(made, ALIGN.for_objective(objective), name=f"{objective}-s0")
         evaluate(made, SMALL_RUN.evaluate, name=name, device="cpu")
     evaluate_baseline(made, "popularity", SMALL_RUN.evaluate)
     return made
@@ -118,7 +118,7 @@ def study(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "date": "2026-11-24",
         "hashes": {"dataset": "abc123"},
     }
-    artifacts.write_json(folder / "study.json", values)
+    files.write_record(folder / "study.json", values)
     return folder
 
 
@@ -230,18 +230,19 @@ def test_a_study_shows_its_table_verdicts_trials_and_published_figures(study: Pa
 def test_parts_that_are_missing_are_left_out(run: Run, small_run: Run, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
-    artifacts.write_json(bare / "study.json", {"title": "Nothing yet", "rows": []})
+    files.write_record(bare / "study.json", {"title": "Nothing yet", "rows": []})
     outline = Outline(write_report(bare).read_text(encoding="utf-8"))
     assert [a["id"] for a in outline.named("section")] == ["coefficients"]
     plain = Outline(write_report(small_run.folder, tmp_path / "plain.html").read_text(encoding="utf-8"))
     assert "training" not in [a["id"] for a in plain.named("section")]
     stale = tmp_path / "stale"
     shutil.copytree(run.folder, stale)
-    report = artifacts.read_json(stale / "evaluation-sage-s0.json")
+    report = files.read_record(stale / "evaluation-sage-s0.json")
     report["made_from"] = {"policy-sage-s0": "of last week"}
-    artifacts.write_json(stale / "evaluation-sage-s0.json", report)
-    (stale / "evaluation.lists.parquet").unlink()
-    (stale / "policy-sft-s0" / "metrics.jsonl").unlink()
+    files.write_record(stale / "evaluation-sage-s0.json", report)
+    for path in stale.glob("evaluation.*"):
+        path.unlink()
+    shutil.rmtree(stale / "policy-sft-s0")
     material = gather(stale)
     assert [policy.name for policy in material.aligned] == ["policy-sage-s0"]
     said = " ".join(material.notes)
@@ -254,10 +255,10 @@ def test_what_is_neither_run_nor_study_is_refused(tmp_path: Path, capsys: pytest
     with pytest.raises(ArtifactError, match="is not a run folder; make one with: sagerec run"):
         write_report(tmp_path)
     (tmp_path / "study.json").write_text("[]")
-    with pytest.raises(ArtifactError, match=r"study\.json holds no study; make it again with: sagerec compare"):
+    with pytest.raises(ArtifactError, match=r"study\.json holds list; expected a record that this version wrote"):
         write_report(tmp_path)
     assert main(["report", str(tmp_path)]) == 1
-    assert "holds no study" in capsys.readouterr().err
+    assert "holds list" in capsys.readouterr().err
 
 
 def test_report_and_align_from_the_command_line(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -497,7 +498,7 @@ def test_a_study_of_hostile_words_shows_them_as_they_are(words: str, tmp_path: P
         "hashes": {f"artefact {words}": f"hash {words}"},
         "hardware": f"cores {words}",
     }
-    artifacts.write_json(tmp_path / "study.json", record)
+    files.write_record(tmp_path / "study.json", record)
     text = write_report(tmp_path).read_text(encoding="utf-8")
     outline = Outline(text)
     assert outline.open == []
@@ -527,7 +528,7 @@ def test_a_row_of_one_seed_a_note_and_both_entropies(tmp_path: Path) -> None:
             "against": {"sft": {"recall@10": untested, "coarse_entropy@10": tested, "entropy@10": untested}},
         },
     ]
-    artifacts.write_json(tmp_path / "study.json", {"title": "One seed", "rows": rows})
+    files.write_record(tmp_path / "study.json", {"title": "One seed", "rows": rows})
     outline = Outline(write_report(tmp_path).read_text(encoding="utf-8"))
     said = " ".join(" ".join(outline.text).split())
     assert (

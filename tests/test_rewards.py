@@ -1,6 +1,7 @@
 """Rewards by hand, their products, and what is refused."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from sagerec.objectives.rewards import (
     REWARDS,
     Facts,
     Membership,
+    Reward,
     compute_rewards,
     parse_rewards,
     shaped_watch_time,
@@ -143,9 +145,112 @@ def test_own_rewards_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:
         register_reward("even", lambda x: x.slates.float())
     with pytest.raises(RewardError, match="reward name 'a b'"):
         register_reward("a b", lambda x: x.slates.float())
-    register_reward("broken", lambda x: torch.ones(3))
-    with pytest.raises(RewardError, match=r"reward 'broken' gave shape \(3,\), finite: True; expected finite values"):
-        value("broken", x)
+
+
+@pytest.mark.parametrize(
+    ("gives", "message"),
+    [
+        (lambda x: None, "gave NoneType; expected a tensor of finite real numbers of shape"),
+        (lambda x: [[0.0, 0.0]], r"gave list; expected a tensor .*: wrap it in torch.as_tensor"),
+        (lambda x: torch.zeros(1, 2).numpy(), r"gave ndarray; expected a tensor .*: wrap it in torch.as_tensor"),
+        (lambda x: 1.0, "gave float; expected a tensor"),
+        (
+            lambda x: torch.ones(3),
+            r"gave torch.float32 of shape \(3,\); expected .* of shape \(1, 2, 2\) or \(1, 2\) on cpu",
+        ),
+        (lambda x: torch.ones(()), r"gave torch.float32 of shape \(\); expected"),
+        (lambda x: torch.ones(1, 2, dtype=torch.complex64), r"gave torch.complex64 of shape \(1, 2\); expected"),
+        (lambda x: torch.full((1, 2), math.nan), r"gave nan for slate \[0, 0\], place 0; expected"),
+        (lambda x: torch.full((1, 2, 2), -math.inf), r"gave -inf for slate \[0, 0\], place 0; expected"),
+        (lambda x: torch.full((1, 2), 1e300, dtype=torch.float64), r"gave 1e\+300 for slate \[0, 0\]"),
+        (lambda x: torch.ones(1, 2, device="meta"), "gave a tensor on meta; expected"),
+        (lambda x: {}[x.slates], r"failed \(KeyError: tensor.*\); expected"),
+        (lambda x: x.nothing, r"failed \(AttributeError: .*nothing.*\); expected"),
+        (lambda x: x.feedback["like"], r"failed \(KeyError: 'like'\); expected"),
+    ],
+)
+def test_what_is_no_reward_is_refused_by_its_name(gives: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one line, alone and as a factor."""
+    monkeypatch.setattr("sagerec.objectives.rewards.REWARDS", dict(REWARDS))
+    register_reward("own", gives)
+    for expression in ("own", "hit*own"):
+        with pytest.raises(RewardError, match=f"reward 'own' {message}") as error:
+            value(expression, inputs([[[0, 1], [2, 4]]], [0]))
+        assert "\n" not in str(error.value)
+
+
+def test_whole_numbers_and_truth_values_are_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sagerec.objectives.rewards.REWARDS", dict(REWARDS))
+    register_reward("many", lambda x: x.slates)
+    register_reward("late", lambda x: x.slates > 1)
+    x = inputs([[[0, 1], [2, 4]]], [0])
+    assert value("many", x) == [0.5, 3.0]
+    assert value("late", x) == [0.0, 1.0]
+    register_reward("huge", lambda x: torch.full(x.slates.shape, 1e30))
+    with pytest.raises(RewardError, match=r"reward 'huge\*huge' overflows float32"):
+        value("huge*huge", x)
+    refused: list[tuple[Any, Any, Any, str]] = [
+        ("a\tb", torch.ones_like, "mean", "reward name"),
+        (None, torch.ones_like, "mean", "reward name None"),
+        ("c", 3, "mean", "reward 'c' is a int; expected a function"),
+        ("c", torch.ones_like, "max", "pool of the reward 'c' is 'max'; expected sum or mean"),
+    ]
+    for name, function, pool, message in refused:
+        with pytest.raises(RewardError, match=message):
+            register_reward(name, function, pool=pool)
+
+
+def answers(shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """Every kind of feedback, 1 everywhere."""
+    return dict.fromkeys(("click", "like", "dislike", "follow", "watch", "collaborative"), torch.ones(shape))
+
+
+@given(seed=st.integers(0, 1000), k=st.integers(1, 5), g=st.integers(1, 5))
+@settings(max_examples=40, deadline=None)
+def test_no_item_earns_nothing_of_any_reward(seed: int, k: int, g: int) -> None:
+    """-1 (and any other negative) in random places: 0 there, of every built-in reward and of one's own that says 1.
+
+    Item 5, which -1 would be as an index, is cold, novel and of the target's category.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    slates = torch.randint(0, 6, (3, g, k), generator=generator)
+    none = torch.rand(slates.shape, generator=generator) < 0.5
+    slates[none] = torch.tensor([-1, -2, -7])[torch.randint(0, 3, slates.shape, generator=generator)][none]
+    x = inputs(slates.tolist(), [5, 5, 0], **answers(slates.shape))
+    own = {"own": Reward(lambda x: torch.ones(x.slates.shape)), "nan": Reward(lambda x: (x.slates + 0.5).log().sign())}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sagerec.objectives.rewards.REWARDS", REWARDS | own)
+        earned = compute_rewards([*REWARDS, *own], x, per_item=True)
+        of_slates = compute_rewards([*REWARDS, *own], x)
+    assert earned.shape == (*slates.shape, len(REWARDS) + 2)
+    assert not bool(earned[none].any())
+    assert bool((earned[..., -2][~none] == 1).all())
+    assert not bool(of_slates[none.all(dim=2)].any())
+    for name, reward in REWARDS.items():  # the functions themselves, too
+        found = reward.function(x)
+        assert not bool(found[none].any() if found.ndim == 3 else found[none.all(dim=2)].any()), name
+    assert bool((slate_coldness(slates, FACTS.cold) <= (~none).float().mean(dim=2)).all())
+
+
+def test_places_without_an_item_add_nothing_to_diversity() -> None:
+    """[A, none] is of one cluster: H = 0. [A, B, none]: log 2 / log 3. Two places of none are no cluster, and no pair.
+
+    With K = 1, [A], [A], [none], [B]: shares 2/3 and 1/3 of the three; A earns 1/3, B 2/3, none 0.
+    """
+    assert slate_diversity(torch.tensor([[[0, -1]]]), CLUSTERS).item() == 0
+    third = slate_diversity(torch.tensor([[[0, 2, -1]]]), CLUSTERS).item()
+    assert third == pytest.approx(math.log(2) / math.log(3))
+    assert slate_diversity(torch.tensor([[[-1, -1, -1]]]), CLUSTERS).item() == 0
+    assert value("diversity", inputs([[[0], [1], [-1], [2]]], [0])) == pytest.approx([1 / 3, 1 / 3, 0, 2 / 3])
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_items_that_the_catalogue_does_not_have_are_refused(name: str) -> None:
+    with pytest.raises(RewardError, match="the slates hold item 6; expected 0 to 5, or -1 for none"):
+        value(name, inputs([[[0, 6]]], [0], **answers((1, 1, 2))))
+    for target in (-1, 6):
+        with pytest.raises(RewardError, match=f"the targets hold item {target}; expected 0 to 5"):
+            value(name, inputs([[[0, 1]]], [target], **answers((1, 1, 2))))
 
 
 def test_expressions_are_parsed_and_wrong_ones_refused() -> None:
@@ -155,6 +260,10 @@ def test_expressions_are_parsed_and_wrong_ones_refused() -> None:
         "hit=x": "reward 'hit=x'; expected NAME=WEIGHT",
         "hits=1": "unknown reward 'hits'; expected some of hit, rank",
         "hit*nope=1": "unknown reward 'nope'",
+        "hit=nan": "reward 'hit=nan'; expected NAME=WEIGHT",
+        "hit=inf": "reward 'hit=inf'; expected NAME=WEIGHT",
+        "hit=1e400": "reward 'hit=1e400'; expected NAME=WEIGHT",
+        "hit=-1e10": "with a weight of at most 1e+09 in size",
     }.items():
         with pytest.raises(RewardError) as error:
             parse_rewards((text,))

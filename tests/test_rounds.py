@@ -70,7 +70,7 @@ def test_the_loss_is_the_sum_of_its_parts(run: Run) -> None:
 
 def test_the_anchor_is_the_loss_of_the_targets_alone(run: Run) -> None:
     """Without dropout, the figure is -log P(target | history), case by case."""
-    stage = stage_of(run, replace(QUICK, objective="sft").resolved())
+    stage = stage_of(run, QUICK.for_objective("sft").resolved())
     contexts = rounds.read_cases(stage, np.arange(6))
     policy = stage.policy.eval()
     policy.train = lambda mode=True: policy  # type: ignore[method-assign]

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import sagerec
-from sagerec.artifacts import read_json
 from sagerec.catalogue.splits import SplitSettings
 from sagerec.config import to_json
 from sagerec.decoding.beam import exact_lists
@@ -18,6 +17,7 @@ from sagerec.decoding.rollouts import RolloutSettings, roll_out
 from sagerec.decoding.slates import slate_logprobs, write_slates
 from sagerec.errors import SettingsError
 from sagerec.evaluation.evaluate import EvaluateSettings
+from sagerec.files import read_record
 from sagerec.policies.registry import PolicyKind, make_policy, register_policy
 from sagerec.run.folder import Run, open_run
 from sagerec.run.stages import align, audit, evaluate, make_actions, prepare, train
@@ -136,7 +136,7 @@ def test_a_study_of_titles(store_folder: Path, tmp_path: Path) -> None:
     )
     record = run_study(store_folder, tmp_path / "study", settings)
     assert [row["name"] for row in record["rows"]] == ["supervised", "sft", "sage", "popularity"]
-    assert "titles" in read_json(tmp_path / "study" / "study.json")["hashes"]
+    assert "titles" in read_record(tmp_path / "study" / "study.json")["hashes"]
 
 
 def test_names_that_are_taken_and_unknown_settings_are_refused() -> None:

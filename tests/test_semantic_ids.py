@@ -451,13 +451,13 @@ def test_no_embedder_is_left() -> None:
         ({"levels": 9}, "levels is 9; expected 1 to 8"),
         ({"codebook_size": 1}, "codebook_size is 1; expected 2 to 32767, or 0 to have it chosen"),
         ({"codebook_size": 32768}, "codebook_size is 32768; expected 2 to 32767, or 0 to have it chosen"),
-        ({"text_weight": -1.0}, "weights are (-1.0, 0.5, 1.0, 0.0); expected none below 0, one above"),
+        ({"text_weight": -1.0}, "text_weight is -1.0; expected 0 or above"),
         (
             {"text_weight": 0.0, "category_weight": 0.0, "collaborative_weight": 0.0},
-            "weights are (0.0, 0.0, 0.0, 0.0); expected none below 0, one above",
+            "every weight is 0; expected one above",
         ),
         ({"window": 0}, "window is 0; expected at least 1"),
-        ({"category_dimensions": 0}, "dimensions are (192, 0, 128); expected at least 1"),
+        ({"category_dimensions": 0}, "category_dimensions is 0; expected at least 1"),
     ],
 )
 def test_settings_out_of_range(values: dict[str, Any], message: str) -> None:
@@ -580,8 +580,8 @@ def test_artefacts_that_cannot_be_read(built: tuple[Path, SemanticIds], tmp_path
     folder = tmp_path / "ids"
     shutil.copytree(built[0], folder)
     (folder / "ids.safetensors").write_bytes(b"no tensors")
-    with pytest.raises(ArtifactError, match=r"ids\.safetensors cannot be read \(.+\); make the Semantic IDs again$"):
+    with pytest.raises(ArtifactError, match=r"ids\.safetensors was changed after it was written; make .+ids again$"):
         read_semantic_ids(folder)
     (folder / "ids.safetensors").unlink()
-    with pytest.raises(ArtifactError, match=r"ids\.safetensors cannot be read \(.+\); make the Semantic IDs again$"):
+    with pytest.raises(ArtifactError, match=r"ids\.safetensors cannot be read \(No such file .+\); make .+ again$"):
         read_semantic_ids(folder)

@@ -529,13 +529,13 @@ def test_any_small_settings_give_a_valid_store(**values: object) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"items": 199}, "items is 199; expected a whole number from 200 to 100000000"),
-        ({"users": 2.5}, "users is 2.5; expected a whole number from 1 to 100000000"),
-        ({"events_per_user": 4.9}, "events_per_user is 4.9; expected a number from 5 to 10000"),
-        ({"satiation": math.nan}, "satiation is nan; expected a number from 0 to 5"),
-        ({"brands": 401}, "brands is 401; expected a whole number from 1 to 400"),
+        ({"items": 199}, "items is 199; expected 200 to 100,000,000"),
+        ({"users": 2.5}, "users is 2.5; expected a whole number, 1 to 100,000,000"),
+        ({"events_per_user": 4.9}, "events_per_user is 4.9; expected 5 to 10,000"),
+        ({"satiation": math.nan}, "satiation is nan; expected a finite number, 0 to 5"),
+        ({"brands": 401}, "brands is 401; expected 1 to 400"),
         ({"cold_share": 0.5}, "cold_share is 0.5; expected from 0 to below 0.5"),
-        ({"dynamics": "random"}, "dynamics is 'random'; expected 'taste' or 'successor'"),
+        ({"dynamics": "random"}, "dynamics is 'random'; expected one of taste, successor"),
     ],
 )
 def test_settings_out_of_range_are_refused(values: dict[str, object], message: str) -> None:
@@ -594,7 +594,9 @@ def test_folders_that_are_no_store_are_refused(planted: SimulatedStore, tmp_path
     changed = tmp_path / "changed"
     write_store(changed, planted)
     planted.items.reverse().write_parquet(changed / "items.parquet")
-    assert refusal(changed, ArtifactError) == f"{changed} was changed after it was written; make it again"
+    assert refusal(changed, ArtifactError) == (
+        f"{changed}/items.parquet was changed after it was written; make {changed} again"
+    )
 
 
 def test_a_truth_of_another_version_is_refused(planted: SimulatedStore, tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse, stats
 
-from sagerec.artifacts import read_json, write_json
 from sagerec.baselines.sasrec import SasRecSettings
 from sagerec.catalogue.splits import Cases
 from sagerec.cli import main
@@ -24,6 +23,7 @@ from sagerec.errors import SettingsError
 from sagerec.evaluation.evaluate import EvaluateSettings
 from sagerec.evaluation.per_case import Values, Yardstick
 from sagerec.evaluation.tests import Measured, differences, holm, judge, measure, seed_variances, summarise
+from sagerec.files import read_record, write_record
 from sagerec.objectives.table import OBJECTIVES
 from sagerec.report.markdown import BY_HAND
 from sagerec.study import CompareSettings, StudySettings, run_study
@@ -238,7 +238,7 @@ def test_a_study_that_is_killed_goes_on_to_the_same_table(
     kept = {path.name: path.stat().st_mtime_ns for path in (out / "trials").glob("*.json")}
     record = run_study(store_folder, out, SMALL_STUDY)
     assert {name: (out / "trials" / name).stat().st_mtime_ns for name in kept} == kept
-    assert read_json(out / "study.json") == record
+    assert read_record(out / "study.json") == record
     names = [row["name"] for row in record["rows"]]
     assert names == ["supervised", "sft", "sage", "gbpo", "sage_no_boost", "popularity", "sasrec"]
     rows = {row["name"]: row for row in record["rows"]}
@@ -314,7 +314,7 @@ def test_results_are_tables_of_the_record(tmp_path: Path, capsys: pytest.Capture
         "date": "2026-11-24",
         "versions": {"torch": "2.13.0"},
     }
-    write_json(tmp_path / "study" / "study.json", record)
+    write_record(tmp_path / "study" / "study.json", record)
     page = tmp_path / "results.md"
     assert main(["results", f"A store={tmp_path / 'study'}", "--out", str(page)]) == 0
     text = page.read_text(encoding="utf-8")
@@ -345,7 +345,7 @@ def test_results_are_tables_of_the_record(tmp_path: Path, capsys: pytest.Capture
     assert "(1) under-tuned." in printed
     assert "number 2 by it" in printed
     assert "| sage | 1 | boost 4 | 2.500 | 2.500 |" in text
-    assert main(["results", "nothing", "--out", str(page)]) == 1
+    assert main(["results", "nothing", "--out", str(page)]) == 2
     assert "expected TITLE=FOLDER" in capsys.readouterr().err
 
 

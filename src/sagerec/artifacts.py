@@ -1,19 +1,18 @@
 """Artefacts on disk: folders with a manifest, written beside and renamed, refused where they do not fit.
 
 A manifest (`manifest.json`) holds the kind, the format version, the sizes, the SHA-256 of the content, the
-hashes of what the artefact was made from, the settings, the seed and the package versions.
+hashes of what the artefact was made from, the settings, the seed and the package versions. Who reads it is told where a
+file is not what was written: by size and time of change, and by its hash where the time is another, as after a copy.
 """
 
 import hashlib
 import json
-import os
 import platform
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,9 @@ from typing import Any
 import polars as pl
 
 from sagerec.errors import ArtifactError
+from sagerec.files import digest, read_json, recover, replace_folder, write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)
 """What reading a missing or damaged Parquet file raises; a panic of polars is a BaseException."""
@@ -53,6 +53,8 @@ class Manifest:
     serves with the grown one too."""
     format_version: int = FORMAT_VERSION
     """Version of this layout."""
+    hashes: dict[str, Any] = field(default_factory=dict)
+    """`files`: name -> [SHA-256, bytes, time of change in ns] of each; `manifest`: SHA-256 of the rest of this."""
 
 
 def package_versions() -> dict[str, str]:
@@ -75,60 +77,31 @@ def hash_file(path: Path) -> str:
 
 def hash_folder(folder: Path) -> str:
     """SHA-256 over (relative name, content) of every file in `folder` but the manifest, in name order."""
-    digest = hashlib.sha256()
+    return _content_hash(_stamps(folder))
+
+
+def _stamps(folder: Path) -> dict[str, list[Any]]:
+    """Relative name -> [SHA-256, bytes, time of change in ns] of every file but the manifest, in name order."""
+    found: dict[str, list[Any]] = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST):
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{hash_file(path)}\n".encode())
-    return digest.hexdigest()
+        size, changed = _size_and_time(path)
+        found[path.relative_to(folder).as_posix()] = [hash_file(path), size, changed]
+    return found
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON to `path`; see `write_text`."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+def _size_and_time(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write `text` beside `path` and rename it into place, so that a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+def _content_hash(stamps: dict[str, list[Any]]) -> str:
+    return hashlib.sha256("".join(f"{name}\0{stamp[0]}\n" for name, stamp in stamps.items()).encode()).hexdigest()
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON. Raises: ArtifactError where the file is missing or is not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{path} is missing") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtifactError(f"{path} is not JSON ({error}); remove it and run the stage again") from error
-
-
-@contextmanager
-def replace_folder(target: Path) -> Iterator[Path]:
-    """Give a fresh folder beside `target`; on success it takes target's place, on failure it is removed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        fresh.chmod(0o755)
-        yield fresh
-        if target.exists():
-            old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
-            target.replace(old / target.name)
-            fresh.replace(target)
-            shutil.rmtree(old)
-        else:
-            fresh.replace(target)
-    finally:
-        if fresh.exists():
-            shutil.rmtree(fresh)
+@lru_cache(maxsize=1024)
+def _hash_at(path: Path, size: int, changed: int) -> str:
+    """`hash_file`, once as long as size and time of change stay."""
+    return hash_file(path)
 
 
 @contextmanager
@@ -154,9 +127,10 @@ def write_artifact(
         )
     with replace_folder(target) as fresh:
         yield fresh
+        stamps = _stamps(fresh)
         manifest = Manifest(
             kind=kind,
-            content_hash=hash_folder(fresh),
+            content_hash=_content_hash(stamps),
             made_from=made_from or {},
             settings=settings or {},
             seed=seed,
@@ -164,15 +138,19 @@ def write_artifact(
             versions=package_versions(),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             grown_from=grown_from or [],
+            hashes={"files": stamps},
         )
-        write_json(fresh / MANIFEST, asdict(manifest))
+        values = json.loads(json.dumps(asdict(manifest)))
+        values["hashes"]["manifest"] = digest(values)
+        write_json(fresh / MANIFEST, values)
 
 
 def read_manifest(folder: Path, kind: str) -> Manifest:
-    """Read and check the manifest of `folder`.
+    """Read and check the manifest of `folder`, and that its files are those that were written.
 
-    Raises: ArtifactError where it is missing, of another kind, or of another format version.
+    Raises: ArtifactError where it is missing, of another kind, of another format version, or anything was changed.
     """
+    recover(folder)
     if not (folder / MANIFEST).is_file():
         raise ArtifactError(f"{folder} is not a {kind} artefact: it has no {MANIFEST}; run the stage that makes it")
     values = read_json(folder / MANIFEST)
@@ -183,17 +161,31 @@ def read_manifest(folder: Path, kind: str) -> Manifest:
             f"{folder} has format version {values.get('format_version')}, this version reads {FORMAT_VERSION}; "
             "make it again"
         )
-    try:
-        manifest = Manifest(**values)
-    except TypeError as error:
-        raise ArtifactError(f"{folder / MANIFEST}: {error}; make the artefact again") from error
+    hashes = values.get("hashes")
+    if not isinstance(hashes, dict) or hashes.pop("manifest", None) != digest(values):
+        raise ArtifactError(f"{folder / MANIFEST} was changed after it was written; make the artefact again")
+    manifest = Manifest(**values)
     if manifest.kind != kind:
         raise ArtifactError(f"{folder} holds a {manifest.kind!r} artefact, expected {kind!r}")
+    for name, (sha256, size, changed) in manifest.hashes["files"].items():
+        _check_file(folder, name, sha256, size, changed)
     return manifest
 
 
+def _check_file(folder: Path, name: str, sha256: str, size: int, changed: int) -> None:
+    """Raise ArtifactError unless a file is what was written."""
+    path = folder / name
+    try:
+        now = _size_and_time(path)
+        intact = now[0] == size and (now[1] == changed or _hash_at(path, *now) == sha256)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read ({error.strerror}); make {folder} again") from error
+    if not intact:
+        raise ArtifactError(f"{path} was changed after it was written; make {folder} again")
+
+
 def check_content(folder: Path, manifest: Manifest) -> None:
-    """Raise ArtifactError unless the files of `folder` hash to what the manifest says."""
+    """Raise ArtifactError unless the files of `folder`, each read whole, are those that were written, and no others."""
     if hash_folder(folder) != manifest.content_hash:
         raise ArtifactError(f"{folder} was changed after it was written; make it again")
 

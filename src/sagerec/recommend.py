@@ -13,6 +13,7 @@ import torch
 
 from sagerec.actions.legal import NO_ITEM
 from sagerec.catalogue.dataset import IdMap
+from sagerec.config import require
 from sagerec.decoding.beam import exact_lists
 from sagerec.decoding.cases import distinct_rows
 from sagerec.decoding.slates import write_slates
@@ -45,6 +46,8 @@ class Recommender:
         """
         if not history:
             raise DatasetError("the history is empty; expected at least one item id, the oldest first")
+        require(k >= 1, f"k is {k}; expected at least 1")
+        k = min(k, len(self.item_ids))
         known = torch.from_numpy(self.item_ids.index(history))[None].to(self.policy.device)
         items = known[:, -self.policy.max_items :]
         lengths = torch.tensor([items.shape[1]], device=self.policy.device)

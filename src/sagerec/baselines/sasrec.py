@@ -6,6 +6,7 @@ Kang and McAuley (2018) with the softmax loss that makes it strong (Klenitskiy a
 Shapes: B users, T history items, N items, D width, P targets, S sampled items.
 """
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,10 @@ from sagerec.errors import ArtifactError
 from sagerec.evaluation.per_case import validation_means
 from sagerec.policies.layers import FastDropout, Layer, check_shape
 from sagerec.training.batches import make_windows
+from sagerec.training.checkpoints import fingerprint, working_folder
 from sagerec.training.loop import choose_device, fit, validation_sample
 from sagerec.training.settings import TrainSettings
+from sagerec.training.tracking import keep_records
 
 WEIGHTS = "model.safetensors"
 
@@ -153,7 +156,7 @@ def train_sasrec(
 
     `train` holds the events of `parts`.
     """
-    work = folder.with_name(folder.name + ".training")
+    work = working_folder(folder)
     resolved = resolved_settings(model_settings, settings, parts=parts, exclude_history=exclude_history)
     with torch.random.fork_rng(devices=[0] if torch.cuda.is_available() else []):
         torch.manual_seed(settings.seed)
@@ -172,7 +175,7 @@ def train_sasrec(
             settings,
             loss=model.loss,
             validate=None if cases is None else validate,
-            fingerprint=[resolved, made_from],
+            fingerprint=fingerprint(resolved, made_from),
             layers=model.layers,
         )
     sizes = {"parameters": sum(p.numel() for p in model.parameters())} | summary
@@ -181,6 +184,8 @@ def train_sasrec(
     ) as fresh:
         save_file({k: v.contiguous().cpu() for k, v in model.state_dict().items()}, fresh / WEIGHTS)
         write_events_used(fresh, train.rows)
+        keep_records(work, fresh)
+    shutil.rmtree(work)
     return model
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sagerec import artifacts
+from sagerec import artifacts, files
 from sagerec.baselines.item_knn import item_knn_lists
 from sagerec.baselines.popularity import popularity_lists
 from sagerec.baselines.sasrec import TUNED, SasRecSettings, read_sasrec, resolved_settings, train_sasrec
@@ -22,7 +22,7 @@ from sagerec.errors import SettingsError, TrainingError
 from sagerec.evaluation.evaluate import EvaluateSettings, excludes_history
 from sagerec.evaluation.per_case import validation_means
 from sagerec.run.folder import Run
-from sagerec.run.stages import is_needed, report_lists
+from sagerec.run.stages import making, report_lists
 from sagerec.training.settings import TrainSettings
 
 logger = logging.getLogger(__name__)
@@ -161,7 +161,7 @@ def tune_sasrec(
         target = run.folder / "sasrec"
         kept = _manifest(target)
         if kept is None or kept.content_hash != tried[best].content_hash:
-            with artifacts.replace_folder(target) as fresh:
+            with files.replace_folder(target) as fresh:
                 shutil.copytree(best, fresh, dirs_exist_ok=True)
 
 
@@ -189,18 +189,19 @@ def fit_sasrec(
 ) -> None:
     """Train SASRec into `folder`, unless what is there fits."""
     resolved = resolved_settings(model, training, parts=parts, exclude_history=exclude_history)
-    if is_needed(folder, "sasrec", made_from=made_from, settings=resolved, seed=training.seed):
-        train_sasrec(
-            folder,
-            run.data.n_items,
-            run.split.sequences(run.data, *parts),
-            validation,
-            model,
-            training,
-            parts=parts,
-            exclude_history=exclude_history,
-            made_from=made_from,
-        )
+    with making(folder, "sasrec", made_from=made_from, settings=resolved, seed=training.seed) as needed:
+        if needed:
+            train_sasrec(
+                folder,
+                run.data.n_items,
+                run.split.sequences(run.data, *parts),
+                validation,
+                model,
+                training,
+                parts=parts,
+                exclude_history=exclude_history,
+                made_from=made_from,
+            )
 
 
 def _manifest(folder: Path) -> artifacts.Manifest | None:

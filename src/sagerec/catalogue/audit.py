@@ -29,6 +29,8 @@ class Finding:
     """Events of each part that the stage used."""
     allowed: tuple[Part, ...]
     """Parts that it may use."""
+    stale: bool = False
+    """Whether it was made from what has been made again since, and so was not checked."""
 
 
 def write_events_used(folder: Path, rows: np.ndarray) -> None:

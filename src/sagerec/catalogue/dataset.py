@@ -39,6 +39,10 @@ FEEDBACK_COLUMNS = (
 """Known feedback columns of `interactions.parquet`; others are carried along unread."""
 SPLIT_VALUES = ("train", "align", "valid", "test")
 """What the column `split` of `interactions.parquet` may hold."""
+MISSING_IDS = ("", "nan", "NaN", "NULL", "null", "None", "NA", "N/A", "<NA>")
+"""What stands in place of an id that is missing, as other tools write it."""
+EXACT_FLOATS = 2**53
+"""Whole numbers below it are exact as floats, so that one may be an id."""
 
 
 class IdMap:
@@ -52,12 +56,19 @@ class IdMap:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def index(self, ids: Iterable[str]) -> np.ndarray:
-        """Indices (n,) int64 of external ids."""
+    def __contains__(self, external: str) -> bool:
+        return external in self._places()
+
+    def _places(self) -> dict[str, int]:
         if self._index is None:
             self._index = {value: i for i, value in enumerate(self.ids)}
+        return self._index
+
+    def index(self, ids: Iterable[str]) -> np.ndarray:
+        """Indices (n,) int64 of external ids."""
+        places = self._places()
         try:
-            return np.array([self._index[value] for value in ids], dtype=np.int64)
+            return np.array([places[value] for value in ids], dtype=np.int64)
         except KeyError as error:
             raise DatasetError(
                 f"unknown {self.what} {error.args[0]!r}; expected one of the {len(self.ids)} ids of the dataset, "
@@ -153,13 +164,43 @@ def is_text(dtype: pl.DataType) -> bool:
     return dtype == pl.String or isinstance(dtype, (pl.Categorical, pl.Enum))
 
 
+def stands_for_none(ids: pl.Series) -> pl.Series:
+    """(n,) bool: a text stands for a missing id. Of most columns all are longer, which costs little to know."""
+    short = ids.str.len_bytes() <= max(map(len, MISSING_IDS))
+    return short & ids.is_in(MISSING_IDS) if short.any() else short
+
+
+def whole_ids(ids: pl.Series, path: Path, first_row: int = 0) -> pl.Series:
+    """Ids that are floats, as whole numbers; NaN becomes null. Raises: DatasetError for one with a fraction."""
+    ids = ids.fill_nan(None)
+    fits = (ids.floor() == ids) & (ids.abs() < EXACT_FLOATS)
+    if not fits.all():
+        row = int((~fits).arg_max() or 0)
+        raise DatasetError(
+            f"{path}: column {ids.name!r} holds {ids[row]} in row {first_row + row} (from 0); expected text or whole "
+            "numbers. Cast it to text"
+        )
+    return ids.cast(pl.Int64)
+
+
 def as_ids(table: pl.DataFrame, column: str, path: Path) -> pl.DataFrame:
-    """`table` with `column` as strings. Raises: DatasetError for other types than text and integers, or a null."""
-    dtype = table.schema[column]
-    if not (is_text(dtype) or dtype.is_integer()):
-        raise DatasetError(f"{path}: column {column!r} has type {dtype}, expected text or integers. Cast it")
+    """`table` with `column` as strings, 12.0 as 12.
+
+    Raises: DatasetError for other types than text and whole numbers, a null, or a word that stands for one.
+    """
+    ids = table[column]
+    if not (is_text(ids.dtype) or ids.dtype.is_integer() or ids.dtype.is_float()):
+        raise DatasetError(f"{path}: column {column!r} has type {ids.dtype}, expected text or integers. Cast it")
     require_no_null(table, column, path)
-    return table.with_columns(pl.col(column).cast(pl.String))
+    ids = (whole_ids(ids, path) if ids.dtype.is_float() else ids).cast(pl.String)
+    none = stands_for_none(ids)
+    if none.any():
+        row = int(none.arg_max() or 0)
+        raise DatasetError(
+            f"{path}: column {column!r} holds {ids[row]!r} in row {row} (from 0), which stands for a missing id; "
+            f"{none.sum()} rows are like this. Drop these rows or name the ids otherwise"
+        )
+    return table.with_columns(ids)
 
 
 def require_no_null(table: pl.DataFrame, column: str, path: Path) -> None:
@@ -218,6 +259,12 @@ def check_interactions(events: pl.DataFrame, path: Path) -> pl.DataFrame:
             "Parse it, for example with pl.col('timestamp').str.to_datetime()"
         )
     require_no_null(events, TIMESTAMP, path)
+    if dtype.is_float() and not (finite := events[TIMESTAMP].is_finite()).all():
+        row = int((~finite).arg_max() or 0)
+        raise DatasetError(
+            f"{path}: column 'timestamp' holds {events[TIMESTAMP][row]} in row {row} (from 0); expected finite numbers "
+            "or times. Drop the row or mend it"
+        )
     if SPLIT in events.columns:
         if not is_text(events.schema[SPLIT]):
             raise DatasetError(
@@ -245,9 +292,25 @@ def read_dataset(folder: str | Path) -> Dataset:
     folder = Path(folder)
     if not folder.is_dir():
         raise DatasetError(f"{folder} is not a folder; expected one with {INTERACTIONS} and {ITEMS}")
-    items = check_items(read_table(folder / ITEMS), folder / ITEMS)
-    events = check_interactions(read_table(folder / INTERACTIONS), folder / INTERACTIONS)
-    return assemble(items, events, folder / INTERACTIONS)
+    files_in(folder)
+    try:
+        items = check_items(read_table(folder / ITEMS), folder / ITEMS)
+        events = check_interactions(read_table(folder / INTERACTIONS), folder / INTERACTIONS)
+        return assemble(items, events, folder / INTERACTIONS)
+    except UNREADABLE as error:  # a damaged file may be read, and break only what is made of it
+        raise DatasetError(f"{folder} holds a damaged table ({error}); write it again") from error
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The files of a dataset folder, in name order. Raises: DatasetError for a link that leads out of the folder."""
+    files = sorted(p for p in folder.iterdir() if p.is_symlink() or p.is_file())
+    for path in files:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise DatasetError(
+                f"{path} is a link to {path.resolve()}, outside the dataset folder; expected the file itself. Copy it "
+                "into the folder, or remove the link"
+            )
+    return [path for path in files if path.is_file()]
 
 
 def assemble(items: pl.DataFrame, events: pl.DataFrame, path: Path | str = INTERACTIONS) -> Dataset:

@@ -18,11 +18,12 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 
-from sagerec.artifacts import write_artifact, write_json
+from sagerec.artifacts import write_artifact
 from sagerec.catalogue.dataset import CATEGORIES, ITEM_ID, SPLIT, TIMESTAMP, TITLE, USER_ID, Dataset
 from sagerec.catalogue.splits import PARTS, Part, Split
-from sagerec.config import require, require_choices, to_json
+from sagerec.config import at_least, check_fields, to_json
 from sagerec.errors import DatasetError
+from sagerec.files import write_json
 
 PEER_PARTS: tuple[Part, ...] = ("train", "valid", "test")
 OWN_HISTORY = {"recbole": 50, "minionerec": 10}
@@ -50,8 +51,7 @@ class ExportSettings:
     """Items of a history that are kept, the last ones; 0 takes what the peer's own scripts do: 50 or 10."""
 
     def __post_init__(self) -> None:
-        require_choices(self)
-        require(self.max_history >= 0, f"max_history is {self.max_history}; expected at least 0")
+        check_fields(self, max_history=at_least(0))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
 """`sagerec fetch`: files of a named Amazon category from its publishers' sites.
 
-A file is written beside its place (`NAME.part`) and renamed when it is whole. What was fetched stays, so a second call
-goes on where the first was cut: it asks for the rest (`Range`) on condition that the file is still the same
-(`If-Range`), and begins anew where the server says that it is not.
+A file is written beside its place (`NAME.part`) and renamed when it is a whole gzip file of the size that the server
+states. What was fetched stays, so a second call goes on where the first was cut: it asks for the rest (`Range`) on
+condition that the file is still the same (`If-Range`), and begins anew where the server says that it is not. The
+publishers state no hashes; that of what came is kept beside it (`.NAME.json`) and compared when the file is used again.
 """
 
 import difflib
@@ -16,12 +17,13 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
-from sagerec.artifacts import write_json
-from sagerec.catalogue.formats.blocks import GZIP_MAGIC
-from sagerec.config import require, require_choices
+from sagerec.artifacts import hash_file
+from sagerec.catalogue.formats.blocks import gzip_fault
+from sagerec.config import above, at_least, check_fields, require
 from sagerec.errors import DatasetError, SettingsError
+from sagerec.files import read_json, write_json
 from sagerec.progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -30,7 +32,7 @@ MB = 1_000_000
 PIECE_BYTES = 1 << 20
 SITES: dict[Release, tuple[str, str, str]] = {
     "2014": (
-        "http://snap.stanford.edu/data/amazon/productGraph/",
+        "https://snap.stanford.edu/data/amazon/productGraph/",
         "categoryFiles/reviews_{}_5.json.gz",
         "categoryFiles/meta_{}.json.gz",
     ),
@@ -81,20 +83,28 @@ class FetchSettings:
     """How long a silent server is waited for."""
 
     def __post_init__(self) -> None:
-        require_choices(self)
-        require(self.attempts >= 1, f"attempts is {self.attempts}; expected at least 1")
-        require(self.pause_seconds >= 0, f"pause_seconds is {self.pause_seconds}; expected at least 0")
-        require(self.timeout_seconds > 0, f"timeout_seconds is {self.timeout_seconds}; expected above 0")
-        scheme = urllib.parse.urlsplit(self.base_url).scheme
+        day = 86_400
+        check_fields(self, attempts=at_least(1, 1000), pause_seconds=at_least(0, day), timeout_seconds=above(0, day))
         require(
-            not self.base_url or scheme in ("http", "https"), f"base_url is {self.base_url!r}; expected http(s)://…"
+            not self.base_url or _is_web(self.base_url), f"base_url is {self.base_url!r}; expected http(s)://HOST/…"
         )
+
+
+def _is_web(address: str) -> bool:
+    """Whether an address can be asked for over http or https."""
+    try:
+        parts = urllib.parse.urlsplit(address)
+        _ = parts.port  # raises where it is none
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and address.isprintable() and " " not in address
 
 
 def fetch_category(name: str, folder: Path, settings: FetchSettings) -> list[Path]:
     """Fetch reviews and metadata of a category into `folder`; files that are there are left as they are.
 
-    Raises: SettingsError for an unknown category, DatasetError where a file cannot be had.
+    Raises: SettingsError for an unknown category, DatasetError where a file cannot be had, or one that is there is not
+    what was fetched.
     """
     known = CATEGORIES[settings.release].split()
     if name not in known:
@@ -111,11 +121,34 @@ def fetch_category(name: str, folder: Path, settings: FetchSettings) -> list[Pat
         address = base + pattern.format(name)
         path = folder / address.rsplit("/", 1)[1]
         if path.is_file():
+            check_fetched(path, pattern.format(name))
             logger.info("%s is there already", path)
         else:
             fetch_file(address, path, settings)
+            write_json(_record_path(path), {"file": pattern.format(name), "sha256": hash_file(path)})
         paths.append(path)
     return paths
+
+
+def check_fetched(path: Path, name: str) -> None:
+    """Raise DatasetError where a file that is there is not `name` as it was fetched; one put there by hand is taken."""
+    record_path = _record_path(path)
+    if not record_path.is_file():
+        return
+    record = read_json(record_path)
+    if not isinstance(record, dict) or record.get("file") != name:
+        raise DatasetError(
+            f"{path} was not fetched from {name}, says {record_path}. Give another folder with --downloads"
+        )
+    if record.get("sha256") != hash_file(path):
+        raise DatasetError(
+            f"{path} is not what was fetched: its SHA-256 is not that in {record_path}. Remove the file to fetch it "
+            "anew, or the record to take the file as it is"
+        )
+
+
+def _record_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.json")
 
 
 def fetch_file(address: str, path: Path, settings: FetchSettings) -> None:
@@ -141,17 +174,30 @@ def fetch_file(address: str, path: Path, settings: FetchSettings) -> None:
                 logger.info("%s: %s; attempt %d follows", path.name, error, attempt + 1)
                 time.sleep(pause)
                 pause *= 2
-    with part.open("rb") as file:
-        begin = file.read(2)
-    if part.stat().st_size != total or begin != GZIP_MAGIC:
-        size = part.stat().st_size
+    size, fault = part.stat().st_size, gzip_fault(part)
+    if size != total or fault:
         _discard(part)
         raise DatasetError(
-            f"{address}: got {size:,} bytes that begin with {begin!r}; expected a gzip file of {total:,} bytes. The "
-            "server sent another thing: try later, or give another address with --base-url"
+            f"{address}: got {size:,} bytes, and the file {fault or 'is whole'}; expected a whole gzip file of "
+            f"{total:,} bytes. The server sent another thing: try later, or give another address with --base-url"
         )
     part.replace(path)
     _discard(part)
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows where a server leads, to http and https only, and never from https to http."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        is_secure = req.type == "https"
+        if not _is_web(newurl) or (is_secure and urllib.parse.urlsplit(newurl).scheme != "https"):
+            raise DatasetError(
+                f"{req.full_url}: the server leads to {newurl!r}, which is not followed; expected "
+                f"{'https' if is_secure else 'http(s)'}://HOST/…. Give the file's new address with --base-url"
+            )
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 class _CutError(Exception):
@@ -170,7 +216,7 @@ def _continue(address: str, part: Path, timeout: float, report: Callable[[int, i
         request.add_header("Range", f"bytes={have}-")
         request.add_header("If-Range", tag)
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as response:
+        with urllib.request.build_opener(_Redirects).open(request, timeout=timeout) as response:
             resumed = response.status == http.HTTPStatus.PARTIAL_CONTENT
             total = _whole_size(response, have if resumed else 0, address)
             _write_tag(part, response)
@@ -191,6 +237,10 @@ def _continue(address: str, part: Path, timeout: float, report: Callable[[int, i
         raise DatasetError(
             f"{address}: the server answered {error.code} {error.reason}; expected the file. Its publishers may "
             "have moved it: give its new address with --base-url, or get it by hand and give it to sagerec import"
+        ) from error
+    except (ValueError, http.client.InvalidURL) as error:
+        raise DatasetError(
+            f"{address}: it leads to an address that is none ({error}); give another one with --base-url"
         ) from error
     except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
         raise _CutError(f"no connection ({getattr(error, 'reason', None) or error})") from error

@@ -9,7 +9,7 @@ from pathlib import Path
 import polars as pl
 
 from sagerec.artifacts import MANIFEST, read_manifest, write_artifact
-from sagerec.catalogue.dataset import ITEM_ID, ITEMS, Dataset, check_items, read_table
+from sagerec.catalogue.dataset import ITEM_ID, ITEMS, Dataset, check_items, files_in, read_table
 from sagerec.errors import DatasetError
 
 
@@ -49,7 +49,7 @@ def grow_dataset(folder: Path, items: pl.DataFrame) -> None:
         sizes=manifest.sizes | {"items": len(items)},
         grown_from=[*manifest.grown_from, manifest.content_hash],
     ) as fresh:
-        for path in folder.iterdir():
+        for path in files_in(folder):
             if path.name not in (MANIFEST, ITEMS):
                 shutil.copy(path, fresh / path.name)
         items.write_parquet(fresh / ITEMS)

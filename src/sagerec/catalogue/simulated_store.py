@@ -34,11 +34,12 @@ import polars as pl
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from sagerec.artifacts import check_content, read_json, read_manifest
+from sagerec.artifacts import check_content, read_manifest
 from sagerec.catalogue.dataset import SOURCE, read_dataset, read_table, write_dataset
 from sagerec.catalogue.splits import Cases
-from sagerec.config import from_json, require, to_json
+from sagerec.config import between, check_fields, from_json, to_json
 from sagerec.errors import ArtifactError, DatasetError
+from sagerec.files import read_json
 
 EXPOSURES, TRUTH = "exposures.parquet", "truth.safetensors"
 YEAR_DAYS = 365
@@ -95,37 +96,24 @@ class StoreSettings:
     """Seed of every draw."""
 
     def __post_init__(self) -> None:
-        counts = {
-            "users": (1, 10**8),
-            "items": (200, 10**8),
-            "categories": (2, MAX_CATEGORIES),
-            "fine_per_category": (1, MAX_FINE),
-            "brands": (1, MAX_BRANDS),
-            "latent_width": (2, 1024),
-            "exposures_per_event": (1, 100),
-            "seed": (0, 2**63 - 1),
-        }
-        strengths = {
-            "events_per_user": (MIN_EVENTS, 10_000),
-            "popularity_skew": (0, 3),
-            "taste_strength": (0, 10),
-            "intent_strength": (0, 10),
-            "season_strength": (0, 5),
-            "satiation": (0, 5),
-            "position_effect": (0, 1),
-            "logging_skill": (0, 1),
-        }
-        for name, (low, high) in (counts | strengths).items():
-            value = getattr(self, name)
-            whole = name in counts
-            require(
-                low <= value <= high and not (whole and not isinstance(value, int)),
-                f"{name} is {value}; expected a {'whole ' if whole else ''}number from {low} to {high}",
-            )
-        require(0 <= self.cold_share < 0.5, f"cold_share is {self.cold_share}; expected from 0 to below 0.5")
-        require(
-            self.dynamics in ("taste", "successor"),
-            f"dynamics is {self.dynamics!r}; expected 'taste' or 'successor'",
+        check_fields(
+            self,
+            users=between(1, 10**8),
+            items=between(200, 10**8),
+            events_per_user=between(MIN_EVENTS, 10_000),
+            categories=between(2, MAX_CATEGORIES),
+            fine_per_category=between(1, MAX_FINE),
+            brands=between(1, MAX_BRANDS),
+            latent_width=between(2, 1024),
+            popularity_skew=between(0, 3),
+            taste_strength=between(0, 10),
+            intent_strength=between(0, 10),
+            season_strength=between(0, 5),
+            satiation=between(0, 5),
+            position_effect=between(0, 1),
+            logging_skill=between(0, 1),
+            cold_share=between(0, 0.5, below=True),
+            exposures_per_event=between(1, 100),
         )
 
 

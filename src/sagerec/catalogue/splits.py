@@ -16,7 +16,7 @@ import polars as pl
 
 from sagerec.artifacts import UNREADABLE, read_manifest, write_artifact
 from sagerec.catalogue.dataset import SPLIT, TIMESTAMP, Dataset
-from sagerec.config import require, require_choices, to_json
+from sagerec.config import check_fields, require, to_json
 from sagerec.errors import ArtifactError, DatasetError, SettingsError
 
 Part = Literal["train", "align", "valid", "test"]
@@ -44,7 +44,7 @@ class SplitSettings:
     """Seed of the draw of reserved users."""
 
     def __post_init__(self) -> None:
-        require_choices(self)
+        check_fields(self)
         require(0 < self.reserve_share < 1, f"reserve_share is {self.reserve_share}; expected between 0 and 1")
         require(
             self.valid_share >= 0 and self.test_share > 0 and self.valid_share + self.test_share < 1,

@@ -21,6 +21,7 @@ from sagerec.cli.tables import (
     console,
     print_description,
 )
+from sagerec.config import at_least, check_fields
 from sagerec.run.folder import open_run
 
 
@@ -132,6 +133,9 @@ class Inspect:
     """How the log is divided."""
     cold_max_count: int = 5
     """Items with at most this many training interactions are cold."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, cold_max_count=at_least(0))
 
     def __call__(self) -> None:
         print_description(

@@ -9,6 +9,8 @@ from rich.table import Table
 
 from sagerec.baselines.sasrec import TUNED, SasRecSettings
 from sagerec.baselines.tuning import BaselineName, evaluate_baseline
+from sagerec.catalogue.dataset import IdMap
+from sagerec.catalogue.splits import PARTS
 from sagerec.cli.arguments import FLAT, Folder
 from sagerec.cli.tables import (
     console,
@@ -16,7 +18,7 @@ from sagerec.cli.tables import (
     print_reports,
     print_study,
 )
-from sagerec.config import require
+from sagerec.config import at_least, check_fields, require
 from sagerec.evaluation.evaluate import EvaluateSettings
 from sagerec.recommend import load
 from sagerec.report.markdown import write_results
@@ -120,6 +122,9 @@ class Baseline:
     refit: bool = False
     """Train SASRec once more, on the validation events too, after the same flags without this one; a row of its own."""
 
+    def __post_init__(self) -> None:
+        check_fields(self, trials=at_least(1, 1000))
+
     def __call__(self) -> None:
         run = open_run(self.run)
         report = evaluate_baseline(
@@ -142,8 +147,10 @@ class Diagnose:
     k: int = 10
     """Places of the list that count."""
 
+    def __post_init__(self) -> None:
+        check_fields(self, k=at_least(1))
+
     def __call__(self) -> None:
-        require(self.k >= 1, f"k is {self.k}; expected at least 1")
         print_diagnoses(pipeline.diagnose_lists(open_run(self.run), self.names, self.k), self.k)
 
 
@@ -162,7 +169,7 @@ class Audit:
         for column in ("stage", "train", "align", "valid", "test", "may use"):
             table.add_column(column, justify="left" if column in ("stage", "may use") else "right")
         for finding in pipeline.audit(open_run(self.run)):
-            counts = [f"{finding.counts[part]:,}" for part in ("train", "align", "valid", "test")]
+            counts = [f"{finding.counts[part]:,}" if not finding.stale else "stale" for part in PARTS]
             table.add_row(finding.stage, *counts, ", ".join(finding.allowed))
         console.print(table)
 
@@ -176,8 +183,9 @@ class Recommend:
 
     run: Folder
     """Run folder."""
-    history: str
-    """Item ids, the oldest first, separated by commas."""
+    history: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Item ids, the oldest first, separated by commas; may be given several times. What is an id as it stands, comma
+    and all, is taken as one."""
     k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 10
     """Items to print."""
     slate: bool = False
@@ -189,9 +197,12 @@ class Recommend:
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
 
+    def __post_init__(self) -> None:
+        check_fields(self, k=at_least(1))
+
     def __call__(self) -> None:
         recommender = load(self.run, policy=self.policy, device=self.device)
-        history = [value.strip() for value in self.history.split(",") if value.strip()]
+        history = [item for given in self.history for item in named_items(given, recommender.item_ids)]
         found = recommender.recommend(history, k=self.k, exclude_history=not self.keep_history, slate=self.slate)
         table = Table()
         for column, justify in (("rank", "right"), ("item_id", "left"), ("title", "left"), ("score", "right")):
@@ -199,6 +210,13 @@ class Recommend:
         for rank, item, title, score in found.iter_rows():
             table.add_row(str(rank), item, title, f"{score:.3f}")
         console.print(table)
+
+
+def named_items(given: str, known: IdMap) -> list[str]:
+    """The ids of one --history: the text itself where it is an id, else those between its commas."""
+    if given in known:
+        return [given]
+    return [part if part in known else part.strip() for part in given.split(",") if part.strip()]
 
 
 @dataclass(frozen=True)

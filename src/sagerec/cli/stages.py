@@ -107,8 +107,8 @@ class IdsAdd:
     def __call__(self) -> None:
         added = pipeline.add_items(self.run, self.items)
         console.print(
-            f"{added.items:,} items added, {added.collisions:,} of them with the codes of another item; "
-            f"reconstruction error {added.reconstruction_error:.3f}",
+            f"{added['items']:,} items added, {added['collisions']:,} of them with the codes of another item; "
+            f"reconstruction error {added['reconstruction_error']:.3f}",
             highlight=False,
         )
         print_ids(open_run(self.run))

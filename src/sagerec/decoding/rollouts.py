@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sagerec.actions.legal import NO_ITEM
+from sagerec.config import above, at_least, between, check_fields, require
 from sagerec.decoding.beam import beam_lists
 from sagerec.decoding.slates import FreeTokens, Slates, join_tokens, slate_logprobs, write_slates
 from sagerec.errors import SettingsError
@@ -19,6 +20,8 @@ from sagerec.policies.protocol import ContextT, Policy, PrefixT
 
 LEAST_BEAMS = 20
 """Beams of a beam list, at least."""
+MOST = 10_000
+"""Items of a slate, and slates of a context, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +41,18 @@ class RolloutSettings:
     """Sample only among the most probable codes that together hold this share."""
 
     def __post_init__(self) -> None:
-        if self.k < 1 or self.slates < 1:
-            raise SettingsError(f"k is {self.k} and slates {self.slates}; expected at least 1")
         most = self.slates if self.k == 1 else 1
-        if self.beam_slates is not None and not 0 <= self.beam_slates <= min(most, self.slates):
-            raise SettingsError(f"beam_slates is {self.beam_slates}; expected 0 to {most} with k = {self.k}")
-        if self.temperature <= 0:
-            raise SettingsError(f"temperature is {self.temperature}; expected above 0")
-        if not 0 < self.top_p <= 1:
-            raise SettingsError(f"top_p is {self.top_p}; expected above 0, at most 1")
+        check_fields(
+            self,
+            k=at_least(1, MOST),
+            slates=at_least(1, MOST),
+            temperature=between(1e-3, 1e3),  # below, logits overflow
+            top_p=above(0, 1),
+        )
+        require(
+            self.beam_slates is None or 0 <= self.beam_slates <= most,
+            f"beam_slates is {self.beam_slates}; expected 0 to {most} with k = {self.k}",
+        )
 
     @property
     def n_beams(self) -> int:

@@ -16,14 +16,15 @@ import numpy as np
 import polars as pl
 
 from sagerec.actions.space import ActionSpace
-from sagerec.artifacts import write_json
+from sagerec.artifacts import hash_file
 from sagerec.catalogue.dataset import Dataset
 from sagerec.catalogue.simulated_store import SimulatedStore
 from sagerec.catalogue.splits import Cases, Sequences, Split, learnt_counts
-from sagerec.config import require, require_choices, to_json
+from sagerec.config import at_least, check_fields, require, to_json
 from sagerec.errors import DatasetError
 from sagerec.evaluation import intervals, metrics
 from sagerec.evaluation.per_case import PerCase, Values, Yardstick, make_yardstick, per_case
+from sagerec.files import replace_file, write_record
 
 BUCKET_EDGES = (5, 10, 20, 50)
 
@@ -52,11 +53,14 @@ class EvaluateSettings:
     """Seed of the resamples."""
 
     def __post_init__(self) -> None:
-        require_choices(self)
-        require(len(self.k) > 0 and min(self.k) >= 1, f"k is {self.k}; expected numbers of at least 1")
-        require(self.beams >= 1, f"beams is {self.beams}; expected at least 1")
-        require(self.cold_max_count >= 0, f"cold_max_count is {self.cold_max_count}; expected 0 or above")
-        require(self.bootstrap_samples >= 100, f"bootstrap_samples is {self.bootstrap_samples}; expected at least 100")
+        require(len(self.k) > 0, "k is empty; expected numbers of at least 1")
+        check_fields(
+            self,
+            k=at_least(1, 10_000),
+            beams=at_least(1, 100_000),
+            cold_max_count=at_least(0),
+            bootstrap_samples=at_least(100, 1_000_000),
+        )
 
 
 def excludes_history(train: Sequences, settings: EvaluateSettings) -> bool:
@@ -143,10 +147,14 @@ def _by_popularity(
     return rows
 
 
-def write_evaluation(path: Path, report: dict[str, Any], cases: Cases, lists: np.ndarray, data: Dataset) -> None:
-    """Write the report to `path` (JSON) and the lists beside it (`.lists.parquet`: row, target, item indices)."""
+def write_evaluation(
+    path: Path, report: dict[str, Any], cases: Cases, lists: np.ndarray, data: Dataset
+) -> dict[str, Any]:
+    """Write the report to `path` (JSON) and the lists beside it (`.lists.parquet`: row, target, item indices).
+
+    Returns the report with the hash of its lists, so that none is read with those of another.
+    """
     lists_path = path.with_suffix(".lists.parquet")
-    fresh = lists_path.with_suffix(".tmp")
     table = pl.DataFrame(
         {
             "event_row": cases.rows,
@@ -155,7 +163,8 @@ def write_evaluation(path: Path, report: dict[str, Any], cases: Cases, lists: np
             "items": pl.Series(lists.astype(np.int32), dtype=pl.Array(pl.Int32, lists.shape[1])),
         }
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table.write_parquet(fresh)
-    fresh.replace(lists_path)
-    write_json(path, report)
+    with replace_file(lists_path) as fresh:
+        table.write_parquet(fresh)
+    report = report | {"hashes": {"lists": hash_file(lists_path)}}
+    write_record(path, report)
+    return report

@@ -7,6 +7,7 @@ cases and n_u their number it is the ratio m = sum_u s_u / sum_u n_u. `docs/metr
 Shapes: n cases, U users, K places in a list.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -133,7 +134,10 @@ def bootstrap_mean(
     sums, sizes = user_sums(values, users)
     means = _resampled_means(sums, sizes, samples, rng)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(sums.sum() / sizes.sum()), float(low), float(high))
+    value = float(sums.sum() / sizes.sum())
+    # Where all users are alike, the means of resamples differ from theirs by rounding alone.
+    low, high = (value if math.isclose(end, value, rel_tol=1e-9, abs_tol=1e-15) else float(end) for end in (low, high))
+    return Interval(value, low, high)
 
 
 def mean_over_users(values: npt.NDArray[Any], users: IntArray) -> Estimate:

@@ -4,7 +4,8 @@ The second of an objective's four parts (ratio, advantage, bound, aggregation). 
 policy: rewards carry no gradient.
 
 Shapes: B contexts, G slates of each, M rewards. `group` (B, G) holds integer ids where groups are ragged or do not
-lie row by row; without it a row is a group. Standard deviations divide by n - 1, as TRL and verl do.
+lie row by row; without it a row is a group. Standard deviations divide by n - 1, as TRL and verl do. One that
+overflows makes NaN, never 0.
 """
 
 import math
@@ -48,7 +49,7 @@ def group_normalised(rewards: Tensor, weights: Tensor, group: Tensor | None = No
     GRPO (arXiv 2402.03300). Different rewards with one sum give one advantage: the collapse that `decoupled` avoids.
     """
     centred, deviation = centre_groups(summed(rewards, weights).unsqueeze(-1), group)
-    return (centred / (deviation + eps)).squeeze(-1)
+    return torch.add(centred / (deviation + eps), deviation, alpha=0.0).squeeze(-1)  # infinity times 0 is NaN
 
 
 def decoupled(
@@ -66,11 +67,13 @@ def decoupled(
     that is constant in a group adds 0 there. The batch is the global one: give all slates of a step at once.
     """
     centred, deviation = centre_groups(rewards, group)
-    total = (centred * (weights / (deviation + eps))).sum(dim=2)
+    scale = torch.add(weights / (deviation + eps), deviation, alpha=0.0)  # infinity times 0 is NaN
+    total = (centred * scale).sum(dim=2)
     if tokens is None:
         total -= total.mean()
         spread = float(torch.linalg.vector_norm(total)) / math.sqrt(max(total.numel() - 1, 1))
-        return total / (spread + eps)
+        return total / (spread + eps if spread < math.inf else math.nan)
     share = tokens.to(total.dtype)
     total -= (share * total).sum() / share.sum().clamp(min=1)
-    return total / (((share * total.square()).sum() / (share.sum() - 1).clamp(min=1)).sqrt_() + eps)
+    spread = float((share * total.square()).sum() / (share.sum() - 1).clamp(min=1)) ** 0.5
+    return total / (spread + eps if spread < math.inf else math.nan)

@@ -11,6 +11,7 @@ Shapes: B contexts, G slates of each, T tokens of the longest slate, M rewards.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,9 @@ from sagerec.objectives.table import Objective, find_objective
 
 LOG_RATIO_LIMIT = 20.0
 """Log-ratios are held within +- this many nats, as in verl, so that no exponential overflows."""
+
+ROUNDING = 0.01
+"""Log-probabilities may lie this many nats above 0: a log-softmax is rounded."""
 
 
 class PolicyLoss(NamedTuple):
@@ -70,11 +74,20 @@ def compute_advantages(
     Args: weights (M,), 1 if not given; group (B, G) integer ids for ragged groups; tokens (B, G) counted tokens, for
     `decoupled-token` alone.
 
-    Raises: NumericalError for a reward that is not finite.
+    Returned in the type of the rewards, at least float32; where that overflows on the way, computed in float64.
+
+    Raises: SettingsError for a wrong shape or type; NumericalError for a reward, weight or number of tokens that is not
+    finite, or an advantage that the type does not hold.
     """
-    found = _advantages(find_objective(objective), rewards, weights, group, tokens)
-    if not math.isfinite(found.sum().item()):
-        raise NumericalError(f"advantages are not finite: {_first_bad('rewards', rewards)}")
+    row = find_objective(objective)
+    found = _advantages(row, rewards, weights, group, tokens)
+    if math.isfinite(found.sum().item()):
+        return found
+    what = "advantages are not finite"
+    given: dict[str, Tensor | None] = {"rewards": rewards, "weights": weights, "tokens": tokens}
+    _refuse([_first_bad(name, values) for name, values in given.items()], what)
+    found = _advantages(row, rewards.double(), weights, group, tokens).to(found.dtype)
+    _refuse([_first_bad("advantages", found)], f"{what}: rewards of up to {float(rewards.abs().max()):g} overflow")
     return found
 
 
@@ -87,8 +100,10 @@ def _advantages(
     for name, given in (("group", group), ("tokens", tokens)):
         if given is not None and given.shape != rewards.shape[:2]:
             raise SettingsError(f"{name} has shape {tuple(given.shape)}; expected {tuple(rewards.shape[:2])}")
+    if group is not None and (group.is_floating_point() or group.is_complex()):
+        raise SettingsError(f"group has type {group.dtype}; expected integers")
     rewards = rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32))
-    weights = rewards.new_ones(rewards.shape[2]) if weights is None else weights.to(rewards)
+    weights = rewards.new_ones(rewards.shape[2]) if weights is None else weights.detach().to(rewards)
     if weights.shape != rewards.shape[2:]:
         raise SettingsError(f"weights have shape {tuple(weights.shape)}; expected ({rewards.shape[2]},), one a reward")
     if row.advantage == "raw":
@@ -137,11 +152,17 @@ def policy_loss(
     A slate without a counted token adds 0. Log-ratios are held within 20 nats of 0. bfloat16 and float16 are computed
     in float32.
 
-    Raises: SettingsError for a wrong shape or a missing argument; NumericalError where the loss is not finite.
+    Raises: SettingsError for a wrong shape or type, or a missing argument; NumericalError, with argument, place and
+    value, for what is not finite or out of its range: a counted log-probability above 0 (by more than rounding),
+    diversity or coldness outside [0, 1], a denominator of 0 or less; and where loss or gradient is not finite in the
+    type in which it is returned. (A gradient that only the loss scaling of the caller takes out of range is infinite,
+    as its GradScaler expects.)
 
     """
     row = find_objective(objective)
     _check(row, logprobs, old_logprobs, mask, rewards, advantages, diversity, coldness)
+    if denominator is not None and not 0 < float(denominator) < math.inf:
+        raise NumericalError(f"denominator is {float(denominator)}, expected a finite number above 0")
     counted = mask.view(torch.uint8).to(torch.promote_types(logprobs.dtype, torch.float32))
     counts = counted.sum(dim=2)
     if advantages is None:
@@ -153,35 +174,42 @@ def policy_loss(
     per_token = _token_weight(row, counts, divisor, mask.shape[2], denominator)  # (B, G), or () where all weigh alike
     if row.ratio == "sequence":
         logp = (new * counted).sum(dim=2) / divisor
-        ratio = _ratio(logp, (old * counted).sum(dim=2) / divisor)
+        nats = logp - (old * counted).sum(dim=2) / divisor
+    else:
+        logp, nats = new, new - old
+    distance = nats.sum()
+    ratio = nats.clamp_(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp_()
+    if row.ratio == "sequence":
         found = _bound(row, ratio, logp, gain, diversity, coldness)
         value = _dot(found.surrogate, counts * per_token)
         slope, share = (found.coefficient * gain * per_token).unsqueeze(2), counted
     else:
-        ratio = _ratio(new, old)
-        facts = (None if x is None else x.unsqueeze(2) for x in (diversity, coldness))
-        found = _bound(row, ratio, new, gain.unsqueeze(2), *facts)
+        wide = (None if x is None else x.unsqueeze(2) for x in (diversity, coldness))
+        found = _bound(row, ratio, new, gain.unsqueeze(2), *wide)
         found = found._replace(coefficient=found.coefficient.mul_(counted), at_bound=found.at_bound & mask)
         value = _dot(found.surrogate.mul_(counted).sum(dim=2), per_token.expand_as(counts))
         slope, share = (gain * per_token).unsqueeze(2), found.coefficient
-    if not math.isfinite(value.item()):
+    shares = (diversity if row.needs_diversity else None, coldness if row.needs_coldness else None)
+    if not _is_sound(value, distance, (new, old), shares):
+        what = f"the loss of {row.name} is {value.item()}"
         if rewards is not None:
-            compute_advantages(row, rewards, weights=weights, group=group, tokens=counts)
+            gain = compute_advantages(row, rewards, weights=weights, group=group, tokens=counts)
         # What stands at uncounted places is never read: it may be anything, and 0 times infinity is not 0.
-        unread = [x.detach().masked_fill(mask, 0.0).isfinite().all() for x in (logprobs, old_logprobs)]
-        if not bool(torch.stack(unread).all()):
-            return policy_loss(
-                row,
-                logprobs=logprobs.masked_fill(~mask, 0.0),
-                old_logprobs=old_logprobs.masked_fill(~mask, 0.0),
-                mask=mask,
-                advantages=gain,
-                diversity=diversity,
-                coldness=coldness,
-                denominator=denominator,
-            )
-        bad = [_first_bad(n, x) for n, x in (("logprobs", logprobs), ("old_logprobs", old_logprobs))]
-        raise NumericalError(f"the loss of {row.name} is {value.item()}: {'; '.join(filter(None, bad)) or 'overflow'}")
+        given = {"logprobs": logprobs, "old_logprobs": old_logprobs}
+        read = {name: x.masked_fill(~mask, 0.0) for name, x in given.items()}
+        faults = [_first_bad("advantages", gain), *(_first_bad(name, x, high=ROUNDING) for name, x in read.items())]
+        faults += [_first_bad(name, x, 0.0, 1.0) for name, x in zip(("diversity", "coldness"), shares, strict=True)]
+        _refuse(faults, what)
+        if rewards is not None or not all(torch.equal(read[name], x) for name, x in given.items()):
+            facts: dict[str, Any] = {"diversity": diversity, "coldness": coldness, "denominator": denominator}
+            return policy_loss(row, **read, mask=mask, advantages=gain, **facts)
+        if not math.isfinite(value.item()):
+            raise NumericalError(f"{what}: the inputs are finite, and their products overflow {value.dtype}")
+    if logprobs.dtype != counted.dtype and not bool((slope * share).to(logprobs.dtype).isfinite().all()):
+        raise NumericalError(
+            f"the gradient of {row.name} reaches {(slope * share).abs().max().item():.3g}, and {logprobs.dtype} holds "
+            f"{torch.finfo(logprobs.dtype).max:.3g}; expected smaller advantages, or log-probabilities in float32"
+        )
     return PolicyLoss(
         loss=_WithGradient.apply(logprobs, value, slope, share),  # type: ignore[no-untyped-call]
         advantages=gain,
@@ -190,9 +218,20 @@ def policy_loss(
     )
 
 
-def _ratio(logp: Tensor, old_logp: Tensor) -> Tensor:
-    """exp(log p - log q), held within `LOG_RATIO_LIMIT`."""
-    return (logp - old_logp).clamp_(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp_()
+def _is_sound(
+    value: Tensor, distance: Tensor, logprobs: tuple[Tensor, Tensor], shares: tuple[Tensor | None, Tensor | None]
+) -> bool:
+    """Whether all is in range, uncounted places included."""
+    if not math.isfinite(value.item() + distance.item()):
+        return False
+    if not logprobs[0].numel():
+        return True
+    for share in shares:
+        if share is not None:
+            low, high = share.aminmax()
+            if not (low.item() >= 0 and high.item() <= 1):
+                return False
+    return logprobs[0].amax().item() <= ROUNDING and logprobs[1].amax().item() <= ROUNDING
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
@@ -251,6 +290,9 @@ def _check(
     if row.trains_on_targets:
         raise SettingsError(f"{row.name} has no policy loss: it is the control that goes on with supervised training")
     require((rewards is None) != (given is None), "expected either rewards or advantages: give one of the two")
+    for name, given_logprobs in (("logprobs", logprobs), ("old_logprobs", old_logprobs)):
+        if not given_logprobs.is_floating_point():
+            raise SettingsError(f"{name} have type {given_logprobs.dtype}; expected a floating-point type")
     if logprobs.ndim != 3:
         raise SettingsError(f"logprobs have shape {tuple(logprobs.shape)}; expected (B, G, T)")
     tokens, slates = logprobs.shape, logprobs.shape[:2]
@@ -277,10 +319,22 @@ def _check(
         )
 
 
-def _first_bad(name: str, values: Tensor) -> str:
-    """Where values are not finite; empty where they all are."""
-    bad = (~values.isfinite()).nonzero()
+def _first_bad(name: str, values: Tensor | None, low: float | None = None, high: float | None = None) -> str:
+    """The first value that is not finite or out of range, in words; empty where there is none."""
+    if values is None:
+        return ""
+    fine = values.isfinite()
+    fine = fine if low is None else fine & (values >= low)
+    fine = fine if high is None else fine & (values <= high)
+    bad = (~fine).nonzero()
     if not len(bad):
         return ""
     at = bad[0].tolist()
-    return f"{name}{at} is {values[tuple(at)].item()}, expected a finite number"
+    ends = " and ".join(f"{word} {end:g}" for word, end in (("at least", low), ("at most", high)) if end is not None)
+    return f"{name}{at or ''} is {values[tuple(at)].item()}, expected a finite number {ends}".rstrip()
+
+
+def _refuse(faults: Sequence[str], what: str) -> None:
+    """Raise NumericalError with the faults that there are."""
+    if found := [fault for fault in faults if fault]:
+        raise NumericalError(f"{what}: {'; '.join(found)}")

@@ -14,8 +14,24 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
-from sagerec.config import require, require_choices
+from sagerec.config import above, at_least, between, check_fields
 from sagerec.errors import SettingsError
+
+MOST = 1e9
+"""Largest setting of a row."""
+_CLIP = ("clip_low", "clip_high")
+_ADAPTIVE = ("boost", "boost_scope", "entropy_penalty")
+READ_BY_BOUND: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "none": (),
+        "clip": (*_CLIP, "dual_clip"),
+        "cap": ("cap",),
+        "early-clip": (*_CLIP, "early_margin"),
+        "gradient": (*_ADAPTIVE, "boost_form"),
+        "adaptive-clip": (*_CLIP, *_ADAPTIVE),
+    }
+)
+"""Bound -> the settings of a row that it reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +72,27 @@ class Objective:
     """A control without a policy loss: the stage continues supervised training on the same events."""
 
     def __post_init__(self) -> None:
-        require_choices(self)
-        require(0 <= self.clip_low < 1, f"clip_low is {self.clip_low}; expected from 0 to below 1")
-        require(self.clip_high >= 0, f"clip_high is {self.clip_high}; expected 0 or above")
-        require(self.dual_clip is None or self.dual_clip > 1, f"dual_clip is {self.dual_clip}; expected above 1")
-        require(self.cap > 0, f"cap is {self.cap}; expected above 0")
-        require(self.early_margin >= 0, f"early_margin is {self.early_margin}; expected 0 or above")
-        require(self.boost >= 0, f"boost is {self.boost}; expected 0 or above")
-        require(self.entropy_penalty >= 0, f"entropy_penalty is {self.entropy_penalty}; expected 0 or above")
-        require(self.eps > 0, f"eps is {self.eps}; expected above 0")
+        check_fields(
+            self,
+            clip_low=between(0, 1, below=True),
+            clip_high=at_least(0, MOST),
+            dual_clip=above(1, MOST),
+            cap=above(0, MOST),
+            early_margin=at_least(0, MOST),
+            boost=at_least(0, MOST),
+            entropy_penalty=at_least(0, MOST),
+            eps=above(0, MOST),
+        )
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """The settings of a row, from `clip_low` on, that its loss reads."""
+        if self.trains_on_targets:
+            return frozenset()
+        read = {*READ_BY_BOUND[self.bound], *(("eps",) if self.advantage not in ("raw", "mean") else ())}
+        if self.is_adaptive and self.boost == 0:
+            read -= {"boost_form", "boost_scope"}
+        return frozenset(read)
 
     @property
     def is_adaptive(self) -> bool:

@@ -17,12 +17,11 @@ ROTARY_BASE = 1000.0
 
 def check_shape(*, width: int, heads: int, dropout: float, max_items: int) -> None:
     """Raise SettingsError for layers that cannot be built."""
-    require(
-        heads >= 1 and width >= 1 and width % (2 * heads) == 0,
-        f"width {width} and heads {heads}: expected a width that 2 x heads divides",
-    )
+    require(1 <= heads <= 1024, f"heads is {heads}; expected 1 to 1,024")
+    require(1 <= width <= 16_384, f"width is {width}; expected 1 to 16,384")
+    require(width % (2 * heads) == 0, f"width is {width}; expected a multiple of twice the {heads} heads")
     require(0 <= dropout < 1, f"dropout is {dropout}; expected from 0 to below 1")
-    require(max_items >= 1, f"max_items is {max_items}; expected at least 1")
+    require(1 <= max_items <= 100_000, f"max_items is {max_items}; expected 1 to 100,000")
 
 
 class FastDropout(nn.Module):

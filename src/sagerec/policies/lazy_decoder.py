@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sagerec.actions.groups import group_log_softmax
 from sagerec.actions.space import ActionSpace
 from sagerec.actions.trie import PADDING, ROOT, Children
-from sagerec.config import require
+from sagerec.config import at_least, check_fields, require
 from sagerec.policies.item_scores import ItemScores, Scorer
 from sagerec.policies.layers import FastDropout, KeyValue, Layer, check_shape, run_layers
 from sagerec.policies.protocol import Policy
@@ -73,12 +73,14 @@ class LazyDecoderSettings:
 
     def __post_init__(self) -> None:
         check_shape(width=self.width, heads=self.heads, dropout=self.dropout, max_items=self.max_items)
-        require(self.encoder_layers >= 1, f"encoder_layers is {self.encoder_layers}; expected at least 1")
-        require(self.decoder_layers >= 1, f"decoder_layers is {self.decoder_layers}; expected at least 1")
-        require(self.expansion >= 1, f"expansion is {self.expansion}; expected at least 1")
-        require(self.item_layers >= 1, f"item_layers is {self.item_layers}; expected at least 1")
-        require(self.expert_weight >= 0, f"expert_weight is {self.expert_weight}; expected 0 or above")
         check_shape(width=self.item_width, heads=self.item_heads, dropout=self.item_dropout, max_items=self.max_items)
+        names = ("encoder_layers", "decoder_layers", "item_layers")
+        check_fields(
+            self,
+            **dict.fromkeys(names, at_least(1, 128)),
+            expansion=at_least(1, 64),
+            expert_weight=at_least(0),
+        )
 
 
 class Context(NamedTuple):

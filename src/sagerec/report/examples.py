@@ -13,7 +13,7 @@ import polars as pl
 from sagerec.catalogue.dataset import CATEGORIES
 from sagerec.catalogue.splits import learnt_counts
 from sagerec.evaluation.metrics import first_rank
-from sagerec.report.material import START, Material, lists_path
+from sagerec.report.material import START, Material, stem
 from sagerec.run.folder import Run
 
 HISTORY, PLACES, POLICIES = 8, 10, 3
@@ -71,12 +71,12 @@ class Examples:
 def choose_policies(material: Material) -> list[str]:
     """The supervised policy and the first of each aligned group whose lists are there, POLICIES at most."""
     run, found = material.run, []
-    if run is None or not lists_path(run, START).is_file():
+    if run is None or START not in material.reports:
         return []
     seen: set[str] = set()
     for policy in material.aligned:
         name = policy.name.removeprefix("policy-")
-        if policy.group not in seen and name in material.reports and lists_path(run, name).is_file():
+        if policy.group not in seen and name in material.reports:
             seen.add(policy.group)
             found.append(name)
     # The control last: what it changes is the yardstick of the others.
@@ -91,7 +91,7 @@ def gather_examples(material: Material, *, seed: int = 0) -> Examples | None:
     if not names or material.run is None:
         return None
     run = material.run
-    tables = {name: pl.read_parquet(lists_path(run, name)) for name in names}
+    tables = {name: pl.read_parquet(run.lists_path(stem(name))) for name in names}
     rows = tables[START]["event_row"].to_numpy()
     tables = {name: table for name, table in tables.items() if np.array_equal(table["event_row"].to_numpy(), rows)}
     lists = {name: table["items"].to_numpy()[:, :PLACES] for name, table in tables.items()}

@@ -14,10 +14,10 @@ import polars as pl
 
 from sagerec import artifacts
 from sagerec.baselines.tuning import BaselineName
-from sagerec.errors import ArtifactError
 from sagerec.evaluation.evaluate import EvaluateSettings
 from sagerec.evaluation.per_case import make_yardstick
 from sagerec.evaluation.tests import differences, measure, seed_variances
+from sagerec.files import read_record
 from sagerec.report.drawing import MOST_SERIES, Style
 from sagerec.run.folder import Run, open_run
 from sagerec.training.tracking import METRICS, read_metrics
@@ -90,13 +90,16 @@ class Material:
         return self.styles.get(name, Style(MOST_SERIES - 1))
 
 
+def stem(name: str) -> str:
+    """What the report of a shown name is called: the other way of `shown_name`."""
+    return "evaluation" if name == START else f"evaluation-{name}"
+
+
 def gather(folder: Path) -> Material:
     """Read a run or a study folder. Raises: ArtifactError where it is neither, or a file of it is damaged."""
     study: dict[str, Any] = {}
     if (folder / STUDY).is_file():
-        study = artifacts.read_json(folder / STUDY)
-        if not isinstance(study, dict) or not isinstance(study.get("rows", []), list):
-            raise ArtifactError(f"{folder / STUDY} holds no study; make it again with: sagerec compare")
+        study = read_record(folder / STUDY)
         run = open_run(folder / RUN) if (folder / RUN / "dataset").is_dir() else None
     else:
         run = open_run(folder)
@@ -139,23 +142,16 @@ def read_reports(run: Run, notes: list[str]) -> dict[str, dict[str, Any]]:
     """The test reports that fit the artefacts of today, by the name that is shown."""
     found = {}
     for path in sorted(run.folder.glob("evaluation*.json")):
-        report = artifacts.read_json(path)
-        if not isinstance(report, dict) or "metrics" not in report or report.get("split") != "test":
+        report = run.report(path.stem)
+        if report["split"] != "test":
             continue
-        stale = [name for name, content in report.get("made_from", {}).items() if _hash(run, name) != content]
-        if stale:
-            notes.append(f"{path.name} measures an earlier {' and '.join(stale)}; evaluate again to have it here.")
+        if stale := run.outdated(report["made_from"], grown=False):
+            notes.append(
+                f"Stale: {path.name} measures an earlier {' and '.join(stale)}; evaluate again to have it here."
+            )
         else:
             found[shown_name(path.stem)] = report
     return {name: found[name] for name in sorted(found, key=lambda name: (name != START, name))}
-
-
-def _hash(run: Run, name: str) -> str | None:
-    """Content hash of an artefact, None where it is not there."""
-    try:
-        return run.manifest(name).content_hash
-    except ArtifactError:
-        return None
 
 
 def read_aligned(run: Run, study: Mapping[str, Any], notes: list[str]) -> list[Aligned]:
@@ -165,6 +161,9 @@ def read_aligned(run: Run, study: Mapping[str, Any], notes: list[str]) -> list[A
     for name in run.aligned():
         manifest = run.manifest(name)
         if "align" not in manifest.settings or not (run.folder / name / METRICS).is_file():
+            continue
+        if (reason := run.stale(name)) is not None:
+            notes.append(f"Stale: {reason}.")
             continue
         short = shown_name(name)
         group = SEED.sub("", short) if SEED.sub("", short) in objectives else short
@@ -211,11 +210,6 @@ def run_rows(run: Run, reports: Mapping[str, dict[str, Any]], aligned: list[Alig
     return sorted(rows, key=lambda row: (kinds.index(row.kind), order.get(row.name, len(drawn))))
 
 
-def lists_path(run: Run, name: str) -> Path:
-    """Where the lists of a report are."""
-    return run.folder / f"evaluation{'' if name == START else f'-{name}'}.lists.parquet"
-
-
 def differences_to_start(
     run: Run, reports: Mapping[str, dict[str, Any]], k: int
 ) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
@@ -227,7 +221,7 @@ def differences_to_start(
     if START not in reports or f"recall@{k}_optimistic" in reports[START]["metrics"]:
         return {}
     cases = run.split.cases(run.data, "test")
-    tables = {name: pl.read_parquet(path) for name in reports if (path := lists_path(run, name)).is_file()}
+    tables = {name: pl.read_parquet(run.lists_path(stem(name))) for name in reports}
     lists = {
         name: table["items"].to_numpy().astype(np.int64)
         for name, table in tables.items()

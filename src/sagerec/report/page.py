@@ -14,6 +14,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from sagerec.files import refuse_other, write_text
 from sagerec.report.examples import gather_examples
 from sagerec.report.material import Material, gather
 from sagerec.report.popularity import bucket_section
@@ -34,17 +35,19 @@ SECTIONS: tuple[tuple[str, str, Callable[[Material], object | None]], ...] = (
 )
 """Name (of the template, too), heading, and what gathers its record."""
 REPORT = "report.html"
+GENERATOR = '<meta name="generator" content="sagerec">'
+"""By which a report is known."""
 
 
 def write_report(folder: Path, out: Path | None = None) -> Path:
     """Write the page of a run or study folder to `out`, else into the folder; returns where it is.
 
-    Raises: ArtifactError where the folder is neither, or a file of it is damaged.
+    Raises: ArtifactError where the folder is neither, a file of it is damaged, or `out` is something else.
     """
     out = out or folder / REPORT
+    refuse_other(out, GENERATOR, "a report")
     page = render(gather(folder))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
+    write_text(out, page)
     logger.info("%s: %.2f MB", out, len(page.encode()) / 1e6)
     return out
 

@@ -4,7 +4,6 @@
 """
 
 import logging
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from sagerec.files import replace_folder
 from sagerec.report.drawing import Line, Style, canvas, draw_lines, to_svg
 from sagerec.training.tracking import read_metrics
 
@@ -167,11 +167,9 @@ def write_plots(policy_folder: Path) -> Path:
 
     folder = policy_folder.parent / PLOTS / policy_folder.name
     log = Log(policy_folder.name, read_metrics(policy_folder), Style(1))
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
     panels = panels_of([log])
-    for panel in panels:
-        (folder / f"{panel.name}.svg").write_text(draw_panel(panel, [log], themed=False), encoding="utf-8")
+    with replace_folder(folder) as fresh:
+        for panel in panels:
+            (fresh / f"{panel.name}.svg").write_text(draw_panel(panel, [log], themed=False), encoding="utf-8")
     logger.info("%d plots of the alignment in %s", len(panels), folder)
     return folder

@@ -6,7 +6,8 @@ again, and the log says why.
 
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,12 @@ import polars as pl
 
 from sagerec import artifacts
 from sagerec.actions.registry import KINDS, ActionSettings, kind_in, kind_of
-from sagerec.actions.semantic_ids.add import Addition
 from sagerec.actions.space import ActionSpace
 from sagerec.catalogue.audit import EVENTS_USED, Finding, audit_order, audit_stage, read_events_used
-from sagerec.catalogue.dataset import INTERACTIONS, ITEM_ID, ITEMS, SOURCE, has_manifest, read_dataset
+from sagerec.catalogue.dataset import INTERACTIONS, ITEM_ID, ITEMS, SOURCE, files_in, has_manifest, read_dataset
 from sagerec.catalogue.grow import grow_dataset, known_items, read_new_items
-from sagerec.catalogue.splits import Part, SplitSettings, learnt_counts, make_split, read_split, write_split
-from sagerec.config import to_json
+from sagerec.catalogue.splits import Cases, Part, SplitSettings, learnt_counts, make_split, read_split, write_split
+from sagerec.config import require, to_json
 from sagerec.decoding.cases import list_cases
 from sagerec.errors import ArtifactError, DatasetError
 from sagerec.evaluation.diagnose import Diagnosis, diagnose
@@ -33,10 +33,13 @@ from sagerec.evaluation.evaluate import (
     excludes_history,
     write_evaluation,
 )
+from sagerec.files import locked
 from sagerec.policies.registry import PolicySettings, describe_policy, read_policy
 from sagerec.progress import progress_bar
-from sagerec.run.folder import Run, open_run
+from sagerec.run.folder import Run, check_aligned_name, check_name, open_run
+from sagerec.training import parallel
 from sagerec.training.alignment import align_policy
+from sagerec.training.checkpoints import discard_finished
 from sagerec.training.settings import AlignSettings, TrainSettings
 from sagerec.training.supervised import train_policy
 
@@ -73,20 +76,28 @@ def prepare(dataset: Path, out: Path, settings: SplitSettings) -> Run:
     data = read_dataset(dataset)
     source = artifacts.hash_file(dataset / INTERACTIONS) + artifacts.hash_file(dataset / ITEMS)
     target = out / "dataset"
-    if is_needed(target, "dataset", made_from={"source": source}, settings={}):
-        sizes = {"users": data.n_users, "items": data.n_items, "interactions": data.n_events}
-        with artifacts.write_artifact(target, "dataset", made_from={"source": source}, sizes=sizes) as fresh:
-            for path in sorted(p for p in dataset.iterdir() if p.is_file() and p.name != artifacts.MANIFEST):
-                shutil.copy(path, fresh / path.name)
-            if has_manifest(dataset):
-                shutil.copy(dataset / artifacts.MANIFEST, fresh / SOURCE)
-    made_from = {"dataset": artifacts.read_manifest(target, "dataset").content_hash}
-    older = {"dataset": artifacts.read_manifest(target, "dataset").grown_from}
+    with making(target, "dataset", made_from={"source": source}, settings={}) as needed:
+        if needed:
+            sizes = {"users": data.n_users, "items": data.n_items, "interactions": data.n_events}
+            with artifacts.write_artifact(target, "dataset", made_from={"source": source}, sizes=sizes) as fresh:
+                for path in (p for p in files_in(dataset) if p.name != artifacts.MANIFEST):
+                    shutil.copy(path, fresh / path.name)
+                if has_manifest(dataset):
+                    shutil.copy(dataset / artifacts.MANIFEST, fresh / SOURCE)
+    manifest = artifacts.read_manifest(target, "dataset")
+    made_from, older = {"dataset": manifest.content_hash}, {"dataset": manifest.grown_from}
     if older["dataset"]:
         data = read_dataset(target)
-    resolved = to_json(settings)
-    if is_needed(out / "split", "split", made_from=made_from, settings=resolved, seed=settings.seed, grown_from=older):
-        write_split(out / "split", make_split(data, settings), settings, made_from["dataset"])
+    with making(
+        out / "split",
+        "split",
+        made_from=made_from,
+        settings=to_json(settings),
+        seed=settings.seed,
+        grown_from=older,
+    ) as needed:
+        if needed:
+            write_split(out / "split", make_split(data, settings), settings, made_from["dataset"])
     return Run(out, data, read_split(out / "split"))
 
 
@@ -94,57 +105,55 @@ def make_actions(run: Run, settings: Any) -> ActionSpace:
     """The stage that makes the action space of a run: Semantic IDs, or what `settings` belong to."""
     kind = kind_of(settings)
     folder, made_from = run.folder / kind.name, run.hashes("dataset", "split") | kind.inputs(settings)
-    if is_needed(folder, kind.name, made_from=made_from, settings=to_json(settings), seed=settings.seed):
-        kind.build(folder, run.data, run.split.sequences(run.data, "train"), settings, made_from=made_from)
+    with making(folder, kind.name, made_from=made_from, settings=to_json(settings), seed=settings.seed) as needed:
+        if needed:
+            kind.build(folder, run.data, run.split.sequences(run.data, "train"), settings, made_from=made_from)
     return run.space()
 
 
-def add_items(folder: Path, items: Path) -> Addition:
+def add_items(folder: Path, items: Path) -> dict[str, Any]:
     """Add the items of a Parquet file to the catalogue and the Semantic IDs of a run, whose policies serve on.
 
     The codes are found first; then the dataset is written, then the IDs. Cut short between the two, the same call goes
-    on.
+    on; once it is done, the same call changes nothing. Returns the record of the addition: items, collisions,
+    reconstruction_error.
 
     Raises: DatasetError for an item that the run has already, or what `read_new_items` refuses; ArtifactError.
     """
-    run, kind = open_run(folder), kind_in(folder)
-    if kind.code_new_items is None or kind.write_addition is None:
-        raise ArtifactError(f"{folder / kind.name} cannot take more items; make the run anew")
-    data, new = run.data, read_new_items(items, run.data)
-    known = known_items(new, data)
-    waiting = data.items[ITEM_ID][run.manifest(kind.name).sizes["items"] :]
-    if len(waiting) and waiting.equals(new[ITEM_ID]):
-        logger.info("dataset: has these items already, and the Semantic IDs do not; going on there")
-    elif known.any():
-        raise DatasetError(
-            f"{items}: {int(known.sum())} of {len(new)} items are in the run already, the first "
-            f"{new[ITEM_ID].filter(known)[0]!r} in row {known.arg_max()} (from 0). Drop these rows"
-        )
-    else:
-        run.space()  # refuses one that does not fit the dataset
-        data = replace(data, items=pl.concat([data.items, new]))
-    addition = kind.code_new_items(folder / kind.name, data)
-    if data is not run.data:
-        grow_dataset(folder / "dataset", data.items)
-    kind.write_addition(folder / kind.name, addition, made_from=run.hashes("dataset"))
-    return addition
+    open_run(folder)  # refuses what is no run
+    kind = kind_in(folder)
+    with locked(folder / "dataset"), locked(folder / kind.name):
+        run = open_run(folder)
+        if kind.code_new_items is None or kind.write_addition is None:
+            raise ArtifactError(f"{folder / kind.name} cannot take more items; make the run anew")
+        data, new = run.data, read_new_items(items, run.data)
+        known, sizes = known_items(new, data), run.manifest(kind.name).sizes
+        waiting, added = data.items[sizes["items"] :], sizes.get("added", [])
+        last = data.items.tail(len(new))
+        if len(waiting) and waiting.equals(new):
+            logger.info("dataset: has these items already, and the Semantic IDs do not; going on there")
+        elif added and not len(waiting) and added[-1]["items"] == len(new) and last.equals(new):
+            logger.info("these items are the last that were added; nothing to do")
+            return dict(added[-1])
+        elif known.any():
+            raise DatasetError(
+                f"{items}: {int(known.sum())} of {len(new)} items are in the run already, the first "
+                f"{new[ITEM_ID].filter(known)[0]!r} in row {known.arg_max()} (from 0). Drop these rows"
+            )
+        else:
+            run.space()  # refuses one that does not fit the dataset
+            data = replace(data, items=pl.concat([data.items, new]))
+        addition = kind.code_new_items(folder / kind.name, data)
+        if data is not run.data:
+            grow_dataset(folder / "dataset", data.items)
+        kind.write_addition(folder / kind.name, addition, made_from=run.hashes("dataset"))
+        return dict(run.manifest(kind.name).sizes["added"][-1])
 
 
 def train(run: Run, policy_settings: Any, settings: TrainSettings) -> None:
     """The supervised stage of a run."""
     folder, made_from = run.folder / "policy", run.hashes("dataset", "split", run.actions)
-    resolved = {"policy": describe_policy(policy_settings), "train": to_json(settings)}
-    older = run.grown_from("dataset", run.actions)
-    if is_needed(folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed, grown_from=older):
-        train_policy(
-            folder,
-            run.space(),
-            run.split.sequences(run.data, "train"),
-            run.split.cases(run.data, "valid"),
-            policy_settings,
-            settings,
-            made_from=made_from,
-        )
+    _train(run, folder, policy_settings, settings, ("train",), run.split.cases(run.data, "valid"), made_from)
 
 
 def refit(run: Run, policy_settings: Any, settings: TrainSettings) -> None:
@@ -152,42 +161,67 @@ def refit(run: Run, policy_settings: Any, settings: TrainSettings) -> None:
     epochs = int(run.manifest("policy").sizes["best_epoch"])
     settings = replace(settings, epochs=epochs, validate_every=0)
     folder, made_from = run.folder / "policy-refit", run.hashes("dataset", "split", run.actions, "policy")
+    _train(run, folder, policy_settings, settings, ("train", "align", "valid"), None, made_from)
+
+
+def _train(
+    run: Run,
+    folder: Path,
+    policy_settings: Any,
+    settings: TrainSettings,
+    parts: tuple[Part, ...],
+    validation: Cases | None,
+    made_from: dict[str, str],
+) -> None:
+    """Train a policy into `folder` on the events of `parts`, unless one that fits is there."""
     resolved = {"policy": describe_policy(policy_settings), "train": to_json(settings)}
     older = run.grown_from("dataset", run.actions)
-    if is_needed(folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed, grown_from=older):
-        events = run.split.sequences(run.data, "train", "align", "valid")
-        train_policy(folder, run.space(), events, None, policy_settings, settings, made_from=made_from)
+    with making(
+        folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed, grown_from=older
+    ) as needed:
+        if needed:
+            events = run.split.sequences(run.data, *parts)
+            train_policy(folder, run.space(), events, validation, policy_settings, settings, made_from=made_from)
 
 
 def align(run: Run, settings: AlignSettings, *, name: str | None = None) -> str:
     """The alignment stage of a run, from RUN/policy to RUN/policy-NAME (the objective's name, if not given).
 
-    Returns the name of the artefact.
+    Returns the name of the artefact. Raises: SettingsError for a name that is taken; ArtifactError where RUN/policy is
+    stale.
     """
     settings = settings.resolved()
-    folder = run.folder / f"policy-{name or settings.objective}"
+    folder = run.folder / f"policy-{check_aligned_name(name or settings.objective)}"
+    if (reason := run.stale("policy")) is not None:
+        raise ArtifactError(f"{reason}: sagerec train")
     made_from = run.hashes("dataset", "split", run.actions, "policy")
     policy_settings = run.manifest("policy").settings["policy"]
     resolved = {"policy": policy_settings, "align": settings.what()}
-    if is_needed(folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed):
-        space = run.space()
-        start, reference = (read_policy(run.folder / "policy", space) for _ in range(2))
-        align_policy(
-            folder,
-            start,
-            reference,
-            run.data,
-            run.split,
-            settings,
-            store=run.store(),
-            policy_settings=policy_settings,
-            made_from=made_from,
-        )
+    with making(folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed) as needed:
+        if needed:
+            space = run.space()
+            start, reference = (read_policy(run.folder / "policy", space) for _ in range(2))
+            align_policy(
+                folder,
+                start,
+                reference,
+                run.data,
+                run.split,
+                settings,
+                store=run.store(),
+                policy_settings=policy_settings,
+                made_from=made_from,
+            )
     return folder.name
 
 
 def evaluate(run: Run, settings: EvaluateSettings, *, name: str = "policy", device: str = "auto") -> dict[str, Any]:
-    """Evaluate a policy of the run; writes and returns its report."""
+    """Evaluate a policy of the run; writes and returns its report.
+
+    Raises: ArtifactError for a stale policy; SettingsError for lists longer than the catalogue.
+    """
+    if (reason := run.stale(name)) is not None:
+        raise ArtifactError(f"stale: {reason}, then evaluate it")
     space = run.space()
 
     def lists() -> tuple[np.ndarray, float]:
@@ -223,26 +257,36 @@ def report_lists(
     """The report RUN/`stem`.json where it fits, else a new one of `lists`, which gives the lists (U, K) and the share
     that is proven exact; `of_ids`: they hold sequences that several items may share.
     """
+    require(
+        max(settings.k) <= max(run.data.n_items, *EvaluateSettings().k),
+        f"k is {max(settings.k)}; expected at most {run.data.n_items:,}, the items of the catalogue",
+    )
     stem = stem if settings.split == "test" else f"{stem}-{settings.split}"
     path = run.folder / f"{stem}.json"
-    if path.is_file():
-        saved: dict[str, Any] = artifacts.read_json(path)
-        if saved.get("made_from") == made_from and saved.get("settings") == to_json(settings):
-            logger.info("%s is there and fits", path.name)
-            return saved
-    cases = run.split.cases(run.data, settings.split)
-    found, exact = lists()
-    shared = of_ids and not space.is_unique
-    report = evaluate_lists(found, cases, run.data, run.split, space, settings, shared_ids=shared, store=run.store())
-    train_events = run.split.sequences(run.data, "train")
-    report |= {
-        "history_excluded": excludes_history(train_events, settings),
-        "proven_exact": exact,
-        "made_from": made_from,
-        "versions": artifacts.package_versions(),
-    }
-    write_evaluation(path, report, cases, found, run.data)
-    return report
+    with locked(path):
+        if path.is_file():
+            try:
+                saved = run.report(stem)
+            except ArtifactError as error:
+                logger.info("%s", error)
+            else:
+                if saved["made_from"] == made_from and saved["settings"] == to_json(settings):
+                    logger.info("%s is there and fits", path.name)
+                    return saved
+        cases = run.split.cases(run.data, settings.split)
+        found, exact = lists()
+        shared = of_ids and not space.is_unique
+        report = evaluate_lists(
+            found, cases, run.data, run.split, space, settings, shared_ids=shared, store=run.store()
+        )
+        train_events = run.split.sequences(run.data, "train")
+        report |= {
+            "history_excluded": excludes_history(train_events, settings),
+            "proven_exact": exact,
+            "made_from": made_from,
+            "versions": artifacts.package_versions(),
+        }
+        return write_evaluation(path, report, cases, found, run.data)
 
 
 def read_lists(run: Run, name: str = "") -> np.ndarray:
@@ -250,10 +294,11 @@ def read_lists(run: Run, name: str = "") -> np.ndarray:
 
     Raises: ArtifactError where they are missing.
     """
-    path = run.folder / f"evaluation{name}.lists.parquet"
-    if not path.is_file():
-        raise ArtifactError(f"{path} is missing; make it with: sagerec evaluate or sagerec baseline")
-    return pl.read_parquet(path)["items"].to_numpy().astype(np.int64)
+    path = run.lists_path(f"evaluation{name}")
+    try:
+        return pl.read_parquet(path)["items"].to_numpy().astype(np.int64)
+    except artifacts.UNREADABLE as error:
+        raise ArtifactError(f"{path} cannot be read ({error}): evaluate again") from error
 
 
 def diagnose_lists(run: Run, names: Sequence[str], k: int = 10) -> dict[str, Diagnosis]:
@@ -264,11 +309,11 @@ def diagnose_lists(run: Run, names: Sequence[str], k: int = 10) -> dict[str, Dia
     cases, counts = run.split.cases(run.data, "test"), learnt_counts(run.data, run.split)
     found = {}
     for name in names:
-        suffix = "" if name == "policy" else f"-{name.removeprefix('policy-')}"
-        lists, path = read_lists(run, suffix), run.folder / f"evaluation{suffix}.json"
-        report = artifacts.read_json(path)
-        if report["split"] != "test" or report["made_from"] != run.hashes(*report["made_from"]):
+        stem = "evaluation" if name == "policy" else f"evaluation-{check_name(name).removeprefix('policy-')}"
+        report, path = run.report(stem), run.folder / f"{stem}.json"
+        if report["split"] != "test" or run.outdated(report["made_from"], grown=False):
             raise ArtifactError(f"{path} measures another split or an earlier artefact; evaluate {name} again")
+        lists = read_lists(run, stem.removeprefix("evaluation"))
         if lists.shape[1] < k:
             raise ArtifactError(f"the lists of {path} have {lists.shape[1]} places; expected {k} or more: lower --k")
         found[name] = diagnose(lists[:, :k], cases.targets, run.space(), counts, BUCKET_EDGES)
@@ -292,9 +337,13 @@ def audit(run: Run) -> list[Finding]:
         if not folder.is_dir():
             continue
         artifacts.check_content(folder, run.manifest(name))
-        rows = read_events_used(folder)
-        findings.append(audit_stage(name, rows, run.data, run.split, allowed=allowed))
-    logger.info("audit: %d stages saw no event that they must not see (%s)", len(findings), EVENTS_USED)
+        if (reason := run.stale(name)) is not None:
+            logger.warning("audit: stale: %s", reason)
+            findings.append(Finding(name, {}, allowed, stale=True))  # its rows are those of another log or split
+            continue
+        findings.append(audit_stage(name, read_events_used(folder), run.data, run.split, allowed=allowed))
+    checked = sum(not finding.stale for finding in findings)
+    logger.info("audit: %d stages saw no event that they must not see (%s)", checked, EVENTS_USED)
     return findings
 
 
@@ -312,7 +361,8 @@ def run_all(dataset: Path, out: Path, settings: RunSettings, *, with_refit: bool
     return reports
 
 
-def is_needed(
+@contextmanager
+def making(
     folder: Path,
     kind: str,
     *,
@@ -320,11 +370,21 @@ def is_needed(
     settings: dict[str, Any],
     seed: int | None = None,
     grown_from: dict[str, list[str]] | None = None,
-) -> bool:
-    """Whether a stage must run; says in the log why. `grown_from`: inputs that may have had items added since."""
-    if not folder.exists():
-        logger.info("%s: making it", folder.name)
-        return True
-    reason = artifacts.misfit(folder, kind, made_from=made_from, settings=settings, seed=seed, grown_from=grown_from)
-    logger.info("%s: %s", folder.name, "there and fits" if reason is None else f"making it again, for {reason}")
-    return reason is not None
+) -> Iterator[bool]:
+    """Hold the place of a stage's artefact, and tell whether the stage must run; the log says why.
+
+    `grown_from`: inputs that may have had items added since. Of several ranks the first holds it.
+    """
+    with locked(folder) if parallel.rank() == 0 else nullcontext():
+        reason = None
+        if not folder.exists():
+            logger.info("%s: making it", folder.name)
+        else:
+            reason = artifacts.misfit(
+                folder, kind, made_from=made_from, settings=settings, seed=seed, grown_from=grown_from
+            )
+            said = "there and fits" if reason is None else f"making it again, for {reason}"
+            logger.info("%s: %s", folder.name, said)
+            if reason is None and parallel.rank() == 0:
+                discard_finished(folder, artifacts.read_manifest(folder, kind))
+        yield reason is not None or not folder.exists()

@@ -6,10 +6,12 @@ from typing import Any
 
 from sagerec.baselines.sasrec import TUNED, SasRecSettings
 from sagerec.baselines.tuning import BaselineName, sasrec_grid
-from sagerec.config import require
+from sagerec.config import at_least, check_fields, require
+from sagerec.objectives.rewards import parse_rewards
 from sagerec.objectives.table import find_objective
 from sagerec.run.stages import RunSettings
-from sagerec.training.settings import AlignSettings, TrainSettings
+from sagerec.training.reward_modules import check_origin
+from sagerec.training.settings import OF_A_ROW, AlignSettings, TrainSettings
 
 STUDY, CONTROL, START, OURS = "study.json", "sft", "supervised", "sage"
 RIVALS = ("gbpo", "gdpo")
@@ -77,10 +79,13 @@ class StudySettings:
             object.__setattr__(self, name, tuple(words))
         for name in (*self.objectives, *self.single, *self.ablation_rows):
             find_objective(name)
-        require(self.seeds >= 1, f"seeds is {self.seeds}; expected at least 1")
-        require(self.trials >= 0, f"trials is {self.trials}; expected 0 or above")
-        require(self.processes >= 1, f"processes is {self.processes}; expected at least 1")
-        require(self.bootstrap_samples >= 100, f"bootstrap_samples is {self.bootstrap_samples}; expected at least 100")
+        check_fields(
+            self,
+            seeds=at_least(1, 1000),
+            trials=at_least(0, 1000),
+            processes=at_least(1, 1024),
+            bootstrap_samples=at_least(100, 1_000_000),
+        )
 
     @property
     def ablation_rows(self) -> tuple[str, ...]:
@@ -108,7 +113,13 @@ class CompareSettings:
     """How it is trained; learning rate and dropout are tried."""
 
     def __post_init__(self) -> None:
-        for name in ("boost", "boost_form", "boost_scope", "entropy_penalty", "clip_low", "clip_high", "cap"):
+        for name, instead in (("objective", "objectives"), ("seed", "seeds")):
+            require(
+                getattr(self.align, name) == getattr(AlignSettings(), name),
+                f"{name} is set for all alignments, and a study has its own; leave it out and give --{instead}",
+            )
+        check_origin(list(parse_rewards(self.align.resolved().reward)), self.align.reward_module)
+        for name in OF_A_ROW:
             require(
                 getattr(self.align, name) is None,
                 f"{name} is set for all objectives, which would make one of another; leave it to the trials",

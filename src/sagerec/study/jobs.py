@@ -1,20 +1,22 @@
 """Trials and rows as jobs: skipped where their result is there, and run in parallel processes."""
 
 import logging
+import os
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from sagerec import artifacts
 from sagerec.config import grid_points, to_json
-from sagerec.errors import SettingsError, TrainingError
+from sagerec.errors import ArtifactError, SettingsError, TrainingError
+from sagerec.files import read_record, write_record
 from sagerec.objectives.table import find_objective
 from sagerec.progress import progress_bar
 from sagerec.run import stages as pipeline
@@ -65,7 +67,7 @@ def tuning_jobs(settings: StudySettings, align: AlignSettings) -> list[Job]:
         if objective in settings.ablation_rows:
             continue
         for number, point in enumerate(grid(objective, settings.trials, align)):
-            chosen = replace(align, objective=objective, seed=0, **point)
+            chosen = replace(align.for_objective(objective), seed=0, **point)
             found.append(Job("trial", objective, chosen, f"{objective}-{number}"))
     return found
 
@@ -79,8 +81,9 @@ def chosen_settings(folder: Path, objective: str, settings: StudySettings, align
         for name in ("boost", "entropy_penalty"):
             if getattr(row, name) == 0 or row.bound != "gradient":
                 point.pop(name, None)
-        return replace(align, objective=objective, **point)
-    return replace(align, objective=objective, **chosen_point(folder, objective, settings))
+    else:
+        point = chosen_point(folder, objective, settings)
+    return replace(align.for_objective(objective), **point)
 
 
 def chosen_point(folder: Path, objective: str, settings: StudySettings) -> dict[str, Any]:
@@ -95,14 +98,14 @@ def read_trials(folder: Path, objective: str) -> list[dict[str, Any]]:
     paths = sorted(
         (folder / "trials").glob(f"{objective}-[0-9]*.json"), key=lambda path: int(path.stem.rpartition("-")[2])
     )
-    return [artifacts.read_json(path) for path in paths if path.stem.rpartition("-")[0] == objective]
+    return [read_record(path) for path in paths if path.stem.rpartition("-")[0] == objective]
 
 
 def do_job(folder: Path, job: Job, run_settings: RunSettings, threads: int, device: str) -> str:
     """Run one job; returns its name."""
     torch.set_num_threads(threads)
     run = open_run(folder / "run")
-    settings = replace(job.settings, device=device)
+    settings = replace(job.settings, device=device)  # validated anew, so that this process has the reward modules
     if job.kind == "row":
         pipeline.align(run, settings, name=job.name)
         pipeline.evaluate(run, run_settings.evaluate, name=f"policy-{job.name}", device=device)
@@ -121,16 +124,14 @@ def do_job(folder: Path, job: Job, run_settings: RunSettings, threads: int, devi
     except TrainingError as error:
         # Settings that do not hold are a result: the trial loses.
         logger.warning("%s failed: %s", job.name, error)
-        artifacts.write_json(
-            path, record | {"criterion": 0.0, "kept_round": None, "seconds": 0.0, "failed": str(error)}
-        )
+        write_record(path, record | {"criterion": 0.0, "kept_round": None, "seconds": 0.0, "failed": str(error)})
         return job.name
     manifest, where = run.manifest(name), run.folder / name
     validated = [values for values in read_metrics(where) if "criterion" in values]
     kept: dict[str, Any] = next((v for v in validated if v["round"] == manifest.sizes["kept_round"]), {})
     sizes = {key: manifest.sizes[key] for key in ("criterion", "kept_round", "seconds")}
     measured = {k.removeprefix("valid_"): v for k, v in kept.items() if k.startswith("valid_")}
-    artifacts.write_json(path, record | sizes | {"metrics": measured})
+    write_record(path, record | sizes | {"metrics": measured})
     shutil.rmtree(where)
     return job.name
 
@@ -142,15 +143,15 @@ def is_done(folder: Path, job: Job, run: Run, run_settings: RunSettings) -> bool
         path = folder / "trials" / f"{job.name}.json"
         if not path.is_file():
             return False
-        saved = artifacts.read_json(path)
+        saved = read_record(path)
         return bool(saved["align"] == job.settings.what() and saved["made_from"] == made_from)
-    path = run.folder / f"evaluation-{job.name}.json"
-    policy = run.folder / f"policy-{job.name}"
-    if not (path.is_file() and (policy / artifacts.MANIFEST).is_file()):
+    policy = f"policy-{job.name}"
+    try:
+        manifest, saved = run.manifest(policy), run.report(f"evaluation-{job.name}")
+    except ArtifactError:
         return False
-    manifest, saved = run.manifest(policy.name), artifacts.read_json(path)
     same = manifest.settings["align"] == job.settings.what()
-    fits = saved["made_from"] == run.hashes(policy.name, run.actions)
+    fits = saved["made_from"] == run.hashes(policy, run.actions)
     return bool(
         same and fits and manifest.made_from == made_from and saved["settings"] == to_json(run_settings.evaluate)
     )
@@ -179,12 +180,24 @@ def do_jobs(folder: Path, jobs: Sequence[Job], settings: StudySettings, run_sett
             logger.info("%s is done; %d of %d left", name, len(left) - done, len(left))
 
 
+def _end_with_parent() -> None:
+    """End this process when the one that started it does: nothing trains on for a study that was killed."""
+    parent = parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def finished(calls: Sequence[tuple[Path, Job, RunSettings, int, str]], processes: int) -> Iterator[str]:
     """Names of jobs as they are done: here one after another, or in several processes."""
     if processes == 1:
         yield from (do_job(*call) for call in calls)
         return
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
         try:
             for future in as_completed([pool.submit(do_job, *call) for call in calls]):
                 yield future.result()

@@ -16,6 +16,7 @@ from sagerec.config import require, to_json
 from sagerec.errors import SettingsError
 from sagerec.evaluation.per_case import make_yardstick
 from sagerec.evaluation.tests import differences, judge, measure, seed_variances, summarise
+from sagerec.files import locked, write_record
 from sagerec.run import stages as pipeline
 from sagerec.run.folder import Run
 from sagerec.run.stages import RunSettings, read_lists
@@ -38,6 +39,11 @@ def run_study(dataset: Path, folder: Path, settings: CompareSettings) -> dict[st
 
     Raises: SettingsError where the split reserves nothing.
     """
+    with locked(folder / STUDY):
+        return _run_study(dataset, folder, settings)
+
+
+def _run_study(dataset: Path, folder: Path, settings: CompareSettings) -> dict[str, Any]:
     run_settings, study = settings.run, settings.study
     if run_settings.split.reserve == "none":
         run_settings = replace(run_settings, split=replace(run_settings.split, reserve="event"))
@@ -67,7 +73,7 @@ def run_study(dataset: Path, folder: Path, settings: CompareSettings) -> dict[st
     do_jobs(folder, rows, study, run_settings)
     pipeline.audit(run)
     record = describe_study(folder, run, settings, run_settings)
-    artifacts.write_json(folder / STUDY, record)
+    write_record(folder / STUDY, record)
     return record
 
 
@@ -137,7 +143,7 @@ def describe_study(folder: Path, run: Run, settings: CompareSettings, run_settin
         "one_seed": len(tests) - judged,
         "settings": {
             "study": to_json(study),
-            "align": to_json(aligned),
+            "align": to_json(aligned) | {"reward_module": aligned.reward_sources},
             "sasrec": to_json(settings.sasrec),
             "sasrec_train": to_json(settings.sasrec_train),
             **{name: to_json(getattr(run_settings, name)) for name in ("split", "ids", "policy", "train", "evaluate")},

@@ -46,16 +46,26 @@ from sagerec.policies.registry import write_weights
 from sagerec.progress import progress_bar
 from sagerec.training import parallel
 from sagerec.training.batches import make_windows, shuffled_batches
-from sagerec.training.checkpoints import load_checkpoint, newest_checkpoint, read_progress, save_checkpoint
+from sagerec.training.checkpoints import (
+    fingerprint,
+    load_checkpoint,
+    newest_checkpoint,
+    read_progress,
+    save_checkpoint,
+    working_folder,
+)
 from sagerec.training.feedback import gather_facts, gather_feedback, to_device
 from sagerec.training.layout import most_choices
 from sagerec.training.loop import choose_device, make_optimizer
 from sagerec.training.rounds import Stage, roll_round, update
 from sagerec.training.settings import STORE_METRICS, AlignSettings, parse_criterion
+from sagerec.training.soundness import check_kept
 from sagerec.training.tracking import Trackers, keep_records, open_trackers
 
 logger = logging.getLogger(__name__)
 VALIDATION_K, VALIDATION_BEAMS = 10, 20
+GLANCE = 8
+"""Reserved events that are looked at after each round, to see that the policy is not lost."""
 
 
 def validate(
@@ -105,9 +115,11 @@ def align_policy(
     `start` is trained, `reference` a second copy of it that stays. Work in progress stands in `folder` + `.training`.
 
     Raises: SettingsError where no event is reserved; RewardError for a reward that this data cannot give;
-    TrainingError where loss or gradient is not finite.
+    TrainingError where loss, gradient or weights are not finite, or what would be kept is lost.
     """
-    work = folder.with_name(folder.name + ".training")
+    work = working_folder(folder)
+    resolved = {"policy": policy_settings, "align": settings.what()}
+    depends = [*fingerprint(resolved, made_from), parallel.n_ranks()]
     cases = split.cases(data, "align")
     if len(cases) == 0:
         raise SettingsError(
@@ -123,7 +135,7 @@ def align_policy(
             )
     device = choose_device(parallel.rank_device(settings.device))
     parallel.join_ranks(device)
-    weights = parse_rewards(settings.reward)
+    weights = parse_rewards(settings.reward) if settings.reward else {}  # the control has none
     facts = gather_facts(data, split, start.space, clusters=settings.clusters, cold_max_count=settings.cold_max_count)
     train = split.sequences(data, "train")
     stage = Stage(
@@ -159,12 +171,12 @@ def align_policy(
         return parallel.share_from_first(found)
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        summary = run_rounds(stage, measure if len(validation) and settings.validations else None, made_from)
+        summary = run_rounds(stage, measure if len(validation) and settings.validations else None, depends)
+    check_kept(stage.policy, sample_loss(stage, settings.batch_users), f"update {summary['updates']}")
     if parallel.rank() == 0:
         opened, closed = (np.bincount(rows, minlength=data.n_events + 1) for rows in (cases.starts, cases.rows + 1))
         seen = np.flatnonzero((opened - closed).cumsum() > 0)  # from the start of each history to its target
         seen = seen if stage.replay is None else np.union1d(seen, train.rows)
-        resolved = {"policy": policy_settings, "align": settings.what()}
         with write_artifact(
             folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed, sizes=summary
         ) as fresh:
@@ -176,8 +188,23 @@ def align_policy(
     return stage.policy
 
 
-def run_rounds(stage: Stage, measure: Any, made_from: dict[str, str]) -> dict[str, Any]:
-    """The rounds of the algorithm box, from the newest checkpoint on; leaves the kept weights in the policy."""
+@torch.no_grad()
+def sample_loss(stage: Stage, n: int) -> float:
+    """Next-item loss of the first n reserved events, in nats an item."""
+    policy, cases = stage.policy, stage.cases
+    some = np.arange(min(len(cases), n))
+    history, length = cases.histories(some, policy.max_items)
+    items, lengths = (torch.from_numpy(x).to(policy.device) for x in (history, length))
+    targets = torch.from_numpy(policy.space.listed_as(cases.targets[some])).to(policy.device).long()
+    last = torch.arange(items.shape[1], device=policy.device) == lengths[:, None] - 1
+    return float(policy.next_item_loss(items, targets[:, None].expand_as(items), last))
+
+
+def run_rounds(stage: Stage, measure: Any, depends: list[Any]) -> dict[str, Any]:
+    """The rounds of the algorithm box, from the newest checkpoint on; leaves the kept weights in the policy.
+
+    A checkpoint of what depends on other things than `depends` is not resumed.
+    """
     settings, policy, work = stage.settings, stage.policy, stage.work
     lengths = np.minimum(stage.cases.rows - stage.cases.starts, policy.max_items)
     per_round = max(1, settings.round_users // settings.batch_users)
@@ -191,11 +218,10 @@ def run_rounds(stage: Stage, measure: Any, made_from: dict[str, str]) -> dict[st
     n_rounds = rounds_per_epoch * settings.epochs
     total_steps = n_batches * settings.passes * settings.epochs
     due = {round(n_rounds * (i + 1) / settings.validations) for i in range(settings.validations)} if measure else set()
-    fingerprint = [settings.what(), made_from, parallel.n_ranks()]
-    progress: dict[str, Any] = {"fingerprint": fingerprint, "round": 0, "step": 0, "best": None, "seconds": 0.0}
+    progress: dict[str, Any] = {"fingerprint": depends, "round": 0, "step": 0, "best": None, "seconds": 0.0}
     best: dict[str, Tensor] = {}
     checkpoint = newest_checkpoint(work) if parallel.rank() == 0 else None
-    if checkpoint is not None and read_progress(checkpoint)["fingerprint"] != fingerprint:
+    if checkpoint is not None and read_progress(checkpoint)["fingerprint"] != depends:
         logger.info("the unfinished alignment in %s was of other inputs or settings; starting anew", work)
         shutil.rmtree(work)
         checkpoint = None
@@ -226,6 +252,7 @@ def run_rounds(stage: Stage, measure: Any, made_from: dict[str, str]) -> dict[st
                     progress["step"] += 1
             progress["round"] = number + 1
             logged |= {name: float(np.mean([f[name] for f in figures])) for name in figures[0]}
+            check_kept(policy, sample_loss(stage, GLANCE), f"update {progress['step']}")
             seconds = time.perf_counter() - started
             progress["seconds"] += seconds
             if number + 1 in due:

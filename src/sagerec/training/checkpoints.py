@@ -4,6 +4,8 @@ Each is a new folder `checkpoint-<step>` that is renamed into place whole; older
 moment the newest complete one can be read.
 """
 
+import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sagerec.artifacts import read_json, replace_folder, write_json
+from sagerec.artifacts import Manifest, read_manifest, write_artifact
+from sagerec.errors import ArtifactError
+from sagerec.files import read_json, write_json
 
-_TENSORS, _PROGRESS = "state.safetensors", "progress.json"
+logger = logging.getLogger(__name__)
+_TENSORS, _PROGRESS, KIND = "state.safetensors", "progress.json", "checkpoint"
 
 
 def save_checkpoint(
@@ -39,7 +44,7 @@ def save_checkpoint(
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     target = folder / f"checkpoint-{step:09d}"
-    with replace_folder(target) as fresh:
+    with write_artifact(target, KIND) as fresh:
         save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, fresh / _TENSORS)
         write_json(fresh / _PROGRESS, progress)
     for old in folder.glob("checkpoint-*"):
@@ -48,9 +53,39 @@ def save_checkpoint(
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The complete checkpoint of the highest step, None where there is none."""
-    found = sorted(folder.glob("checkpoint-*"))
-    return found[-1] if found else None
+    """The checkpoint of the highest step that is as it was written, None where there is none."""
+    for checkpoint in sorted(folder.glob("checkpoint-*"), reverse=True):
+        try:
+            read_manifest(checkpoint, KIND)
+        except ArtifactError as error:
+            logger.warning("%s; going on without it", error)
+        else:
+            return checkpoint
+    return None
+
+
+def working_folder(folder: Path) -> Path:
+    """Where a stage works until its artefact at `folder` is there."""
+    return folder.with_name(folder.name + ".training")
+
+
+def fingerprint(settings: dict[str, Any], made_from: dict[str, str]) -> list[Any]:
+    """What a training depends on, as JSON: a checkpoint with another one is not resumed."""
+    values: list[Any] = json.loads(json.dumps([settings, made_from]))
+    return values
+
+
+def discard_finished(folder: Path, manifest: Manifest) -> None:
+    """Remove what the training of the artefact at `folder` left where it was killed at the very end.
+
+    What another training left there stays, for it may be resumed.
+    """
+    work = working_folder(folder)
+    checkpoint = newest_checkpoint(work) if work.is_dir() else None
+    if checkpoint is None or read_progress(checkpoint)["fingerprint"][:2] == fingerprint(
+        manifest.settings, manifest.made_from
+    ):
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def read_progress(checkpoint: Path) -> dict[str, Any]:

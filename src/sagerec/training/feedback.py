@@ -79,10 +79,12 @@ class Feedback:
     ) -> dict[str, Tensor]:
         """Answers (B, G, K) to slates of the cases `index` with histories (B, T) and targets (B,).
 
-        From the store, expected values; from the log, what it says of the target, and 0 for every other item.
+        From the store, expected values; from the log, what it says of the target, and 0 for every other item. Where a
+        slate has no item (-1), nobody answers: 0.
         """
         found: dict[str, Tensor] = {}
         shape, device = slates.shape, slates.device
+        there, slates = slates >= 0, slates.clamp(min=0)
         if self.store is not None:
             flat = slates.cpu().numpy().reshape(-1, shape[2])
             users = self.cases.users[index].repeat(shape[1])
@@ -100,7 +102,7 @@ class Feedback:
             best = scores.amax(dim=1).clamp(min=1e-9)[:, None, None]
             picked = scores.gather(1, slates.cpu().flatten(1)).view(shape)
             found[rewards.COLLABORATIVE] = (picked / best).float().to(device)
-        return found
+        return {name: value * there for name, value in found.items()}
 
 
 def gather_feedback(

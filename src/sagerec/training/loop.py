@@ -20,11 +20,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sagerec.catalogue.splits import Cases
-from sagerec.errors import TrainingError
+from sagerec.errors import SettingsError, TrainingError
 from sagerec.progress import Bar, progress_bar
 from sagerec.training.batches import Windows, shuffled_batches
 from sagerec.training.checkpoints import load_checkpoint, newest_checkpoint, read_progress, save_checkpoint
 from sagerec.training.settings import TrainSettings
+from sagerec.training.soundness import check_kept
 from sagerec.training.tracking import open_trackers
 
 logger = logging.getLogger(__name__)
@@ -35,10 +36,19 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that a setting names; `auto` is the GPU where there is one."""
+    """The device that a setting names; `auto` is the GPU where there is one.
+
+    Raises: SettingsError for one that is not there.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        known = ["auto", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise SettingsError(f"device is {name!r}, which is not there; expected one of {', '.join(known)}") from error
+    return device
 
 
 def has_native_bfloat16(device: torch.device) -> bool:
@@ -100,7 +110,8 @@ def fit(
     (JSON values) says what the training depends on: a checkpoint with another one is not resumed. `layers` are what
     `settings.compile` compiles. Returns what happened, for the manifest.
 
-    Raises: TrainingError for a non-finite loss or gradient; the batch is saved first.
+    Raises: TrainingError for a non-finite loss or gradient, the batch is saved first; and where what would be kept is
+    lost (`check_kept`).
     """
     steps_per_epoch = math.ceil(len(windows) / settings.batch_size)
     total = steps_per_epoch * settings.epochs
@@ -159,6 +170,7 @@ def fit(
     if best:
         model.load_state_dict(best)
     model.eval()
+    check_kept(model, _sample_loss(model, windows, settings, loss), f"step {progress['epoch'] * steps_per_epoch}")
     return {
         "epochs": progress["epoch"],
         "best_epoch": progress["best_epoch"] or progress["epoch"],
@@ -166,6 +178,14 @@ def fit(
         "seconds": progress["seconds"],
         "targets": windows.n_targets,
     }
+
+
+@torch.no_grad()
+def _sample_loss(model: nn.Module, windows: Windows, settings: TrainSettings, loss: Loss) -> float:
+    """The loss of the first windows, a batch of them, in nats an item, without dropout."""
+    device = next(model.parameters()).device
+    index = np.arange(min(len(windows), settings.batch_size))
+    return float(loss(*(torch.from_numpy(x).to(device) for x in windows.batch(index))))
 
 
 def _is_done(progress: dict[str, Any], settings: TrainSettings) -> bool:

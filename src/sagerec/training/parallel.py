@@ -29,8 +29,8 @@ def rank_device(name: str) -> str:
 
 
 def rank() -> int:
-    """Number of the process, 0 without a group."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    """Number of the process: in its group, before there is one as torchrun says, 0 without it."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
 def n_ranks() -> int:

@@ -19,7 +19,7 @@ from sagerec.decoding.rollouts import roll_out
 from sagerec.decoding.slates import slate_logprobs
 from sagerec.errors import NumericalError, TrainingError
 from sagerec.objectives.loss import PolicyLoss, compute_advantages, policy_loss
-from sagerec.objectives.rewards import Facts, RewardInputs, compute_rewards, slate_coldness, slate_diversity
+from sagerec.objectives.rewards import Facts, RewardInputs, compute_rewards, of_items, slate_coldness, slate_diversity
 from sagerec.policies.protocol import AnyPolicy
 from sagerec.training import parallel
 from sagerec.training.batches import Windows, shuffled_batches
@@ -159,7 +159,7 @@ def roll_minibatch(stage: Stage, contexts: CaseBatch, generator: torch.Generator
     if per_item:
         earned = earned.transpose(1, 2).flatten(0, 1)
         diversity = as_units(diversity.unsqueeze(2).expand_as(slates), True)
-        coldness = as_units(stage.facts.cold[slates].float(), True)
+        coldness = as_units(of_items(stage.facts.cold, slates).float(), True)
     old = layout.fill(rolled.tokens.logprobs)
     return Rollouts(slates, layout, old, reference, earned, diversity, coldness)
 
@@ -184,7 +184,7 @@ def roll_round(stage: Stage, batches: Sequence[np.ndarray], number: int) -> tupl
         gathered.append(gather_units(r.rewards, c.total, units))
         tokens.append(gather_units(r.layout.mask.sum(dim=2), c.total, units))
     rewards = torch.cat(gathered)
-    weights = torch.tensor(list(stage.rewards.values()), device=policy.device)
+    weights = torch.tensor(list(stage.rewards.values()), device=policy.device, dtype=torch.float64)
     advantages = compute_advantages(settings.row, rewards, weights=weights, tokens=torch.cat(tokens))
     made = []
     for c, r, part in zip(contexts, rolled, torch.split(advantages, [len(g) for g in gathered]), strict=True):
@@ -207,7 +207,7 @@ def rollout_figures(stage: Stage, made: list[Minibatch], rewards: Tensor, advant
         [(r.slates == m.contexts.targets[:, None, None]).flatten(1).any(1) for m, r in zip(made, rolled, strict=True)]
     )
     items = torch.cat([r.slates.flatten(1) for r in rolled]).sort(dim=1).values
-    repeats = (items[:, 1:] == items[:, :-1]).float()
+    repeats = ((items[:, 1:] == items[:, :-1]) & (items[:, 1:] >= 0)).float()
     first = rolled[0]
     assert first.reference is not None
     means = rewards.flatten(0, 1).mean(dim=0).tolist()
@@ -270,7 +270,7 @@ def losses(stage: Stage, batch: Minibatch, step: int) -> tuple[Tensor, dict[str,
             advantages=batch.advantages,
             diversity=batch.rollouts.diversity,
             coldness=batch.rollouts.coldness,
-            denominator=parallel.add_up(sizes[row.aggregation]),
+            denominator=parallel.add_up(sizes[row.aggregation]).clamp(min=1),
         )
         total = total + settings.policy_weight * found.loss
         logged |= bound_figures(found, mask)
@@ -346,7 +346,8 @@ def update(stage: Stage, batch: Minibatch, step: int, total_steps: int) -> dict[
         loss, logged = losses(stage, batch, step)
     except NumericalError as error:
         raise TrainingError(
-            f"update {step}: {error}; the batch is saved in {save_batch(stage, batch, step)}"
+            f"update {step}: {error}; the batch is saved in {save_batch(stage, batch, step)}. "
+            "Lower --learning-rate, or look at the rewards in metrics.jsonl"
         ) from error
     if loss.requires_grad:
         loss.backward()  # type: ignore[no-untyped-call]
@@ -356,7 +357,7 @@ def update(stage: Stage, batch: Minibatch, step: int, total_steps: int) -> dict[
         path = save_batch(stage, batch, step)
         raise TrainingError(
             f"loss {loss.item()} with gradient norm {norm.item()} at update {step}; the batch is saved in {path}. "
-            "Lower the learning rate, or look at the rewards in metrics.jsonl"
+            "Lower --learning-rate, or look at the rewards in metrics.jsonl"
         )
     rate = learning_rate_at(step, total_steps, settings.learning_rate, settings.warmup_share)
     for group in stage.optimizer.param_groups:

@@ -1,22 +1,33 @@
 """Settings of the alignment stage."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from tyro.conf import UseAppendAction
 
 from sagerec.actions.clusters import ClusterKind
-from sagerec.config import require, require_choices, to_json
+from sagerec.config import above, at_least, between, check_fields, require, to_json
 from sagerec.decoding.rollouts import RolloutSettings
-from sagerec.objectives.rewards import parse_rewards
+from sagerec.objectives.rewards import MOST_WEIGHT, parse_rewards
 from sagerec.objectives.table import Objective, find_objective
+from sagerec.training.reward_modules import load_reward_module
 from sagerec.training.tracking import TrackerName, check_trackers
 
 DEFAULT_REWARDS = ("hit=1", "cold*hit=2", "novelty*similarity=0.1", "diversity=0.1")
 """Rewards and weights that won on validation (docs/log.md)."""
 CRITERION = ("recall=2", "cold_recall=0.25", "coarse_entropy=0.5")
 """What a validated policy is worth: losing 1 % of Recall costs what 4 % of Entropy or 8 % of Cold-Recall gain."""
+
+OF_A_ROW = ("boost", "boost_form", "boost_scope", "entropy_penalty", "clip_low", "clip_high", "cap")
+"""Settings of alignment that stand in place of those of the objective's row."""
+LOSS_WEIGHTS = ("policy_weight", "sft_weight", "kl_weight", "entropy_weight")
+OF_ROLLOUTS = (
+    *("reward", "reward_module", "k", "slates", "beam_slates", "temperature", "top_p", "credit", "clusters"),
+    *LOSS_WEIGHTS,
+)
+"""Settings that only an objective with rollouts reads: the control has none, and one loss of weight 1."""
+MOST_COUNT, MOST_VALIDATIONS = 2**31 - 1, 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +64,19 @@ class TrainSettings:
     """Seed of the weights, the order of the batches and dropout."""
 
     def __post_init__(self) -> None:
-        require_choices(self)
         check_trackers(self.track)
-        require(self.epochs >= 1, f"epochs is {self.epochs}; expected at least 1")
-        require(self.batch_size >= 1, f"batch_size is {self.batch_size}; expected at least 1")
-        require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}; expected above 0")
-        require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; expected 0 or above")
-        require(0 <= self.warmup_share < 1, f"warmup_share is {self.warmup_share}; expected from 0 to below 1")
-        require(self.clip_norm > 0, f"clip_norm is {self.clip_norm}; expected above 0")
-        require(self.validate_every >= 0, f"validate_every is {self.validate_every}; expected 0 or above")
-        require(self.patience >= 1, f"patience is {self.patience}; expected at least 1")
+        check_fields(
+            self,
+            epochs=at_least(1, 100_000),
+            batch_size=at_least(1),
+            learning_rate=above(0),
+            weight_decay=at_least(0, 1000),
+            warmup_share=between(0, 1, below=True),
+            clip_norm=above(0),
+            validate_every=at_least(0),
+            validation_users=at_least(1),
+            patience=at_least(1),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +87,9 @@ class AlignSettings:
     """A row of the table of objectives; `sft` is the control."""
     reward: UseAppendAction[tuple[str, ...]] = ()
     """NAME=WEIGHT or NAME*NAME=WEIGHT, once for each reward; without any, those of DEFAULT_REWARDS."""
+    reward_module: UseAppendAction[tuple[str, ...]] = ()
+    """Module that registers rewards of one's own (my.rewards, or a .py file), once for each: imported in every process,
+    and saved with the SHA-256 of its source."""
     boost: float | None = None
     """In place of the objective's own; so are the next six."""
     boost_form: Literal["scaled", "bound"] | None = None
@@ -152,77 +169,82 @@ class AlignSettings:
     """Seed of the order of events, of samples and of dropout."""
 
     def __post_init__(self) -> None:
-        require_choices(self)
+        counts = ("epochs", "round_users", "batch_users", "passes", "checkpoint_every", "validation_users")
+        check_fields(
+            self,
+            **dict.fromkeys(counts, at_least(1, MOST_COUNT)),
+            **dict.fromkeys(("max_contexts", "cold_max_count"), at_least(0, MOST_COUNT)),
+            **dict.fromkeys(("learning_rate", "clip_norm"), above(0, MOST_WEIGHT)),
+            **dict.fromkeys(("weight_decay", "replay_weight", *LOSS_WEIGHTS), at_least(0, MOST_WEIGHT)),
+            validations=at_least(0, MOST_VALIDATIONS),
+            warmup_share=between(0, 1, below=True),
+        )
         check_trackers(self.track)
+        for module in self.reward_module:
+            load_reward_module(module)  # before the rewards are looked up
         if self.reward:
             parse_rewards(self.reward)
         if self.criterion:
             parse_criterion(self.criterion)
-        assert self.row.name, self.rollout.slates  # raise SettingsError for what they cannot take
-        self._refuse_unread()
-        for name in ("epochs", "round_users", "batch_users", "passes", "checkpoint_every"):
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; expected at least 1")
-        for name in ("learning_rate", "clip_norm"):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}; expected above 0")
-        for name in (
-            "weight_decay",
-            "policy_weight",
-            "max_contexts",
-            "sft_weight",
-            "replay_weight",
-            "kl_weight",
-            "entropy_weight",
-            "validations",
-        ):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}; expected 0 or above")
-        require(0 <= self.warmup_share < 1, f"warmup_share is {self.warmup_share}; expected from 0 to below 1")
-        require(self.cold_max_count >= 0, f"cold_max_count is {self.cold_max_count}; expected 0 or above")
-        require(
-            not (self.credit == "item" and self.k == 1),
-            "credit 'item' with one item a slate; expected k above 1, or credit 'slate'",
-        )
-
-    def _refuse_unread(self) -> None:
-        """Raise SettingsError for a setting that the objective or the rollouts would not read."""
-        row = find_objective(self.objective)
-        adaptive, clipped = ("gradient", "adaptive-clip"), ("clip", "early-clip", "adaptive-clip")
-        read: dict[str, tuple[str, ...]] = {"cap": ("cap",), "boost_form": ("gradient",)}
-        read |= {"boost": adaptive, "boost_scope": adaptive, "entropy_penalty": adaptive}
-        read |= {"clip_low": clipped, "clip_high": clipped}
-        for name, bounds in read.items():
+        row, rollout = self.row, self.rollout  # raise SettingsError for what they cannot take
+        for name in sorted(unread_by(row)):
             require(
-                getattr(self, name) is None or (row.bound in bounds and not row.trains_on_targets),
-                f"{name} is set, which the objective {self.objective!r} does not read; leave it out",
+                getattr(self, name) == _DEFAULTS[name],
+                f"--{name.replace('_', '-')} is not read by objective {self.objective}; leave it out",
             )
         require(
-            self.top_p == 1 or self.rollout.n_beams < self.slates,
+            self.top_p == 1 or rollout.n_beams < self.slates,
             "top_p is set, and all slates come from beam search; set beam_slates below slates to sample some",
         )
         require(
             self.slates >= 2 or row.advantage == "raw" or row.trains_on_targets,
             f"slates is {self.slates}, and {self.objective} compares the slates of a context; expected at least 2",
         )
+        require(
+            not (self.credit == "item" and self.k == 1),
+            "credit 'item' with one item a slate; expected k above 1, or credit 'slate'",
+        )
 
     def resolved(self) -> "AlignSettings":
-        """The settings with default rewards and criterion filled in."""
-        return replace(self, reward=self.reward or DEFAULT_REWARDS, criterion=self.criterion or CRITERION)
+        """The settings with default rewards (which the control does not read) and criterion filled in."""
+        reward = () if self.row.trains_on_targets else self.reward or DEFAULT_REWARDS
+        return replace(self, reward=reward, criterion=self.criterion or CRITERION)
+
+    def for_objective(self, objective: str) -> "AlignSettings":
+        """The same for another objective, without what it does not read."""
+        return replace(self, objective=objective, **{n: _DEFAULTS[n] for n in unread_by(find_objective(objective))})
 
     def what(self) -> dict[str, Any]:
-        """The resolved settings that decide the result, as JSON: all but where it runs and what is recorded."""
-        values = to_json(self.resolved())
+        """The resolved settings that decide the result, as JSON: all but where it runs and what is recorded.
+
+        A reward module stands with the SHA-256 of its source, so that a changed one is another setting.
+        """
+        values = to_json(self.resolved()) | {"reward_module": self.reward_sources}
         return {name: value for name, value in values.items() if name not in ("device", "track", "checkpoint_every")}
+
+    @property
+    def reward_sources(self) -> dict[str, str]:
+        """Reward module -> SHA-256 of its source file."""
+        return {name: load_reward_module(name) for name in self.reward_module}
 
     @property
     def row(self) -> Objective:
         """The objective with the settings that are given here."""
-        names = ("boost", "boost_form", "boost_scope", "entropy_penalty", "clip_low", "clip_high", "cap")
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        given = {name: value for name in OF_A_ROW if (value := getattr(self, name)) is not None}
         return replace(find_objective(self.objective), **given)
 
     @property
     def rollout(self) -> RolloutSettings:
         """How slates are written."""
         return RolloutSettings(self.k, self.slates, self.beam_slates, self.temperature, self.top_p)
+
+
+_DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(AlignSettings)}
+
+
+def unread_by(row: Objective) -> set[str]:
+    """The settings of alignment that a row of the table does not read."""
+    return set(OF_A_ROW) - row.reads | (set(OF_ROLLOUTS) if row.trains_on_targets else set())
 
 
 STORE_METRICS = ("clicks", "likes", "dislikes", "watch_seconds")
@@ -235,12 +257,15 @@ def parse_criterion(parts: tuple[str, ...]) -> dict[str, float]:
     for text in parts:
         name, _, number = text.partition("=")
         try:
-            weights[name] = float(number)
+            weight = float(number)
         except ValueError:
-            weights[name] = math.nan
+            weight = math.nan
         require(
-            name in CRITERION_METRICS and math.isfinite(weights[name]),
-            f"criterion {text!r}; expected METRIC=WEIGHT with one of {', '.join(CRITERION_METRICS)}",
+            name in CRITERION_METRICS and abs(weight) <= MOST_WEIGHT,
+            f"criterion {text!r}; expected METRIC=WEIGHT with one of {', '.join(CRITERION_METRICS)} and a weight of "
+            f"at most {MOST_WEIGHT:g} in size",
         )
+        require(name not in weights, f"criterion {name!r} stands twice; give it one weight")
+        weights[name] = weight
     require(bool(weights), "the criterion is empty; expected at least one METRIC=WEIGHT, such as recall=1")
     return weights

@@ -19,6 +19,7 @@ from sagerec.evaluation.per_case import validation_means
 from sagerec.policies.protocol import AnyPolicy
 from sagerec.policies.registry import describe_policy, make_policy, write_weights
 from sagerec.training.batches import make_windows
+from sagerec.training.checkpoints import fingerprint, working_folder
 from sagerec.training.loop import choose_device, fit, validation_sample
 from sagerec.training.settings import TrainSettings
 from sagerec.training.tracking import keep_records
@@ -42,7 +43,7 @@ def train_policy(
 
     Raises: TrainingError for a non-finite loss (the batch is saved) or nothing to train on.
     """
-    work = folder.with_name(folder.name + ".training")
+    work = working_folder(folder)
     resolved = {"policy": describe_policy(policy_settings), "train": to_json(settings)}
     with torch.random.fork_rng(devices=[0] if torch.cuda.is_available() else []):
         torch.manual_seed(settings.seed)
@@ -56,7 +57,7 @@ def train_policy(
             settings,
             loss=policy.next_item_loss,
             validate=None if cases is None else lambda: validate(policy, cases, exclude_history=exclude),
-            fingerprint=[resolved, made_from],
+            fingerprint=fingerprint(resolved, made_from),
             layers=policy.layers(),
         )
     sizes = {"parameters": sum(p.numel() for p in policy.parameters()), "sequences": len(train)} | summary

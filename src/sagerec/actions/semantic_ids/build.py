@@ -40,7 +40,7 @@ from sagerec.artifacts import hash_file, read_manifest, write_artifact
 from sagerec.catalogue.audit import write_events_used
 from sagerec.catalogue.dataset import CATEGORIES, Dataset
 from sagerec.catalogue.splits import Sequences
-from sagerec.config import require, require_choices, to_json
+from sagerec.config import at_least, between, check_fields, require, to_json
 from sagerec.errors import ArtifactError
 
 KIND = "semantic_ids"
@@ -95,24 +95,32 @@ class SemanticIdSettings:
     """Seed of the SVD, of k-means and of the RQ-VAE."""
 
     def __post_init__(self) -> None:
-        require_choices(self)
+        check_fields(
+            self,
+            text_weight=at_least(0),
+            category_weight=at_least(0),
+            collaborative_weight=at_least(0),
+            sentence_weight=at_least(0),
+            levels=between(1, 8),
+            window=at_least(1),
+            vae_epochs=at_least(1, 100_000),
+            vae_width=at_least(1, 65_536),
+            vae_latent=at_least(1, 65_536),
+            vae_commitment=at_least(0),
+            text_dimensions=at_least(1, 65_536),
+            category_dimensions=at_least(1, 65_536),
+            collaborative_dimensions=at_least(1, 65_536),
+        )
         require(
             not self.existing or self.quantiser == "existing",
             f"existing is {self.existing!r} and quantiser {self.quantiser!r}; expected quantiser 'existing' with it",
         )
-        require(1 <= self.levels <= 8, f"levels is {self.levels}; expected 1 to 8")
         require(
             self.codebook_size == 0 or 2 <= self.codebook_size <= 32767,
             f"codebook_size is {self.codebook_size}; expected 2 to 32767, or 0 to have it chosen",
         )
         weights = (self.text_weight, self.category_weight, self.collaborative_weight, self.sentence_weight)
-        require(min(weights) >= 0 and max(weights) > 0, f"weights are {weights}; expected none below 0, one above")
-        require(self.window >= 1, f"window is {self.window}; expected at least 1")
-        widths = (self.text_dimensions, self.category_dimensions, self.collaborative_dimensions)
-        require(min(widths) >= 1, f"dimensions are {widths}; expected at least 1")
-        sizes = (self.vae_epochs, self.vae_width, self.vae_latent)
-        require(min(sizes) >= 1, f"epochs, width and latent of the RQ-VAE are {sizes}; expected at least 1")
-        require(self.vae_commitment >= 0, f"vae_commitment is {self.vae_commitment}; expected 0 or above")
+        require(max(weights) > 0, "every weight is 0; expected one above")
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

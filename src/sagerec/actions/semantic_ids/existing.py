@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from sagerec.artifacts import read_json
 from sagerec.catalogue.dataset import ITEM_ID, Dataset
 from sagerec.errors import DatasetError
+from sagerec.files import read_json
 
 SEMANTIC_ID = "semantic_id"
 LARGEST_CODE = 32767

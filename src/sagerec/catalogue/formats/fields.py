@@ -5,15 +5,15 @@ which the fast one found a fault: it finds the line, and says what is wrong with
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any, Literal
 
 import numpy as np
 import polars as pl
 
-from sagerec.catalogue.dataset import ITEM_ID, SPLIT, SPLIT_VALUES, TIMESTAMP, USER_ID
+from sagerec.catalogue.dataset import EXACT_FLOATS, ITEM_ID, MISSING_IDS, SPLIT, SPLIT_VALUES, TIMESTAMP, USER_ID
+from sagerec.catalogue.formats.times import EXPECTED, number_of, time_of
 
 Kind = Literal["text", "number", "integer", "flag", "time", "split"]
 DTYPES: dict[Kind, pl.DataType] = {
@@ -24,6 +24,8 @@ DTYPES: dict[Kind, pl.DataType] = {
     "split": pl.String(),
 }
 """The type of a column; that of a time follows from the file."""
+UNIT = "\x1f"
+"""The character of ASCII that stands between units: what cells are told apart by where a file has no such character."""
 FLAGS = {"true": True, "false": False, "1": True, "0": False}
 
 
@@ -38,15 +40,17 @@ class Field:
     kind: Kind = "text"
     """What its values are."""
     required: bool = False
-    """A row without it is a bad one."""
+    """A row without it is a bad one; a text that is required is an id. Others that cannot be read become null."""
+    time_format: str = ""
+    """How a time is written, where it is neither a number nor an ISO date."""
 
 
-def log_fields(user: str, item: str, time: str, time_kind: Kind = "time") -> tuple[Field, ...]:
+def log_fields(user: str, item: str, time: str, time_kind: Kind = "time", time_format: str = "") -> tuple[Field, ...]:
     """The three fields that every log has, under the file's own names."""
     return (
         Field(USER_ID, user, required=True),
         Field(ITEM_ID, item, required=True),
-        Field(TIMESTAMP, time, time_kind, required=True),
+        Field(TIMESTAMP, time, time_kind, required=True, time_format=time_format),
     )
 
 
@@ -84,7 +88,7 @@ def is_unicode(value: Any) -> bool:
 def json_value(field: Field, record: dict[str, Any]) -> Any:
     """The value of `field` in a parsed record, None where it is null. Raises: BadValueError."""
     value = record.get(field.source)
-    if value is None or (value == "" and field.required):
+    if value is None or (field.required and value in MISSING_IDS):
         if field.required:
             raise missing(field)
         return None
@@ -93,6 +97,10 @@ def json_value(field: Field, record: dict[str, Any]) -> Any:
             raise wrong(field, value, "text")
         if isinstance(value, bool):
             return str(value).lower()
+        if isinstance(value, float) and field.required:
+            if not (value.is_integer() and abs(value) < EXACT_FLOATS):
+                raise wrong(field, value, "text or a whole number")
+            value = int(value)
         text = str(value)
         if not is_unicode(text):
             raise wrong(field, value, "Unicode text, not half of a surrogate pair")
@@ -120,7 +128,8 @@ def _is_finite(value: int | float) -> bool:
 
 def text_value(field: Field, value: str | None) -> Any:
     """The value of a cell of a text file, None where it is empty. Raises: BadValueError."""
-    if value is None or value.strip() == "":
+    stripped = (value or "").strip()
+    if value is None or not stripped or (field.required and field.kind == "text" and stripped in MISSING_IDS):
         if field.required:
             raise missing(field)
         return None
@@ -129,38 +138,38 @@ def text_value(field: Field, value: str | None) -> Any:
     if field.kind in ("text", "split"):
         return value
     if field.kind == "time":
-        return _time(field, value.strip())
+        time = time_of(stripped, field.time_format)
+        if time is None:
+            raise wrong(field, value, f"a time as {field.time_format}" if field.time_format else EXPECTED)
+        return time
+    flag = FLAGS.get(stripped.lower())
     if field.kind == "flag":
-        if value.strip().lower() not in FLAGS:
+        if flag is None:
             raise wrong(field, value, "true, false, 1 or 0")
-        return FLAGS[value.strip().lower()]
-    if value.strip().lower() in ("true", "false"):
-        return float(FLAGS[value.strip().lower()])
-    try:
-        number = float(value)
-    except ValueError:
-        raise wrong(field, value, "a number") from None
-    if not math.isfinite(number):
+        return flag
+    number = float(flag) if flag is not None else number_of(stripped)
+    if number is None:
         raise wrong(field, value, "a number")
-    if field.kind == "integer" and not number.is_integer():
+    if field.kind == "integer" and not float(number).is_integer():
         raise wrong(field, value, "a whole number")
-    return number
+    return float(number)
 
 
-def _time(field: Field, value: str) -> int | float | datetime:
-    """A time as a number or as a date, those with a zone in UTC."""
-    for read in (int, float):
+def read_row(
+    fields: Sequence[Field], values: Iterable[Any], read: Callable[[Field, Any], Any]
+) -> tuple[list[Any], list[tuple[Field, BadValueError]]]:
+    """The values of a row, and the faults of its optional ones, which are None. Raises: BadValueError."""
+    row: list[Any] = []
+    faults: list[tuple[Field, BadValueError]] = []
+    for field, value in zip(fields, values, strict=False):
         try:
-            number = read(value)
-        except ValueError:
-            continue
-        if math.isfinite(number) and abs(number) < 2**63:
-            return number
-    try:
-        time = datetime.fromisoformat(value)
-    except ValueError:
-        raise wrong(field, value, "a number, or a date such as 2024-01-31T12:00:00") from None
-    return time if time.tzinfo is None else time.astimezone(UTC).replace(tzinfo=None)
+            row.append(read(field, value))
+        except BadValueError as error:
+            if field.required:
+                raise
+            row.append(None)
+            faults.append((field, error))
+    return row, faults
 
 
 def as_lines(numbers: Sequence[int] | range) -> np.ndarray:

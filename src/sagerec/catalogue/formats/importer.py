@@ -7,6 +7,7 @@ from typing import Any, Literal
 from sagerec.catalogue.formats.amazon import read_amazon
 from sagerec.catalogue.formats.blocks import BadRows
 from sagerec.catalogue.formats.minionerec import read_minionerec
+from sagerec.catalogue.formats.movielens import read_movielens
 from sagerec.catalogue.formats.recbole import read_recbole
 from sagerec.catalogue.formats.source import files_of
 from sagerec.catalogue.formats.table import TableColumns, read_tables
@@ -14,7 +15,7 @@ from sagerec.catalogue.formats.writer import ImportSettings, write_imported
 from sagerec.config import to_json
 from sagerec.progress import progress_bar
 
-Format = Literal["amazon-2014", "amazon-2018", "amazon-2023", "minionerec", "recbole", "table"]
+Format = Literal["amazon-2014", "amazon-2018", "amazon-2023", "minionerec", "movielens", "recbole", "table"]
 MB = 1_000_000
 
 
@@ -34,6 +35,8 @@ def import_dataset(
     origin: dict[str, Any] = {"format": format_name}
     if format_name == "minionerec":
         source = read_minionerec(files, bad)
+    elif format_name == "movielens":
+        source = read_movielens(files, bad)
     elif format_name == "recbole":
         source = read_recbole(files, bad)
     elif format_name == "table":

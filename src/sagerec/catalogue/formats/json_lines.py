@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
+from itertools import repeat
 from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,8 +19,9 @@ import msgspec
 import numpy as np
 import polars as pl
 
+from sagerec.catalogue.dataset import stands_for_none
 from sagerec.catalogue.formats.blocks import BadRows, Block, Chunk, read_blocks
-from sagerec.catalogue.formats.fields import DTYPES, BadValueError, Field, Kind, as_lines, json_value
+from sagerec.catalogue.formats.fields import DTYPES, BadValueError, Field, Kind, as_lines, json_value, read_row
 
 Parse = Callable[[str], Any]
 WHOLE = Annotated[int, msgspec.Meta(gt=-(2**63), le=2**63 - 1)]
@@ -110,7 +112,10 @@ def fast_chunk(block: Block, fields: Sequence[Field]) -> Chunk | None:
         return None
     columns = {f.name: list(map(attrgetter(f.name), rows)) for f in fields}
     lines = as_lines(range(block.first_line, block.first_line + block.line_count))
-    return Chunk(block.path, pl.DataFrame(columns, schema=_schema(fields)), lines, block.source_bytes)
+    table = pl.DataFrame(columns, schema=_schema(fields))
+    if any(stands_for_none(table[f.name]).any() for f in fields if f.kind == "text" and f.required):
+        return None
+    return Chunk(block.path, table, lines, block.source_bytes)
 
 
 @cache
@@ -137,10 +142,14 @@ def slow_chunk(block: Block, fields: Sequence[Field], bad: BadRows, parse: Parse
     rows, lines = [], []
     for number, record in block_records(block, bad, parse):
         try:
-            rows.append([json_value(f, record) for f in fields])
-            lines.append(number)
+            row, faults = read_row(fields, repeat(record), json_value)
         except BadValueError as error:
             bad.report(block.path, number, error.reason, error.detail)
+        else:
+            rows.append(row)
+            lines.append(number)
+            for field, fault in faults:
+                bad.blank(block.path, number, field.name, fault.detail)
     table = pl.DataFrame(rows, schema=_schema(fields), orient="row")
     return Chunk(block.path, table, as_lines(lines), block.source_bytes)
 

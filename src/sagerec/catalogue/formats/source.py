@@ -3,7 +3,7 @@
 import html
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import polars as pl
 
 from sagerec.catalogue.dataset import CATEGORIES, ITEM_ID, TITLE
 from sagerec.catalogue.formats.blocks import Chunk
-from sagerec.catalogue.formats.fields import as_lines
+from sagerec.catalogue.formats.fields import UNIT, as_lines
 from sagerec.errors import DatasetError
 
 ITEM_SCHEMA: dict[str, Any] = {
@@ -27,6 +27,12 @@ ITEM_SCHEMA: dict[str, Any] = {
 PRICE = re.compile(r"\s*(?:US)?\$?\s*(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?)\s*(?:USD)?\s*")
 
 
+NO_CATEGORY = "(no genres listed)"
+"""What MovieLens writes for an item without categories."""
+NO_SEPARATOR = "none"
+SEPARATOR_NAMES = {",": "comma", " ": "space", "\t": "tab", UNIT: "that of a list"}
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """What one format read."""
@@ -39,6 +45,8 @@ class Source:
     """All files, for provenance and progress."""
     has_whole_category: bool = False
     """The item files hold far more than the log; only items of the log are kept unless asked."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """What the readers decide on the way, for the summary of the import; whole when all chunks are read."""
 
 
 def files_of(sources: Sequence[Path]) -> list[Path]:
@@ -59,20 +67,32 @@ def item_chunk(path: Path, rows: list[dict[str, Any]], lines: list[int], source_
     return Chunk(path, pl.DataFrame(rows, schema=ITEM_SCHEMA), as_lines(lines), source_bytes)
 
 
-def clean_items(chunk: Chunk, category_separator: str = "") -> Chunk:
+def clean_items(
+    chunks: Iterator[Chunk], notes: dict[str, str], *, separator: str = "", candidates: Sequence[str] = ("|", ",")
+) -> Iterator[Chunk]:
     """Items whose cells are all text, in the columns of ITEM_SCHEMA.
 
-    Categories are split at `category_separator`, or, where none is given, at `|`, else at commas, else at spaces.
+    Categories are split at `separator`; where none is given, at the first candidate that any of them holds, else not at
+    all ("none"). One separator serves all chunks, so they are read first; `notes` is told which it is.
     """
+    read = list(chunks)
+    columns = [chunk.table[CATEGORIES].drop_nulls() for chunk in read if CATEGORIES in chunk.table.columns]
+    held = (s for s in (UNIT, *candidates) if any(c.str.contains(s, literal=True).any() for c in columns))
+    separator = separator or next(held, NO_SEPARATOR)
+    if columns:
+        notes["category_separator"] = SEPARATOR_NAMES.get(separator, separator)
+    while read:
+        yield _clean(read.pop(0), separator)
+
+
+def _clean(chunk: Chunk, separator: str) -> Chunk:
     rows = []
     for row in chunk.table.iter_rows(named=True):
         cleaned = {name: clean_text(row.get(name)) for name in ITEM_SCHEMA if name not in (CATEGORIES, "price")}
-        categories = row.get(CATEGORIES) or ""
-        separator = category_separator or next((s for s in "|," if s in categories), " ")
-        parts = [part.strip().strip("'\"") for part in categories.split(separator)]
-        rows.append(
-            cleaned | {CATEGORIES: clean_list(parts), "price": clean_price(row.get("price")), ITEM_ID: row[ITEM_ID]}
-        )
+        text = row.get(CATEGORIES) or ""
+        parts = [text] if separator == NO_SEPARATOR else [part.strip().strip("'\"") for part in text.split(separator)]
+        categories = [part for part in clean_list(parts) if part != NO_CATEGORY]
+        rows.append(cleaned | {CATEGORIES: categories, "price": clean_price(row.get("price")), ITEM_ID: row[ITEM_ID]})
     return Chunk(chunk.path, pl.DataFrame(rows, schema=ITEM_SCHEMA), chunk.lines, chunk.source_bytes)
 
 

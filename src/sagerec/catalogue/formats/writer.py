@@ -29,10 +29,11 @@ from sagerec.catalogue.dataset import (
     USER_ID,
     check_items,
 )
+from sagerec.catalogue.describe import time_range
 from sagerec.catalogue.formats.blocks import BadRows, Chunk, place
 from sagerec.catalogue.formats.event_log import FILE, ITEM, LINE, USER, Codes, core, distinct, in_order, read_log, ties
 from sagerec.catalogue.formats.source import Source
-from sagerec.config import require, require_choices, to_json
+from sagerec.config import at_least, check_fields, to_json
 from sagerec.errors import DatasetError
 
 Progress = Callable[[int], None]
@@ -62,9 +63,7 @@ class ImportSettings:
     """Rows that cannot be read are counted and left out, in place of an error at the first."""
 
     def __post_init__(self) -> None:
-        require_choices(self)
-        require(self.k_core >= 1, f"k_core is {self.k_core}; expected at least 1")
-        require(self.min_user_events >= 1, f"min_user_events is {self.min_user_events}; expected at least 1")
+        check_fields(self, k_core=at_least(1), min_user_events=at_least(1))
 
     def core(self) -> dict[str, int]:
         """How many events a user and an item keep at least."""
@@ -116,6 +115,8 @@ def write_imported(
     if _only_log(source, settings) or settings.k_core > 1:
         table = table.filter(pl.col(ITEM_ID).is_in(_ids_of(events, items).implode()))
     figures = _content_figures(events, table) | figures | {"bad_rows_by_reason": dict(bad.counts)}
+    figures |= {"unreadable_values": bad.unreadable.total(), "unreadable_values_by_column": dict(bad.unreadable)}
+    figures |= source.notes
     write(folder, source, origin | to_json(settings), events, table, users, items, figures)
     return figures
 
@@ -238,6 +239,7 @@ def _content_figures(events: pl.DataFrame, table: pl.DataFrame) -> dict[str, Any
         "items": len(table),
         "interactions": len(events),
         "feedback": [c for c in events.columns if c not in (USER, ITEM, TIMESTAMP, SPLIT, FILE, LINE)],
+        "times": time_range(events[TIMESTAMP]),
         "same_time_ties": int(ties(events).sum()),
         "users_with_one_event": int((of_user == 1).sum()),
         "items_without_text": len(table) - int(table.select(_has_words(table).sum()).item()),
