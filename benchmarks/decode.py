@@ -386,7 +386,8 @@ def equals_full_scoring(policy: LazyDecoder, histories: Tensor, lists: BeamLists
     every = torch.arange(policy.space.n_items)
     for user in range(settings.checked_users):
         context = policy.encode(histories[user : user + 1], torch.tensor([settings.history]))
-        scores = policy.target_logprobs(context.hidden[0].expand(policy.space.n_items, -1), every).sum(dim=1)
+        states = policy.states(context).of_rows(torch.zeros_like(every))
+        scores = policy.target_logprobs(states, every).sum(dim=1)
         best = scores.topk(settings.k).values
         listed = scores[lists.items[user]]
         if not (torch.allclose(best, listed, atol=1e-4) and torch.allclose(best, lists.logprobs[user], atol=1e-4)):

@@ -27,7 +27,7 @@ from sagerec.catalogue.splits import SplitSettings
 from sagerec.cli import main
 from sagerec.errors import ArtifactError, DatasetError
 from sagerec.files import read_record
-from sagerec.policies.lazy_decoder import CODE_ROWS, LazyDecoder, LazyDecoderSettings, grow_weights
+from sagerec.policies.lazy_decoder import CODE_ROWS, LazyDecoder, LazyDecoderSettings, States, grow_weights
 from sagerec.run.folder import Run, open_run
 from sagerec.run.stages import add_items, audit, evaluate, make_actions, prepare, run_all, train
 from tests.conftest import SMALL_IDS, SMALL_POLICY, SMALL_RUN, SMALL_TRAIN, semantic_ids
@@ -179,7 +179,7 @@ def test_grown_weights_by_hand() -> None:
     """Levels of 2 and 2 codes and 3 items become 2 and 4 codes and 5 items: two copies of the last row, two zeros,
     and two means where items are scored.
     """
-    shape = LazyDecoderSettings(width=4, heads=2, content=False, item_embedding=True)
+    shape = LazyDecoderSettings(width=4, heads=2, content=False, item_embedding=True, cooccurrence=False)
     before = np.array([[0, 0], [0, 1], [1, 0]])
     after = np.array([[0, 0], [0, 1], [1, 0], [0, 2], [0, 3]])
     small, large = (LazyDecoder(shape, make_space(codes)) for codes in (before, after))
@@ -203,12 +203,16 @@ def test_the_policy_serves_on(small_run: Run, grown: Run) -> None:
     assert isinstance(one, LazyDecoder)
     assert isinstance(other, LazyDecoder)
     assert other.space.n_items == 207
-    history, length = torch.tensor([[3, 1, 4]]), torch.tensor([3])
+
+    def states_of(policy: LazyDecoder, n: int) -> States:
+        context = policy.encode(torch.tensor([[3, 1, 4]]), torch.tensor([3]))
+        return policy.states(context).of_rows(torch.zeros(n, dtype=torch.int64))
+
     every = torch.arange(200)
     with torch.no_grad():
-        before = one.target_logprobs(one.encode(history, length).hidden[:, 0].expand(200, -1), every)
-        after = other.target_logprobs(other.encode(history, length).hidden[:, 0].expand(200, -1), every)
-        alone = other.target_logprobs(other.encode(history, length).hidden[:, 0].expand(207, -1), torch.arange(207))
+        before = one.target_logprobs(states_of(one, 200), every)
+        after = other.target_logprobs(states_of(other, 200), every)
+        alone = other.target_logprobs(states_of(other, 207), torch.arange(207))
     old, new = semantic_ids(small_run).codes, semantic_ids(grown).codes
     untouched = ~np.isin(old[:, 0], np.unique(new[200:, 0]))
     assert untouched.any()

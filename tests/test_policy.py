@@ -7,14 +7,25 @@ import pytest
 import torch
 
 from sagerec.actions.groups import group_log_softmax
+from sagerec.actions.neighbours import count_neighbours
 from sagerec.actions.semantic_ids.quantisers import separate
 from sagerec.actions.space import make_space
 from sagerec.actions.trie import ROOT
+from sagerec.catalogue.splits import Sequences
 from sagerec.errors import SettingsError
 from sagerec.policies.layers import FastDropout
-from sagerec.policies.lazy_decoder import LazyDecoder, LazyDecoderSettings
+from sagerec.policies.lazy_decoder import Context, LazyDecoder, LazyDecoderSettings
 
 N = 60
+
+
+def small_log(*, sequences: int = 80, seed: int = 0) -> Sequences:
+    """Sequences of 2 to 7 of the 60 items, low ones more often than high ones; some hold an item twice."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(2, 8, sequences)
+    items = (N * rng.random(lengths.sum()) ** 2).astype(np.int32)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return Sequences(items, offsets, np.arange(sequences, dtype=np.int32), np.arange(len(items)))
 
 
 def small_policy(*, seed: int = 0, variable_length: bool = False, **settings: Any) -> LazyDecoder:
@@ -29,10 +40,11 @@ def small_policy(*, seed: int = 0, variable_length: bool = False, **settings: An
     shape = LazyDecoderSettings(
         **{"width": 16, "heads": 2, "encoder_layers": 2, "dropout": 0.1, "max_items": 12, "item_width": 8} | settings
     )
-    policy = LazyDecoder(shape, make_space(codes, vectors=torch.randn(N, 5).numpy()))
+    space = make_space(codes, vectors=torch.randn(N, 5).numpy(), neighbours=count_neighbours(small_log(), N, 10))
+    policy = LazyDecoder(shape, space)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
-            if "norm" not in name:
+            if "norm" not in name and "cooccurrence" not in name:
                 parameter.mul_(4)
     return policy.eval()
 
@@ -44,20 +56,29 @@ def histories(seed: int = 0, batch: int = 5, longest: int = 8) -> tuple[torch.Te
     return items * (torch.arange(longest) < lengths[:, None]), lengths
 
 
-def all_logprobs(policy: LazyDecoder, hidden: torch.Tensor) -> torch.Tensor:
-    """(B, N) log-probability of every item after encoder states (B, D): the brute-force twin."""
-    columns = [policy.target_logprobs(hidden, torch.full((len(hidden),), i)).sum(dim=1) for i in range(N)]
+def all_logprobs(policy: LazyDecoder, context: Context) -> torch.Tensor:
+    """(B * G, N) log-probability of every item after a context: the brute-force twin."""
+    states = policy.states(context)
+    columns = [policy.target_logprobs(states, torch.full((len(states.hidden),), i)).sum(dim=1) for i in range(N)]
     return torch.stack(columns, dim=1)
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"content": False}, {"item_embedding": True}, {"decoder_layers": 2}, {"item_scores": False}]
+    "settings",
+    [
+        {},
+        {"content": False},
+        {"item_embedding": True},
+        {"decoder_layers": 2},
+        {"item_scores": False},
+        {"cooccurrence": False},
+    ],
 )
 def test_item_probabilities_sum_to_one(settings: dict[str, Any]) -> None:
     policy = small_policy(**settings)
     items, lengths = histories()
     with torch.no_grad():
-        total = all_logprobs(policy, policy.encode(items, lengths).hidden[:, 0]).exp().sum(dim=1)
+        total = all_logprobs(policy, policy.encode(items, lengths)).exp().sum(dim=1)
     torch.testing.assert_close(total, torch.ones(5), rtol=0, atol=1e-5)
 
 
@@ -97,6 +118,11 @@ def test_appending_to_a_shared_history_equals_encoding_each_slate_anew() -> None
                 whole = torch.cat([items[user, : lengths[user]], slates[user, slate]])[None]
                 alone = policy.encode(whole, torch.tensor([whole.shape[1]])).hidden[0, 0]
                 torch.testing.assert_close(context.hidden[user, slate], alone, rtol=1e-4, atol=1e-5)
+                row = policy.states(context).of_rows(torch.tensor([3 * user + slate]))
+                other = policy.states(policy.encode(whole, torch.tensor([whole.shape[1]])))
+                every = torch.arange(N)
+                found, expected = (policy.target_logprobs(s.of_rows(0 * every), every) for s in (row, other))
+                torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("variable_length", [False, True])
@@ -107,7 +133,7 @@ def test_stepwise_decoding_gives_the_training_logprobs(variable_length: bool) ->
     targets = torch.tensor([3, 17, 42, 5, 59])
     with torch.no_grad():
         context = policy.encode(items, lengths)
-        expected = policy.target_logprobs(context.hidden[:, 0], targets)
+        expected = policy.target_logprobs(policy.states(context), targets)
         for user in range(5):
             prefix = policy.begin(policy.encode(items[user : user + 1], lengths[user : user + 1]))
             state = torch.tensor([ROOT])
@@ -129,7 +155,7 @@ def test_stepwise_decoding_gives_the_training_logprobs(variable_length: bool) ->
 def test_gradient_reaches_every_parameter() -> None:
     policy = small_policy(item_embedding=True).train()
     items, lengths = histories(batch=40)
-    loss = -policy.target_logprobs(policy.encode(items, lengths).hidden[:, 0], torch.arange(40)).sum()
+    loss = -policy.target_logprobs(policy.states(policy.encode(items, lengths)), torch.arange(40)).sum()
     loss.backward()  # type: ignore[no-untyped-call]
     untouched = [n for n, p in policy.named_parameters() if p.grad is None or not bool(p.grad.abs().sum() > 0)]
     assert untouched == []
@@ -167,9 +193,14 @@ def test_bad_shapes_are_refused(settings: dict[str, Any], message: str) -> None:
         LazyDecoderSettings(**settings)
 
 
-def test_content_needs_vectors() -> None:
+def test_content_needs_vectors_and_cooccurrence_neighbours() -> None:
+    space = make_space(np.array([[0], [1]]))
     with pytest.raises(SettingsError, match="the items have no vectors"):
-        LazyDecoder(LazyDecoderSettings(), make_space(np.array([[0], [1]])))
+        LazyDecoder(LazyDecoderSettings(), space)
+    with pytest.raises(SettingsError, match="the items have no neighbours; switch cooccurrence off, or make"):
+        LazyDecoder(LazyDecoderSettings(content=False), space)
+    for without in ({"cooccurrence": False}, {"item_scores": False}):
+        LazyDecoder(LazyDecoderSettings(content=False, **without), space)
 
 
 @pytest.mark.parametrize("settings", [{}, {"decoder_layers": 2}])

@@ -83,7 +83,7 @@ def test_stored_logprobs_are_those_that_the_loss_recomputes(
     if excluded is not None:
         assert not bool((found.items.flatten(1)[:, :, None] == excluded[:, None]).any())
     if k == 1 and not ends and temperature == 1.0 and excluded is None:
-        scores = all_logprobs(policy, policy.encode(items, lengths).hidden[:, 0])
+        scores = all_logprobs(policy, policy.encode(items, lengths))
         expected = scores.gather(1, found.items[:, :, 0])
         torch.testing.assert_close(found.scores()[:, :, 0], expected, rtol=1e-4, atol=1e-4)
 
@@ -164,7 +164,7 @@ def test_top_p_draws_among_the_most_probable_alone() -> None:
 def test_beam_slates_are_the_most_probable_items() -> None:
     policy = small_policy().eval()
     items, lengths = histories(batch=3)
-    scores = all_logprobs(policy, policy.encode(items, lengths).hidden[:, 0])
+    scores = all_logprobs(policy, policy.encode(items, lengths))
     found = roll_out(policy, items, lengths, RolloutSettings(slates=N)).items[:, :, 0]
     assert torch.equal(found, scores.topk(N, dim=1).indices)
     mixed = roll_out(policy, items, lengths, RolloutSettings(k=3, slates=2)).items

@@ -31,7 +31,7 @@ def test_exact_lists_equal_brute_force(seed: int, k: int, beams: int, barred: in
     generator = torch.Generator().manual_seed(seed)
     excluded = torch.stack([torch.randperm(N, generator=generator)[:barred] for _ in range(len(items))])
     with torch.no_grad():
-        scores = all_logprobs(policy, policy.encode(items, lengths).hidden[:, 0]).scatter(1, excluded, -torch.inf)
+        scores = all_logprobs(policy, policy.encode(items, lengths)).scatter(1, excluded, -torch.inf)
         lists = exact_lists(policy, items, lengths, k=k, beams=beams, excluded=excluded)
     best = scores.topk(k, dim=1)
     torch.testing.assert_close(lists.logprobs, best.values, rtol=1e-4, atol=1e-4)
@@ -47,7 +47,7 @@ def test_a_narrow_beam_errs_and_never_claims_a_wrong_list() -> None:
         items, lengths = histories(seed, batch=20)
         with torch.no_grad():
             context = policy.encode(items, lengths)
-            truth = all_logprobs(policy, context.hidden[:, 0]).topk(2, dim=1)
+            truth = all_logprobs(policy, context).topk(2, dim=1)
             for beams in (2, 6, 10):
                 lists = beam_lists(policy, context, len(items), k=2, beams=beams)
                 right = (lists.items == truth.indices).all(dim=1)
@@ -62,7 +62,7 @@ def test_excluded_items_are_left_out_and_the_rest_keeps_its_order() -> None:
     policy = small_policy()
     items, lengths = histories()
     with torch.no_grad():
-        scores = all_logprobs(policy, policy.encode(items, lengths).hidden[:, 0])
+        scores = all_logprobs(policy, policy.encode(items, lengths))
         top = scores.topk(12, dim=1)
         excluded = torch.cat([top.indices[:, ::2], torch.full((5, 1), NO_ITEM)], dim=1)
         lists = exact_lists(policy, items, lengths, k=6, beams=6, excluded=excluded)
@@ -95,13 +95,13 @@ def slow_slate_logprob(policy: object, history: list[int], slate: list[int]) -> 
     taken: set[int] = set()
     for item in slate:
         context = policy.encode(torch.tensor([before]), torch.tensor([len(before)]))  # type: ignore[attr-defined]
-        hidden = context.hidden[:, 0]
+        states = policy.states(context)  # type: ignore[attr-defined]
         for level in range(len(codes[item])):
             # P(code | prefix) over the free items: raw log-probabilities of each next code, renormalised.
             raw = {}
             for other in range(N):
                 if other not in taken and codes[other][:level] == codes[item][:level]:
-                    step = policy.target_logprobs(hidden, torch.tensor([other]))  # type: ignore[attr-defined]
+                    step = policy.target_logprobs(states, torch.tensor([other]))  # type: ignore[attr-defined]
                     raw[codes[other][level]] = float(step[0, level])
             total += raw[codes[item][level]] - float(torch.tensor(list(raw.values())).logsumexp(0))
         taken.add(item)
@@ -149,7 +149,7 @@ def test_samples_follow_the_distribution() -> None:
     n = 20_000
     drawn = write_slates(policy, items, lengths, k=1, slates=n, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        p = all_logprobs(policy, policy.encode(items, lengths).hidden[:, 0])[0].exp().double()
+        p = all_logprobs(policy, policy.encode(items, lengths))[0].exp().double()
     share = torch.bincount(drawn.items.flatten(), minlength=N).double() / n
     error = (p * (1 - p) / n).sqrt()
     assert bool(((share - p).abs() <= 5 * error + 1e-4).all())

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sagerec.actions.neighbours import Neighbours
 from sagerec.actions.trie import PADDING, ROOT, Trie, build_trie
 from sagerec.errors import TrieError
 
@@ -47,6 +48,8 @@ class ActionSpace:
     """(N,) int32 state on each item's way from which on it is the only one left."""
     vectors: np.ndarray | None = None
     """(N, D) float32 content vectors, where the space has some."""
+    neighbours: Neighbours | None = None
+    """Items that occur together in the training sequences, where the space has counted them."""
     content_hash: str = ""
     """Content hash of the artefact, once written."""
     grown_from: tuple[str, ...] = ()
@@ -169,12 +172,17 @@ def index_sequences(trie: Trie, tokens: np.ndarray, lengths: np.ndarray) -> dict
 
 
 def make_space(
-    sequences: np.ndarray, *, listed: np.ndarray | None = None, vectors: np.ndarray | None = None
+    sequences: np.ndarray,
+    *,
+    listed: np.ndarray | None = None,
+    vectors: np.ndarray | None = None,
+    neighbours: Neighbours | None = None,
 ) -> ActionSpace:
-    """The space of items with sequences (N, L), padded on the right with -1, and maybe vectors (N, D).
+    """The space of items with sequences (N, L), padded on the right with -1, and maybe vectors (N, D) and neighbours.
 
     Where items share a sequence, `listed` names the one of each that stands for them all. Raises: TrieError.
     """
     trie = build_trie(sequences) if listed is None else build_trie(sequences[listed], listed)
     inside = sequences != PADDING
-    return ActionSpace(trie=trie, vectors=vectors, **index_sequences(trie, sequences[inside], inside.sum(axis=1)))
+    ways = index_sequences(trie, sequences[inside], inside.sum(axis=1))
+    return ActionSpace(trie=trie, vectors=vectors, neighbours=neighbours, **ways)

@@ -1,8 +1,9 @@
 """Item scores: a second expert in the policy's one distribution over the trie.
 
 SASRec (Kang and McAuley 2018) with the full softmax scores whole items, s_i = x . v_i, from a small encoder over item
-embeddings of its own. The policy's code logits c know what items share; the scores know each item for itself. Each
-child v of a trie node gets the logit
+vectors of its own: an embedding of each item, and a linear map of its content. A prior of what occurred together is
+added (`cooccurrence`): s_i = x . v_i + p_i. The policy's code logits c know what items share; the scores know each item
+for itself. Each child v of a trie node gets the logit
 
     c_v + log sum_{i under v} exp(s_i),
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from sagerec.actions.groups import group_logsumexp
 from sagerec.actions.space import ActionSpace
 from sagerec.actions.trie import ROOT, Children, Trie
+from sagerec.policies.cooccurrence import CoOccurrence, Prior
 from sagerec.policies.layers import FastDropout, Layer
 
 LARGEST_TABLE = 2**26
@@ -66,24 +68,49 @@ class Scorer(NamedTuple):
     """(R, D) encoder states."""
     vectors: Tensor
     """(N, D) item vectors in the order of the leaves, with what dropout left of them."""
+    prior: Prior | None
+    """Of the R states, where there is one."""
 
     def of_rows(self, rows: Tensor) -> "Scorer":
         """Those of some rows."""
-        return Scorer(self.states[rows], self.vectors)
+        return Scorer(self.states[rows], self.vectors, None if self.prior is None else self.prior.of_rows(rows))
+
+    def split(self, size: int) -> "list[Scorer]":
+        """Those of `size` rows at a time."""
+        return [
+            self.of_rows(rows) for rows in torch.split(torch.arange(len(self.states), device=self.states.device), size)
+        ]
 
 
 class ItemScores(nn.Module):
     """The expert: item embeddings, causal layers over them, and the log-sum-exp of scores under trie nodes."""
 
+    content: Tensor
     leaves: Tensor
     first: Tensor
     root_sizes: Tensor
 
-    def __init__(self, space: ActionSpace, *, width: int, heads: int, layers: int, dropout: float) -> None:
+    def __init__(
+        self,
+        space: ActionSpace,
+        *,
+        width: int,
+        heads: int,
+        layers: int,
+        dropout: float,
+        content: bool = False,
+        cooccurrence: bool = False,
+    ) -> None:
+        """`content` and `cooccurrence` need the space's vectors and neighbours."""
         super().__init__()
         self.width = width
         self.items = nn.Embedding(space.n_items, width)
         nn.init.normal_(self.items.weight, std=0.02)
+        self.content_map: nn.Linear | None = None
+        if content:
+            assert space.vectors is not None
+            self.register_buffer("content", torch.from_numpy(space.vectors), persistent=False)
+            self.content_map = nn.Linear(space.vectors.shape[1], width)
         self.layers = nn.ModuleList(
             Layer(width=width, heads=heads, expansion=2, dropout=dropout) for _ in range(layers)
         )
@@ -94,24 +121,40 @@ class ItemScores(nn.Module):
         self.register_buffer("first", first, persistent=False)
         children = space.trie.children(torch.full((1,), ROOT, device=space.device)).node
         self.register_buffer("root_sizes", space.trie.size[children].long(), persistent=False)
+        self.cooccurrence: CoOccurrence | None = None
+        if cooccurrence:
+            assert space.neighbours is not None
+            self.cooccurrence = CoOccurrence(space.neighbours, leaves)
+
+    def vectors(self, items: Tensor) -> Tensor:
+        """Vectors v (…, D) of items (…): an embedding of each one's own, and a linear map of its content."""
+        own: Tensor = self.items(items)
+        return own if self.content_map is None else own + self.content_map(self.content[items])
 
     def embed(self, items: Tensor) -> Tensor:
         """Embeddings (…, D) of items (…) as the encoder reads them."""
-        embedded: Tensor = self.dropout(self.items(items))
+        embedded: Tensor = self.dropout(self.vectors(items))
         return embedded
 
-    def begin(self, states: Tensor) -> Scorer:
+    def prior(self, items: Tensor, visible: Tensor, own: Tensor | None = None) -> Prior | None:
+        """The co-occurrence prior of states, see `CoOccurrence`; None without one."""
+        return None if self.cooccurrence is None else self.cooccurrence(items, visible, own)
+
+    def begin(self, states: Tensor, prior: Prior | None = None) -> Scorer:
         """The scores of encoder states (R, D); dropout is drawn once for all that is scored by them."""
-        return Scorer(states, self.dropout(self.items(self.leaves)))
+        return Scorer(states, self.dropout(self.vectors(self.leaves)), prior)
 
     def at_root(self, scorer: Scorer) -> Tensor:
         """(R, n) float32 log-sum-exp of the scores under each of the root's n children."""
         rows = max(1, LARGEST_TABLE // len(self.leaves))
-        parts = [self._root_sums(states, scorer.vectors) for states in torch.split(scorer.states, rows)]
+        parts = [self._root_sums(part) for part in ([scorer] if len(scorer.states) <= rows else scorer.split(rows))]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _root_sums(self, states: Tensor, vectors: Tensor) -> Tensor:
-        scores = F.linear(vectors, states).float()  # items first: a child's are consecutive rows
+    def _root_sums(self, scorer: Scorer) -> Tensor:
+        states = scorer.states
+        scores = F.linear(scorer.vectors, states).float()  # items first: a child's are consecutive rows
+        if scorer.prior is not None:
+            scores = scorer.prior.add_to(scores)
         top = scores.detach().amax(dim=0)
         child = torch.repeat_interleave(self.root_sizes)
         sums = scores.new_zeros(len(self.root_sizes), len(states)).index_add(0, child, (scores - top).exp())
@@ -125,4 +168,6 @@ class ItemScores(nn.Module):
         place = torch.arange(len(child), device=child.device) + begin[child]
         states = F.embedding(children.parent[child], scorer.states)
         scores = (states.float() * F.embedding(place, scorer.vectors).float()).sum(dim=1)
+        if scorer.prior is not None:
+            scores = scores + scorer.prior.at(children.parent[child], place)
         return group_logsumexp(scores, child, len(size))

@@ -23,6 +23,7 @@ from sagerec.actions.groups import group_log_softmax
 from sagerec.actions.space import ActionSpace
 from sagerec.actions.trie import PADDING, ROOT, Children
 from sagerec.config import at_least, check_fields, require
+from sagerec.policies.cooccurrence import Prior
 from sagerec.policies.item_scores import ItemScores, Scorer
 from sagerec.policies.layers import FastDropout, KeyValue, Layer, check_shape, run_layers
 from sagerec.policies.protocol import Policy
@@ -55,7 +56,7 @@ class LazyDecoderSettings:
     max_items: int = 50
     """History items read, the latest ones."""
     content: bool = True
-    """Add a linear map of the item's content vector to its code embeddings."""
+    """Add a linear map of the item's content vector to its code embeddings, and another where items are scored."""
     item_embedding: bool = False
     """Add an embedding of the item's own to its code embeddings."""
     item_scores: bool = True
@@ -68,6 +69,8 @@ class LazyDecoderSettings:
     """Its attention heads."""
     item_dropout: float = 0.2
     """Dropout in it, and on the item embeddings where they are scored."""
+    cooccurrence: bool = True
+    """Add to the item scores what the users of the items before took too, from the counts of the space."""
     expert_weight: float = 0.5
     """In training, weight of each expert's own next-item loss beside that of both together, whose weight is 1."""
 
@@ -88,12 +91,27 @@ class Context(NamedTuple):
 
     hidden: Tensor
     """(B, G, D) state that the next item is decoded from."""
+    items: Tensor
+    """(B, S) int64 items at the cached positions."""
     caches: tuple[KeyValue, ...]
     """Per layer of the encoders, keys and values (B, H, S, D/H): the history, then the slates' items."""
     visible: Tensor
-    """(B, G, S) bool: the cached positions that belong to the history or to the slate itself."""
+    """(B, G, S) bool: the positions that each state has read, of the history or of the slate itself."""
     positions: Tensor
     """(B,) int64 place of the next item in the sequence."""
+
+
+class States(NamedTuple):
+    """R states that an item is decoded from."""
+
+    hidden: Tensor
+    """(R, D) encoder states."""
+    prior: Prior | None
+    """Co-occurrence prior of each, where the policy has one."""
+
+    def of_rows(self, rows: Tensor) -> "States":
+        """Some of them."""
+        return States(self.hidden[rows], None if self.prior is None else self.prior.of_rows(rows))
 
 
 class Prefix(NamedTuple):
@@ -121,6 +139,11 @@ class LazyDecoder(Policy[Context, Prefix]):
         require(
             not settings.content or space.vectors is not None,
             "the policy's setting content is on, and the items have no vectors; switch content off",
+        )
+        require(
+            not (settings.item_scores and settings.cooccurrence) or space.neighbours is not None,
+            "the policy's setting cooccurrence is on, and the items have no neighbours; switch cooccurrence off, or "
+            "make the Semantic IDs again with neighbours above 0",
         )
         self.settings, self.space, self.max_items = settings, space, settings.max_items
         codes = space.padded()
@@ -163,6 +186,8 @@ class LazyDecoder(Policy[Context, Prefix]):
                 heads=settings.item_heads,
                 layers=settings.item_layers,
                 dropout=settings.item_dropout,
+                content=settings.content,
+                cooccurrence=settings.cooccurrence,
             )
 
     def layers(self) -> Iterable[nn.Module]:
@@ -209,7 +234,8 @@ class LazyDecoder(Policy[Context, Prefix]):
         at = torch.arange(len(items), device=items.device)
         visible = torch.arange(items.shape[1], device=items.device) < lengths[:, None]
         hidden = states[at, lengths - 1].unsqueeze(1)
-        return Context(hidden.expand(-1, slates, -1), caches, visible.unsqueeze(1).expand(-1, slates, -1), lengths)
+        visible = visible.unsqueeze(1).expand(-1, slates, -1)
+        return Context(hidden.expand(-1, slates, -1), items, caches, visible, lengths)
 
     def append(self, context: Context, items: Tensor) -> Context:
         """Write one item to each slate; see the protocol."""
@@ -218,7 +244,7 @@ class LazyDecoder(Policy[Context, Prefix]):
         visible = torch.cat([context.visible, own], dim=2)
         positions = context.positions[:, None].expand(-1, slates)
         hidden, caches = self._encode(items, positions, context.caches, visible.unsqueeze(1))
-        return Context(hidden, caches, visible, context.positions + 1)
+        return Context(hidden, torch.cat([context.items, items], dim=1), caches, visible, context.positions + 1)
 
     def extend(self, context: Context, slates: Tensor) -> Context:
         """Read whole slates at once; see the protocol. Their items are columns that a mask keeps to their slate."""
@@ -228,20 +254,33 @@ class LazyDecoder(Policy[Context, Prefix]):
         seen = context.visible[:, :1].expand(-1, len(order), -1)
         visible = torch.cat([seen, own.expand(batch, -1, -1)], dim=2)
         positions = context.positions[:, None] + order % places
-        states, _ = self._encode(slates.flatten(1), positions, context.caches, visible.unsqueeze(1))
-        return Context(torch.cat([context.hidden[:, :1], states], dim=1), context.caches, visible, context.positions)
+        items = slates.flatten(1)
+        states, _ = self._encode(items, positions, context.caches, visible.unsqueeze(1))
+        none = own.new_zeros(batch, 1, len(order))
+        return Context(
+            torch.cat([context.hidden[:, :1], states], dim=1),
+            torch.cat([context.items, items], dim=1),
+            context.caches,
+            torch.cat([torch.cat([context.visible[:, :1], none], dim=2), visible], dim=1),
+            context.positions,
+        )
+
+    def states(self, context: Context) -> States:
+        """What the next items are decoded from: B * G rows."""
+        prior = self.item_scores.prior(context.items, context.visible) if self.settings.item_scores else None
+        return States(context.hidden.flatten(0, 1), prior)
 
     def begin(self, context: Context) -> Prefix:
         """The empty prefix of every state; see the protocol."""
-        hidden, scorer = self._split(context.hidden.flatten(0, 1))
+        hidden, scorer = self._split(self.states(context))
         return self._decode(hidden, None, 0, scorer)
 
-    def _split(self, states: Tensor) -> tuple[Tensor, Scorer | None]:
-        """What the decoder starts from, and the item scores, of encoder states (R, D)."""
+    def _split(self, states: States) -> tuple[Tensor, Scorer | None]:
+        """What the decoder starts from, and the item scores, of R states."""
         if not self.settings.item_scores:
-            return states, None
+            return states.hidden, None
         width = self.settings.width
-        return states[:, :width], self.item_scores.begin(states[:, width:])
+        return states.hidden[:, :width], self.item_scores.begin(states.hidden[:, width:], states.prior)
 
     def step(self, prefix: Prefix, rows: Tensor, tokens: Tensor) -> Prefix:
         """Longer prefixes; see the protocol."""
@@ -322,27 +361,46 @@ class LazyDecoder(Policy[Context, Prefix]):
         In training, the weighted mean of it (weight 1) and of what each expert alone gives (`expert_weight` each), so
         that neither leaves to the other what it could have learnt.
         """
-        states, _ = self.encode_all(items)
+        return self._loss(items, targets, counted, own=None)
+
+    def training_loss(self, items: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
+        """The same for sequences that the space has counted, without what each added; see the protocol."""
+        own = torch.cat([items, targets], dim=1).masked_fill(~counted.repeat(1, 2), -1)
+        return self._loss(items, targets, counted, own=own)
+
+    def _loss(self, items: Tensor, targets: Tensor, counted: Tensor, *, own: Tensor | None) -> Tensor:
+        """`next_item_loss`; `own` (B, X) are items whose counts leave out what their sequence added."""
+        hidden, _ = self.encode_all(items)
+        prior = None
+        if self.settings.item_scores:
+            # As many states a sequence as the most that count, those that do first.
+            some = counted.sum(dim=1)
+            places = counted.int().argsort(dim=1, descending=True, stable=True)[:, : int(some.max())]
+            visible = torch.arange(items.shape[1], device=items.device) <= places.unsqueeze(2)
+            kept = (torch.arange(places.shape[1], device=items.device) < some[:, None]).flatten()
+            prior = self.item_scores.prior(items, visible & kept.view_as(places).unsqueeze(2), own)
+            prior = None if prior is None else prior.of_rows(kept.nonzero()[:, 0])
         weight = self.settings.expert_weight if self.training and self.settings.item_scores else 0.0
-        together, *alone = self._logprobs(states[counted], targets[counted], alone=weight > 0).sum(dim=2).mean(dim=1)
+        logprobs = self._logprobs(States(hidden[counted], prior), targets[counted], alone=weight > 0)
+        together, *alone = logprobs.sum(dim=2).mean(dim=1)
         loss: Tensor = -(together + weight * sum(alone)) / (1 + 2 * weight)
         return loss
 
-    def target_logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Log-probabilities (P, L) in nats of the codes of items `targets` (P,) after encoder states (P, D).
+    def target_logprobs(self, states: States, targets: Tensor) -> Tensor:
+        """Log-probabilities (P, L) in nats of the codes of items `targets` (P,) after P states.
 
         Each code is normalised over the codes that may follow its prefix, which is the distribution that decoding
         uses. Where a prefix leaves one item, the rest of its codes have probability 1 and are not decoded; places
         after a code sequence's end give 0 too.
         """
-        return self._logprobs(hidden, targets, alone=False)[0]
+        return self._logprobs(states, targets, alone=False)[0]
 
-    def _logprobs(self, hidden: Tensor, targets: Tensor, *, alone: bool) -> Tensor:
+    def _logprobs(self, states: States, targets: Tensor, *, alone: bool) -> Tensor:
         """(1, P, L) `target_logprobs`; with `alone` (3, P, L), then those by the codes and by the item scores alone."""
         codes = self.codes[targets]
-        states = self.space.trie.walk(codes)
-        needed = (~self.space.trie.is_decided(states[:, :-1])).sum(dim=1)
-        hidden, scorer = self._split(hidden)
+        nodes = self.space.trie.walk(codes)
+        needed = (~self.space.trie.is_decided(nodes[:, :-1])).sum(dim=1)
+        hidden, scorer = self._split(states)
         logprobs = torch.zeros(3 if alone else 1, *codes.shape, device=hidden.device)
         for depth in sorted(set(needed.tolist()) - {0}):
             rows = (needed == depth).nonzero()[:, 0]
@@ -350,16 +408,16 @@ class LazyDecoder(Policy[Context, Prefix]):
                 hidden[rows],
                 None if scorer is None else scorer.of_rows(rows),
                 codes[rows, :depth],
-                states[rows, : depth + 1],
+                nodes[rows, : depth + 1],
                 alone=alone,
             )
             logprobs = logprobs.index_copy(1, rows, F.pad(block, (0, codes.shape[1] - depth)))
         return logprobs
 
     def _block_logprobs(
-        self, hidden: Tensor, scorer: Scorer | None, codes: Tensor, states: Tensor, *, alone: bool
+        self, hidden: Tensor, scorer: Scorer | None, codes: Tensor, nodes: Tensor, *, alone: bool
     ) -> Tensor:
-        """`_logprobs` (1 or 3, P, n) of the first n codes (P, n), whose prefixes are states (P, n + 1)."""
+        """`_logprobs` (1 or 3, P, n) of the first n codes (P, n), whose prefixes are nodes (P, n + 1)."""
         depth, trie = codes.shape[1], self.space.trie
         x = self.dropout(self.prefix_codes(codes[:, :-1] + self.level_offsets[: depth - 1]))
         x = torch.cat([hidden.unsqueeze(1), x], dim=1) + self.level_embedding[:depth]
@@ -374,14 +432,12 @@ class LazyDecoder(Policy[Context, Prefix]):
         experts = combine(logits, sums, alone=alone)
         columns = [torch.stack([one.log_softmax(dim=1).gather(1, at)[:, 0] for one in experts])]
         for level in range(1, depth):
-            children = trie.children(states[:, level])
-            taken = children.node == states[children.parent, level + 1]
+            children = trie.children(nodes[:, level])
+            taken = children.node == nodes[children.parent, level + 1]
             logits = self._code_logits(x[:, level], level, children)
             sums = None if scorer is None else self.item_scores.under(scorer, children, trie)
             experts = combine(logits, sums, alone=alone)
-            columns.append(
-                torch.stack([group_log_softmax(one, children.parent, len(states))[taken] for one in experts])
-            )
+            columns.append(torch.stack([group_log_softmax(one, children.parent, len(nodes))[taken] for one in experts]))
         return torch.stack(columns, dim=2)
 
 

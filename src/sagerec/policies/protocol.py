@@ -94,5 +94,11 @@ class Policy(nn.Module, Generic[ContextT, PrefixT]):
         """
         raise NotImplementedError
 
+    def training_loss(self, items: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
+        """The same for windows of the training sequences, which the space may have counted: a policy that reads the
+        counts leaves out what each sequence added to them itself.
+        """
+        return self.next_item_loss(items, targets, counted)
+
 
 AnyPolicy: TypeAlias = Policy[Any, Any]

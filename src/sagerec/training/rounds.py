@@ -311,7 +311,7 @@ def replay_loss(policy: AnyPolicy, windows: Windows, step: int, settings: AlignS
         return torch.zeros((), device=policy.device)
     inputs, targets, counted = (torch.from_numpy(x).to(policy.device) for x in windows.batch(own))
     n_own = counted.sum().float()
-    return policy.next_item_loss(inputs, targets, counted) * n_own / parallel.add_up(n_own.clone())
+    return policy.training_loss(inputs, targets, counted) * n_own / parallel.add_up(n_own.clone())
 
 
 def bound_figures(found: PolicyLoss, mask: Tensor) -> dict[str, Tensor]:

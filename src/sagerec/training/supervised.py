@@ -55,7 +55,7 @@ def train_policy(
             work,
             make_windows(train, policy.max_items),
             settings,
-            loss=policy.next_item_loss,
+            loss=policy.training_loss,
             validate=None if cases is None else lambda: validate(policy, cases, exclude_history=exclude),
             fingerprint=fingerprint(resolved, made_from),
             layers=policy.layers(),

@@ -1,10 +1,10 @@
 """New items into an artefact of Semantic IDs: the codes of the older items stay, and the trie grows.
 
-A new item is embedded by the saved projections (its co-occurrence block is zero: it has no events). To find its codes
-that block is taken from the items most alike in the others, or it would stand among the items that nobody takes. It
-gets the nearest centroid at each level among the codes in use and, where IDs are unique, the next free last code of the
-items that it collides with. So only the last level can grow, and a policy trained before serves on
-(`policies.lazy_decoder`).
+A new item is embedded by the saved projections. It has no events, so its co-occurrence block is zero and it is nobody's
+neighbour. To find its codes that block is taken from the items most alike in the others, or it would stand among the
+items that nobody takes. It gets the nearest centroid at each level among the codes in use and, where IDs are unique,
+the next free last code of the items that it collides with. So only the last level can grow, and a policy trained before
+serves on (`policies.lazy_decoder`).
 
 Shapes: N items, n of them new, D dimensions, L codes per item.
 """
@@ -28,6 +28,7 @@ from sagerec.actions.semantic_ids.build import (
     read_semantic_ids,
     read_tensors,
     sizes_of,
+    write_neighbours,
 )
 from sagerec.actions.semantic_ids.embedders import Projection, embed_sentences, project_categories, project_text
 from sagerec.actions.semantic_ids.quantisers import mean_square, nearest_codes, separate
@@ -157,6 +158,8 @@ def write_addition(folder: Path, addition: Addition, *, made_from: dict[str, str
         tensors = {"codes": addition.codes, "vectors": addition.vectors, "codebooks": ids.codebooks}
         save_file(tensors, fresh / TENSORS)
         write_trie(fresh / "trie", addition.trie)
+        if ids.neighbours is not None:
+            write_neighbours(fresh, ids.neighbours.grown(len(addition.codes)))
         for name in (PROJECTIONS, VOCABULARY, NETWORK, EVENTS_USED):
             if (folder / name).is_file():
                 shutil.copy(folder / name, fresh / name)

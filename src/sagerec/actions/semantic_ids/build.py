@@ -1,20 +1,21 @@
 """The Semantic-ID stage: embed, quantise, separate, index; written as one artefact.
 
-The folder holds `ids.safetensors` (codes, codebooks, item vectors), the trie's arrays, the rows of the log that were
-used, and what later items need (`semantic_ids.add`): `projections.safetensors`, `categories.parquet` and, for an
-RQ-VAE, `network.safetensors`.
+The folder holds `ids.safetensors` (codes, codebooks, item vectors), the trie's arrays, `neighbours.safetensors` (what
+occurs together), the rows of the log that were used, and what later items need (`semantic_ids.add`):
+`projections.safetensors`, `categories.parquet` and, for an RQ-VAE, `network.safetensors`.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from sagerec.actions.neighbours import Neighbours, count_neighbours
 from sagerec.actions.semantic_ids.balanced import balanced_kmeans
 from sagerec.actions.semantic_ids.embedders import (
     Fitted,
@@ -46,6 +47,7 @@ from sagerec.errors import ArtifactError
 KIND = "semantic_ids"
 """Of the artefact, and its folder in a run."""
 TENSORS, NETWORK = "ids.safetensors", "network.safetensors"
+NEIGHBOURS = "neighbours.safetensors"
 PROJECTIONS, VOCABULARY = "projections.safetensors", "categories.parquet"
 
 
@@ -81,6 +83,8 @@ class SemanticIdSettings:
     """Width of the co-occurrence vectors."""
     window: int = 5
     """Items at most this far apart in a sequence count as co-occurring."""
+    neighbours: int = 200
+    """Items that occur most with an item in the training sequences, kept for the policy; 0 keeps none."""
     unique: bool = True
     """Separate items that collide by a last code; without it they share an ID, and the metrics say at what cost."""
     vae_epochs: int = 60
@@ -103,6 +107,7 @@ class SemanticIdSettings:
             sentence_weight=at_least(0),
             levels=between(1, 8),
             window=at_least(1),
+            neighbours=at_least(0, 10_000),
             vae_epochs=at_least(1, 100_000),
             vae_width=at_least(1, 65_536),
             vae_latent=at_least(1, 65_536),
@@ -245,6 +250,8 @@ def build_semantic_ids(
     ) as fresh:
         tensors = {"codes": codes, "vectors": embedded.vectors, "codebooks": quantised.codebooks}
         save_file(tensors, fresh / TENSORS)
+        if settings.neighbours:
+            write_neighbours(fresh, count_neighbours(train, data.n_items, settings.neighbours))
         if quantised.network:
             save_file(quantised.network, fresh / NETWORK)
         _write_projections(fresh, embedded)
@@ -285,6 +292,11 @@ def _write_projections(folder: Path, embedded: ItemVectors) -> None:
     pl.DataFrame({CATEGORIES: embedded.vocabulary}, schema={CATEGORIES: pl.String}).write_parquet(folder / VOCABULARY)
 
 
+def write_neighbours(folder: Path, neighbours: Neighbours) -> None:
+    """Save the items that occur together."""
+    save_file({field.name: getattr(neighbours, field.name) for field in fields(neighbours)}, folder / NEIGHBOURS)
+
+
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
     """Arrays of a file of the artefact. Raises: ArtifactError."""
     try:
@@ -298,7 +310,9 @@ def read_semantic_ids(folder: Path) -> SemanticIds:
     """Read the artefact back, the trie memory-mapped. Raises: ArtifactError."""
     manifest = read_manifest(folder, KIND)
     ids = index_ids(**read_tensors(folder / TENSORS), trie=read_trie(folder / "trie"))
-    return replace(ids, content_hash=manifest.content_hash, grown_from=tuple(manifest.grown_from))
+    neighbours = Neighbours(**read_tensors(folder / NEIGHBOURS)) if manifest.settings.get("neighbours") else None
+    hashes: dict[str, Any] = {"content_hash": manifest.content_hash, "grown_from": tuple(manifest.grown_from)}
+    return replace(ids, neighbours=neighbours, **hashes)
 
 
 def index_ids(*, codes: np.ndarray, vectors: np.ndarray, codebooks: np.ndarray, trie: Trie) -> SemanticIds:
