@@ -51,6 +51,28 @@ def test_sums_under_nodes_equal_the_slow_twin(
                 torch.testing.assert_close(scores.at_root(scorer).flatten(), found, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("table", [2**20, 100])
+@pytest.mark.parametrize("cooccurrence", [False, True])
+def test_gradients_of_the_root_equal_the_slow_twin(
+    cooccurrence: bool, table: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a dense log-sum-exp with every score written down, by torch's own backward pass."""
+    monkeypatch.setattr(item_scores, "LARGEST_TABLE", table)
+    policy = small_policy(cooccurrence=cooccurrence)
+    module, first = policy.item_scores, policy.space.first_tokens()
+    states = policy.states(policy.encode(*histories()))
+    leaf = states._replace(hidden=states.hidden.detach().requires_grad_())
+    inputs = [leaf.hidden, module.items.weight, *(module.cooccurrence.parameters() if module.cooccurrence else ())]
+    fast = module.at_root(module.begin(leaf.hidden[:, policy.settings.width :], leaf.prior))
+    scores = item_scores_of(policy, leaf)
+    slow = torch.stack([scores[:, first == token].logsumexp(1) for token in np.unique(first)], dim=1)
+    torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-4)
+    weights = torch.linspace(-1, 1, slow.numel()).view_as(slow)
+    gradients = [torch.autograd.grad((sums * weights).sum(), inputs, retain_graph=True) for sums in (fast, slow)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
 def item_scores_of(policy: LazyDecoder, states: States) -> torch.Tensor:
     """(R, N) x . v + p of every item after R states: the slow twin."""
     every = torch.arange(N)

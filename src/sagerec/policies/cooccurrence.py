@@ -13,7 +13,8 @@ very sequence; a policy trained on that believes the prior too much. There each 
 one less, which is exact, for a sequence adds one to a pair. (Of a sequence longer than `max_items` the items outside
 the window keep their own counts, as candidates that are never targets of that window.)
 
-K is not dense: a state's is held over the items that its user's history has for neighbours.
+K is not dense: a state's is held over the items that its user's history has for neighbours. It has no gradient; p is
+computed from it where it is asked for.
 
 Shapes: B users, G states of each, S items that these may see, m neighbours, U distinct neighbours of a user's items, N
 leaves, R rows (states).
@@ -29,47 +30,62 @@ from sagerec.actions.neighbours import SHRINK, Neighbours
 
 DECAY = 0.8
 """What a step back in the sequence leaves of an item's weight."""
+ALL = slice(None)
 SHARPNESS = 20.0
 """b before training."""
 
 
 class Prior(NamedTuple):
-    """The prior of R states."""
+    """The prior of R states; p is computed where it is asked for."""
 
     places: Tensor
     """(B, U) int64 places of the leaves that have a prior, ascending; N after the last."""
-    values: Tensor
-    """(B * G, U) float32 p of the leaves at these places, 0 after the last."""
+    sums: Tensor
+    """(B * G, U) float32 K of the leaves at these places, 0 after the last."""
     rows: Tensor
-    """(R,) int64 row of each state in `values`."""
-    n_leaves: int
-    """N."""
+    """(R,) int64 row of each state in `sums`."""
+    popularity: Tensor
+    """(N + 1,) float32 log(n + 1) of the leaves, and 0."""
+    scalars: Tensor
+    """(3,) log a, log b and q."""
 
     @property
-    def users(self) -> Tensor:
-        """(R,) int64 row of each state in `places`."""
-        return self.rows // (len(self.values) // len(self.places))
+    def n_leaves(self) -> int:
+        return len(self.popularity) - 1
 
     def of_rows(self, rows: Tensor) -> "Prior":
         """That of some states."""
         return self._replace(rows=self.rows[rows])
 
-    def add_to(self, scores: Tensor) -> Tensor:
-        """Scores (N, R) of all leaves with the prior of each state added."""
-        places = self.places.clamp(max=self.n_leaves - 1)  # what stands after the last adds 0
-        return scores.scatter_add(0, places[self.users].T, self.values[self.rows].T)
+    def users(self, states: Tensor | slice = ALL) -> Tensor:
+        """Row of each of some states in `places`."""
+        return self.rows[states] // (len(self.sums) // len(self.places))
+
+    def table(self, states: slice = ALL) -> tuple[Tensor, Tensor]:
+        """Places (U, r), and p there, of some of the states; where a state has fewer, p is 0 at the last leaf."""
+        places = self.places[self.users(states)].T
+        return places.clamp(max=self.n_leaves - 1), self._value(self.sums[self.rows[states]].T, places)
+
+    def add_to(self, scores: Tensor, states: slice = ALL) -> Tensor:
+        """Scores (N, r) of all leaves after some of the states, with the prior of each added in place."""
+        return scores.scatter_add_(0, *self.table(states))
 
     def at(self, states: Tensor, places: Tensor) -> Tensor:
         """(M,) the prior of leaves at places (M,) after states (M,), 0 where there is none."""
         n_users, width = self.places.shape
         begin = torch.arange(n_users, device=places.device)[:, None] * (self.n_leaves + 1)
         keys = (begin + self.places).flatten()
-        user = self.users[states]
+        user = self.users(states)
         wanted = user * (self.n_leaves + 1) + places
         found = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
         column = (found - user * width).clamp(min=0, max=width - 1)
-        values = self.values.flatten().index_select(0, self.rows[states] * width + column)
-        return values * (keys[found] == wanted)
+        return self._value(self.sums[self.rows[states], column] * (keys[found] == wanted), places)
+
+    def _value(self, sums: Tensor, places: Tensor) -> Tensor:
+        """P = a (n + 1)^q log(1 + b K)."""
+        log_a, log_b, q = self.scalars
+        found: Tensor = (log_a + q * self.popularity[places]).exp() * (sums * log_b.exp()).log1p()
+        return found
 
 
 class CoOccurrence(nn.Module):
@@ -79,12 +95,16 @@ class CoOccurrence(nn.Module):
     counts: Tensor
     item_counts: Tensor
     leaf_counts: Tensor
+    leaf_popularity: Tensor
     place: Tensor
 
     def __init__(self, neighbours: Neighbours, leaves: Tensor) -> None:
         """`leaves` (N,) items at the leaves, in their order. Items that share another's leaf are not its neighbours."""
         super().__init__()
         self.n_leaves = len(leaves)
+        leaf_counts = torch.cat(
+            [torch.from_numpy(neighbours.item_counts).to(leaves.device)[leaves], leaves.new_zeros(1)]
+        )
         place = torch.full((len(neighbours.items),), self.n_leaves, device=leaves.device)
         place[leaves] = torch.arange(self.n_leaves, device=leaves.device)
         items = torch.from_numpy(neighbours.items).to(leaves.device).long()
@@ -94,7 +114,8 @@ class CoOccurrence(nn.Module):
             "near": near.int(),
             "counts": torch.from_numpy(neighbours.counts).to(leaves.device),
             "item_counts": item_counts,
-            "leaf_counts": torch.cat([item_counts[leaves], item_counts.new_zeros(1)]),
+            "leaf_counts": leaf_counts.float(),
+            "leaf_popularity": leaf_counts.float().log1p(),
             "place": place,
         }
         for name, table in tables.items():
@@ -109,10 +130,9 @@ class CoOccurrence(nn.Module):
         `own` (B, X) are the items, -1 = none, of a sequence that was counted and is left out.
         """
         places, summed = self.sums(items, visible, own)
-        popularity = (self.popularity * self.leaf_counts[places].log1p() + self.log_scale).exp()
-        values = popularity[:, None] * (summed * self.log_sharpness.exp()).log1p()
-        values = values.flatten(0, 1)
-        return Prior(places, values, torch.arange(len(values), device=items.device), self.n_leaves)
+        sums = summed.flatten(0, 1)
+        scalars = torch.stack([self.log_scale, self.log_sharpness, self.popularity])
+        return Prior(places, sums, torch.arange(len(sums), device=items.device), self.leaf_popularity, scalars)
 
     @torch.no_grad()
     def sums(self, items: Tensor, visible: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,8 @@ catalogue, at a cost of N x D a state; deeper nodes sum over the items under the
 Shapes: B sequences, T history items, R states, M children, N leaves (distinct sequences), D width of the scores.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -30,8 +31,8 @@ from sagerec.actions.trie import ROOT, Children, Trie
 from sagerec.policies.cooccurrence import CoOccurrence, Prior
 from sagerec.policies.layers import FastDropout, Layer
 
-LARGEST_TABLE = 2**26
-"""Scores that are held at a time."""
+LARGEST_TABLE, LARGEST_TABLE_GPU = 2**20, 2**26
+"""Scores that are held at a time: as many as fit the cache of a CPU, or as keep a GPU busy."""
 FLOOR = 1e-30
 """Least share of the highest score's weight that a sum over items is taken for."""
 
@@ -80,6 +81,66 @@ class Scorer(NamedTuple):
         return [
             self.of_rows(rows) for rows in torch.split(torch.arange(len(self.states), device=self.states.device), size)
         ]
+
+
+class RootSums(torch.autograd.Function):
+    """Log-sum-exp of the scores under each of the root's children, some states at a time.
+
+    The scores are as many as catalogue times states. Chunks that fit a cache, and backward computing them again, cost
+    a CPU half of what it takes to write them down and read them back.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, vectors: Tensor, states: Tensor, sizes: Tensor, scalars: Tensor | None, prior: Prior | None
+    ) -> Tensor:
+        """(R, n) of vectors (N, D) and states (R, D), children of sizes (n,); `scalars` are those of the prior."""
+        child = torch.repeat_interleave(sizes)
+        found = torch.empty(len(states), len(sizes), device=states.device)
+        ctx.dtypes, ctx.prior = (vectors.dtype, states.dtype), prior
+        if torch.is_autocast_enabled(states.device.type):
+            dtype = torch.get_autocast_dtype(states.device.type)
+            vectors, states = vectors.to(dtype), states.to(dtype)
+        for rows in chunks(len(states), len(vectors), states.device):
+            scores = _scores(vectors, states, prior, rows)
+            top = scores.amax(dim=0)
+            sums = scores.new_zeros(len(sizes), scores.shape[1]).index_add_(0, child, scores.sub_(top).exp_())
+            found[rows] = (sums.clamp_(min=FLOOR).log_() + top).T
+        ctx.save_for_backward(vectors, states, child, found)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """With w_i = exp(s_i - LSE_v) for the items under v, d LSE_v / d s_i = w_i."""
+        vectors, states, child, found = ctx.saved_tensors
+        prior: Prior | None = ctx.prior
+        of_vectors, of_states = torch.zeros(vectors.shape, device=vectors.device), torch.empty_like(states)
+        of_scalars = None if prior is None else torch.zeros_like(prior.scalars)
+        for rows in chunks(len(states), len(vectors), states.device):
+            scores = _scores(vectors, states, prior, rows)
+            of_scores = scores.sub_(found[rows].T[child]).exp_().mul_(grad[rows].T[child])
+            if prior is not None:
+                assert of_scalars is not None
+                with torch.enable_grad():
+                    scalars = prior.scalars.detach().requires_grad_()
+                    places, values = prior._replace(scalars=scalars).table(rows)
+                of_scalars += torch.autograd.grad(values, scalars, of_scores.gather(0, places))[0]
+            low = of_scores.to(states.dtype)
+            of_states[rows] = low.T @ vectors
+            of_vectors += low @ states[rows]
+        return of_vectors.to(ctx.dtypes[0]), of_states.to(ctx.dtypes[1]), None, of_scalars, None
+
+
+def _scores(vectors: Tensor, states: Tensor, prior: Prior | None, rows: slice) -> Tensor:
+    """(N, r) float32 scores after some states: items first, for a child's are consecutive rows."""
+    scores = F.linear(vectors, states[rows]).float()
+    return scores if prior is None else prior.add_to(scores, rows)
+
+
+def chunks(n_rows: int, width: int, device: torch.device) -> Iterator[slice]:
+    """Runs of rows that hold about LARGEST_TABLE scores of `width` a row."""
+    size = max(1, (LARGEST_TABLE if device.type == "cpu" else LARGEST_TABLE_GPU) // width)
+    return (slice(begin, min(begin + size, n_rows)) for begin in range(0, n_rows, size))
 
 
 class ItemScores(nn.Module):
@@ -146,19 +207,11 @@ class ItemScores(nn.Module):
 
     def at_root(self, scorer: Scorer) -> Tensor:
         """(R, n) float32 log-sum-exp of the scores under each of the root's n children."""
-        rows = max(1, LARGEST_TABLE // len(self.leaves))
-        parts = [self._root_sums(part) for part in ([scorer] if len(scorer.states) <= rows else scorer.split(rows))]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _root_sums(self, scorer: Scorer) -> Tensor:
-        states = scorer.states
-        scores = F.linear(scorer.vectors, states).float()  # items first: a child's are consecutive rows
-        if scorer.prior is not None:
-            scores = scorer.prior.add_to(scores)
-        top = scores.detach().amax(dim=0)
-        child = torch.repeat_interleave(self.root_sizes)
-        sums = scores.new_zeros(len(self.root_sizes), len(states)).index_add(0, child, (scores - top).exp())
-        return (sums.clamp(min=FLOOR).log() + top).T
+        prior = scorer.prior
+        sums: Tensor = RootSums.apply(  # type: ignore[no-untyped-call]
+            scorer.vectors, scorer.states, self.root_sizes, None if prior is None else prior.scalars, prior
+        )
+        return sums
 
     def under(self, scorer: Scorer, children: Children, trie: Trie) -> Tensor:
         """(M,) float32 log-sum-exp of the scores under each of the children of R states."""
