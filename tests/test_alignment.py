@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sagerec.actions.semantic_ids.build import SemanticIdSettings
-from sagerec.artifacts import read_manifest
+from sagerec.artifacts import read_manifest, write_artifact
 from sagerec.catalogue.dataset import read_dataset, write_dataset
 from sagerec.catalogue.simulate import simulate
 from sagerec.catalogue.simulated_store import StoreSettings, write_store
@@ -116,7 +116,12 @@ def test_hits_alone_recover_a_policy_that_was_spoilt(tmp_path: Path) -> None:
     weights, generator = load_file(path), torch.Generator().manual_seed(0)
     matrices = {n: w for n, w in weights.items() if w.ndim > 1}
     spoilt = {n: w + 0.8 * w.std() * torch.randn(w.shape, generator=generator) for n, w in matrices.items()}
-    save_file(weights | spoilt, path)
+    manifest = run.manifest("policy")
+    with write_artifact(
+        path.parent, "policy", made_from=manifest.made_from, settings=manifest.settings, sizes=manifest.sizes
+    ) as fresh:
+        shutil.copytree(path.parent, fresh, dirs_exist_ok=True)
+        save_file(weights | spoilt, fresh / path.name)
     before = recall_at_1(run, "policy")
     settings = replace(QUICK, reward=("hit=1",), sft_weight=0.0, slates=16, epochs=9, criterion=("recall=1",))
     after = recall_at_1(run, align(run, settings))

@@ -213,7 +213,7 @@ def test_excluded_items_that_share_an_id_bar_it_once() -> None:
     """Items 0 and 1 share (0, 0); 2 is (0, 1), 3 is (1, 0). Without 0 and 1, both 2 and 3 are left, and no other."""
     space = make_space(np.array([[0, 0], [0, 0], [0, 1], [1, 0]]), listed=np.array([0, 2, 3]))
     torch.manual_seed(0)
-    policy = LazyDecoder(LazyDecoderSettings(width=8, heads=2, content=False), space).eval()
+    policy = LazyDecoder(LazyDecoderSettings(width=8, heads=2, content=False, cooccurrence=False), space).eval()
     history, excluded = torch.tensor([[3]]), torch.tensor([[0, 1]])
     lists = exact_lists(policy, history, torch.tensor([1]), k=3, excluded=excluded)
     assert sorted(lists.items[0].tolist()) == [-1, 2, 3]

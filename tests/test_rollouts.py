@@ -215,7 +215,7 @@ def test_impossible_rollouts_are_refused() -> None:
         RolloutSettings(k=2, slates=8, beam_slates=5)
     with pytest.raises(SettingsError, match="top_p is 0"):
         RolloutSettings(top_p=0)
-    with pytest.raises(SettingsError, match="temperature is 0; expected above 0"):
+    with pytest.raises(SettingsError, match=r"temperature is 0; expected 0\.001 to 1,000"):
         RolloutSettings(temperature=0)
     policy = small_policy().eval()
     with pytest.raises(SettingsError, match=r"a beam of \d+ items does not fit this catalogue"):

@@ -364,3 +364,32 @@ def test_wrong_studies_are_refused() -> None:
     with pytest.raises(SettingsError, match="a k of at least 10"):
         CompareSettings(run=replace(SMALL_RUN, evaluate=EvaluateSettings(k=(5,))))
     assert StudySettings(ablations=("all",)).rows()["sage_bound"] == 1
+
+
+POOL = """
+import os, time
+from sagerec.study.jobs import worker_pool
+if __name__ == "__main__":
+    pool = worker_pool(2)
+    print(pool.submit(os.getpid).result(), flush=True)
+    pool.submit(time.sleep, 300)
+    pool.submit(time.sleep, 300)
+    time.sleep(300)
+"""
+
+
+def test_workers_end_with_a_study_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "pool.py").write_text(POOL)
+    command = [sys.executable, str(tmp_path / "pool.py")]
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        parent.kill()
+    for _ in range(200):
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker of a killed study was there ten seconds later")

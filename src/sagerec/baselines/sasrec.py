@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sagerec.artifacts import read_manifest, write_artifact
 from sagerec.catalogue.audit import write_events_used
 from sagerec.catalogue.splits import Cases, Part, Sequences
-from sagerec.config import from_json, require, to_json
+from sagerec.config import at_least, from_json, to_json
 from sagerec.errors import ArtifactError
 from sagerec.evaluation.per_case import validation_means
 from sagerec.policies.layers import FastDropout, Layer, check_shape
@@ -53,9 +53,7 @@ class SasRecSettings:
     """Negatives of a sampled softmax, shared by the batch; 0 scores the whole catalogue."""
 
     def __post_init__(self) -> None:
-        check_shape(width=self.width, heads=self.heads, dropout=self.dropout, max_items=self.max_items)
-        require(self.layers >= 1, f"layers is {self.layers}; expected at least 1")
-        require(self.sampled >= 0, f"sampled is {self.sampled}; expected 0 (all items) or above")
+        check_shape(self, layers=at_least(1, 128), sampled=at_least(0))
 
 
 TUNED = TrainSettings(epochs=40)

@@ -221,17 +221,19 @@ def policy_loss(
 def _is_sound(
     value: Tensor, distance: Tensor, logprobs: tuple[Tensor, Tensor], shares: tuple[Tensor | None, Tensor | None]
 ) -> bool:
-    """Whether all is in range, uncounted places included."""
-    if not math.isfinite(value.item() + distance.item()):
-        return False
-    if not logprobs[0].numel():
-        return True
-    for share in shares:
-        if share is not None:
-            low, high = share.aminmax()
-            if not (low.item() >= 0 and high.item() <= 1):
-                return False
-    return logprobs[0].amax().item() <= ROUNDING and logprobs[1].amax().item() <= ROUNDING
+    """Whether all is in range, uncounted places included; a GPU is asked once."""
+    highest = [x.amax() for x in logprobs] if logprobs[0].numel() else []
+    ranges = [end for share in shares if share is not None and share.numel() for end in share.aminmax()]
+    asked = (value, distance, *highest, *ranges)
+    on_cpu = value.device.type == "cpu"
+    loss, moved, *found = [x.item() for x in asked] if on_cpu else torch.stack([x.to(value) for x in asked]).tolist()
+    tops, ends = found[: len(highest)], found[len(highest) :]
+    return (
+        math.isfinite(loss + moved)
+        and all(top <= ROUNDING for top in tops)
+        and all(low >= 0 for low in ends[::2])
+        and all(high <= 1 for high in ends[1::2])
+    )
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:

@@ -4,24 +4,33 @@ Shapes: B sequences, T positions, S cached positions, D width, H heads, E width 
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from sagerec.config import require
+from sagerec.config import Bounds, between, check_fields, require
 
 KeyValue = tuple[Tensor, Tensor]
 ROTARY_BASE = 1000.0
 
 
-def check_shape(*, width: int, heads: int, dropout: float, max_items: int) -> None:
-    """Raise SettingsError for layers that cannot be built."""
-    require(1 <= heads <= 1024, f"heads is {heads}; expected 1 to 1,024")
-    require(1 <= width <= 16_384, f"width is {width}; expected 1 to 16,384")
+def check_shape(settings: Any, **bounds: Bounds) -> None:
+    """Check the fields of a model's shape (width, heads, dropout, max_items; others by `bounds`).
+
+    Raises: SettingsError.
+    """
+    check_fields(
+        settings,
+        width=between(1, 16_384),
+        heads=between(1, 1024),
+        dropout=between(0, 1, below=True),
+        max_items=between(1, 100_000),
+        **bounds,
+    )
+    width, heads = settings.width, settings.heads
     require(width % (2 * heads) == 0, f"width is {width}; expected a multiple of twice the {heads} heads")
-    require(0 <= dropout < 1, f"dropout is {dropout}; expected from 0 to below 1")
-    require(1 <= max_items <= 100_000, f"max_items is {max_items}; expected 1 to 100,000")
 
 
 class FastDropout(nn.Module):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from sagerec.actions.groups import group_log_softmax
 from sagerec.actions.space import ActionSpace
 from sagerec.actions.trie import PADDING, ROOT, Children
-from sagerec.config import at_least, check_fields, require
+from sagerec.config import at_least, between, require
 from sagerec.policies.cooccurrence import Prior
 from sagerec.policies.item_scores import ItemScores, Scorer
 from sagerec.policies.layers import FastDropout, KeyValue, Layer, check_shape, run_layers
@@ -75,15 +75,18 @@ class LazyDecoderSettings:
     """In training, weight of each expert's own next-item loss beside that of both together, whose weight is 1."""
 
     def __post_init__(self) -> None:
-        check_shape(width=self.width, heads=self.heads, dropout=self.dropout, max_items=self.max_items)
-        check_shape(width=self.item_width, heads=self.item_heads, dropout=self.item_dropout, max_items=self.max_items)
-        names = ("encoder_layers", "decoder_layers", "item_layers")
-        check_fields(
+        layers = at_least(1, 128)
+        check_shape(
             self,
-            **dict.fromkeys(names, at_least(1, 128)),
+            **dict.fromkeys(("encoder_layers", "decoder_layers", "item_layers"), layers),
             expansion=at_least(1, 64),
+            item_width=between(1, 16_384),
+            item_heads=between(1, 1024),
+            item_dropout=between(0, 1, below=True),
             expert_weight=at_least(0),
         )
+        width, heads = self.item_width, self.item_heads
+        require(width % (2 * heads) == 0, f"item_width is {width}; expected a multiple of twice the {heads} item_heads")
 
 
 class Context(NamedTuple):

@@ -9,9 +9,11 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
+from sagerec.errors import ArtifactError
 from sagerec.files import read_record, refuse_other, write_text
 from sagerec.report import cells
 from sagerec.report.drawing import MARKERS, PALETTE, STYLE
+from sagerec.report.material import stale_study
 from sagerec.study import STUDY
 
 BY_HAND = "<!-- What follows is written by hand; `sagerec results` keeps it. -->"
@@ -46,10 +48,12 @@ def write_results(out: Path, folders: dict[str, Path]) -> list[Path]:
 
     The page ends with the mark BY_HAND; what stands after it in a page that is there is kept. Returns what was written.
 
-    Raises: ArtifactError where a folder has no study.json, or `out` is something else.
+    Raises: ArtifactError where a folder has no study.json, or a stale one, or `out` is something else.
     """
     refuse_other(out, BY_HAND, "a page of results")
     records = {title: read_record(folder / STUDY) for title, folder in folders.items()}
+    for stale in filter(None, map(stale_study, folders.values())):
+        raise ArtifactError(f"stale: {stale}")
     plots = {t: out.with_name(f"{out.stem}-{re.sub(r'[^a-z0-9]+', '-', t.lower()).strip('-')}.svg") for t in records}
     for title, path in plots.items():
         write_text(path, draw_study(records[title], title))

@@ -90,6 +90,15 @@ class Material:
         return self.styles.get(name, Style(MOST_SERIES - 1))
 
 
+def stale_study(folder: Path) -> str | None:
+    """Why the study.json of a folder is not of the run in it; None where it is, or no run is there."""
+    hashes = read_record(folder / STUDY).get("hashes", {})
+    old = open_run(folder / RUN).outdated(hashes) if (folder / RUN / "dataset").is_dir() else []
+    return (
+        f"{folder / STUDY} is of an earlier {' and '.join(old)}; make it again with: sagerec compare" if old else None
+    )
+
+
 def stem(name: str) -> str:
     """What the report of a shown name is called: the other way of `shown_name`."""
     return "evaluation" if name == START else f"evaluation-{name}"
@@ -98,12 +107,15 @@ def stem(name: str) -> str:
 def gather(folder: Path) -> Material:
     """Read a run or a study folder. Raises: ArtifactError where it is neither, or a file of it is damaged."""
     study: dict[str, Any] = {}
+    notes: list[str] = []
     if (folder / STUDY).is_file():
         study = read_record(folder / STUDY)
         run = open_run(folder / RUN) if (folder / RUN / "dataset").is_dir() else None
+        if (stale := stale_study(folder)) is not None:
+            notes.append(f"Stale: {stale}.")
+            study = {}
     else:
         run = open_run(folder)
-    notes: list[str] = []
     reports = {} if run is None else read_reports(run, notes)
     k = shown_k(study, reports)
     aligned = [] if run is None else read_aligned(run, study, notes)

@@ -31,22 +31,22 @@ from sagerec.training.loop import choose_device
 logger = logging.getLogger(__name__)
 NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 """What an artefact of a run may be called: one component of a path."""
-RESERVED = ("refit", "sasrec", "sasrec-refit", "popularity", "item-knn", *PARTS)
+RESERVED = ("supervised", "refit", "sasrec", "sasrec-refit", "popularity", "item-knn", *PARTS)
 """What an aligned policy is not called: its reports would be those of something else."""
 
 
-def check_name(name: str, what: str = "name") -> str:
+def check_name(name: str, what: str = "name", *, longest: int = 100) -> str:
     """The name of an artefact. Raises: SettingsError for what is no single component of a path."""
-    if not NAME.fullmatch(name) or len(name) > 100:
+    if not NAME.fullmatch(name) or len(name) > longest:
         raise SettingsError(
-            f"{what} is {name!r}; expected at most 100 letters, digits, '.', '_' and '-', the first of them no '.'"
+            f"{what} is {name!r}; expected at most {longest} letters, digits, '.', '_' and '-', and no '.' at first"
         )
     return name
 
 
 def check_aligned_name(name: str) -> str:
     """The name of an aligned policy. Raises: SettingsError where it, or the split at its end, is taken."""
-    check_name(name)
+    check_name(name, longest=80)
     if name in RESERVED or name.endswith((".training", *(f"-{part}" for part in PARTS))):
         raise SettingsError(
             f"name is {name!r}, which is taken; expected none of {', '.join(RESERVED)}, nor one that ends like a split"

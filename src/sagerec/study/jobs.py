@@ -192,12 +192,17 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+def worker_pool(processes: int) -> ProcessPoolExecutor:
+    """Fresh processes that end with this one."""
+    return ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_end_with_parent)
+
+
 def finished(calls: Sequence[tuple[Path, Job, RunSettings, int, str]], processes: int) -> Iterator[str]:
     """Names of jobs as they are done: here one after another, or in several processes."""
     if processes == 1:
         yield from (do_job(*call) for call in calls)
         return
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
+    with worker_pool(processes) as pool:
         try:
             for future in as_completed([pool.submit(do_job, *call) for call in calls]):
                 yield future.result()
