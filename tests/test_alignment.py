@@ -109,7 +109,7 @@ def test_hits_alone_recover_a_policy_that_was_spoilt(tmp_path: Path) -> None:
     make_actions(run, SemanticIdSettings(levels=2, codebook_size=32))
     train(
         run,
-        LazyDecoderSettings(width=32, heads=2, encoder_layers=1, dropout=0.0),
+        LazyDecoderSettings(width=32, heads=2, encoder_layers=1, dropout=0.0, cooccurrence=False),
         TrainSettings(epochs=16, batch_size=16, validate_every=16, weight_decay=0.0, device="cpu"),
     )
     path = run.folder / "policy" / "model.safetensors"
