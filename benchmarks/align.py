@@ -6,7 +6,7 @@ one item a completion, the reward 1 for the item that came next, models of about
 
 - Ours: `rounds.roll_round` and `rounds.update` on a LazyDecoder, with the stage's defaults: SAGE, the history
   excluded, the next-item anchor, and the reference policy's divergence for the log, all of which the peer goes without.
-  Once with sampled slates, as the peer's are, and once with the stage's default, beam slates.
+  Once with sampled slates, as the peer's are, and once with beam slates, the stage's default.
 - The peer: `GRPOTrainer.train` on a decoder of the Qwen3 layout with as many parameters (as in decode.py), one token a
   code, so 80 tokens of history and 2 special ones. It generates 4 tokens without a constraint, which is faster than
   with one, so that nearly none of its completions is an item. Its completions pass the model together or in smaller
@@ -150,7 +150,7 @@ def main() -> int:
     record["versions"] |= {"transformers": peer_version(), "trl": trl_version()}
     contenders: dict[str, Any] = {
         "ours, sampled": partial(measure_ours, 0),
-        "ours, beams": partial(measure_ours, None),
+        "ours, beams": partial(measure_ours, settings.slates),
     }
     contenders |= {f"TRL, {n} a pass": partial(measure_peer, n) for n in settings.peer_micro_batches}
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
@@ -224,7 +224,7 @@ def draw_events(settings: AlignBenchmarkSettings, steps: int) -> np.ndarray:
     return generator.integers(0, settings.items, (settings.users * steps, settings.history + 1)).astype(np.int32)
 
 
-def measure_ours(beam_slates: int | None, settings: AlignBenchmarkSettings) -> dict[str, Any]:
+def measure_ours(beam_slates: int, settings: AlignBenchmarkSettings) -> dict[str, Any]:
     """Steps of the alignment stage."""
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
@@ -250,7 +250,7 @@ def measure_ours(beam_slates: int | None, settings: AlignBenchmarkSettings) -> d
     }
 
 
-def make_stage(policy: Any, reference: Any, events: np.ndarray, beam_slates: int | None, settings: Any) -> Stage:
+def make_stage(policy: Any, reference: Any, events: np.ndarray, beam_slates: int, settings: Any) -> Stage:
     """The stage on made-up events, rewarded for hits alone."""
     n_users, length = events.shape
     starts = np.arange(n_users, dtype=np.int64) * length

@@ -15,7 +15,7 @@ The algorithm (arXiv 2601.21452, read as docs/alignment.md says), with one item 
             one step of AdamW on loss + anchor x next-item loss
 
 Nothing of `sagerec.objectives` or `sagerec.training.rounds` is used: a test holds this page's updates equal to those of
-`sagerec align`. What it leaves out: slates of several items, other objectives, validation, checkpoints, several ranks.
+`sagerec align`. What it leaves out: samples, slates of several items, other objectives, validation, checkpoints, ranks.
 
 Shapes: B users of a minibatch, G slates of each, M rewards, N items, Q clusters, F free tokens.
 """
@@ -177,7 +177,7 @@ def roll(store: SimulatedStore, policy: AnyPolicy, cases: Cases, index: np.ndarr
     """The G most probable items of each user as slates of one, and what the users answer."""
     history, length = cases.histories(index, policy.max_items)
     items, lengths, excluded = (torch.from_numpy(x) for x in (history, length, cases.taken(index)))
-    found = roll_out(policy, items, lengths, RolloutSettings(slates=args.slates), excluded=excluded)
+    found = roll_out(policy, items, lengths, RolloutSettings(1, args.slates, args.slates), excluded=excluded)
     old, _ = geometric_mean(found.tokens, found.items.numel())
     last = history[np.arange(len(index)), length - 1]
     answers = store.expected(
@@ -212,6 +212,7 @@ def stage_settings(args: Args) -> AlignSettings:
         boost=args.boost,
         entropy_penalty=args.penalty,
         slates=args.slates,
+        beam_slates=args.slates,
         epochs=args.epochs,
         round_users=args.round_users,
         batch_users=args.batch_users,

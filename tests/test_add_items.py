@@ -28,8 +28,9 @@ from sagerec.cli import main
 from sagerec.errors import ArtifactError, DatasetError
 from sagerec.files import read_record
 from sagerec.policies.lazy_decoder import CODE_ROWS, LazyDecoder, LazyDecoderSettings, States, grow_weights
+from sagerec.run.additions import add_items
 from sagerec.run.folder import Run, open_run
-from sagerec.run.stages import add_items, audit, evaluate, make_actions, prepare, run_all, train
+from sagerec.run.stages import audit, evaluate, make_actions, prepare, run_all, train
 from tests.conftest import SMALL_IDS, SMALL_POLICY, SMALL_RUN, SMALL_TRAIN, semantic_ids
 
 CHEAP = replace(SMALL_IDS, text_weight=0.0, codebook_size=8)

@@ -322,6 +322,19 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(run: Run) 
     assert not same_weights(run.folder / "policy-a", run.folder / "policy-c")
 
 
+def test_rollouts_of_another_seed_hold_other_slates(run: Run) -> None:
+    """The beam's eight are the same, for the policy is, and the eight that are sampled are not."""
+    cases = run.split.cases(run.data, "align")
+    found = []
+    for seed in (0, 0, 1):
+        stage = stage_of(run, AlignSettings(reward=("hit=1",), beam_slates=8, device="cpu", seed=seed).resolved())
+        made, _ = rounds.roll_round(stage, [np.arange(len(cases))], 0)
+        found.append(made[0].rollouts.slates[:, :, 0])  # type: ignore[union-attr]
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0][:, 8:], found[2][:, 8:])
+    assert bool((found[0][:, :8] != found[2][:, :8]).float().mean() > 0.5)
+
+
 def test_item_credit_reaches_the_items_own_codes_alone(run: Run) -> None:
     """With hits alone rewarded, a place where no slate has the hit gets one advantage for all its items."""
     cases = run.split.cases(run.data, "align")
@@ -393,7 +406,7 @@ def test_what_cannot_be_aligned_is_refused(run: Run, small_run: Run, tmp_path: P
     unread: list[tuple[dict[str, Any], str]] = [
         ({"objective": "grpo", "boost": 4.0}, "--boost is not read by objective grpo; leave it out"),
         ({"objective": "sage", "cap": 2.0}, "--cap is not read by objective sage; leave it out"),
-        ({"top_p": 0.9}, "all slates come from beam search"),
+        ({"top_p": 0.9, "beam_slates": 16}, "all slates come from beam search"),
         ({"slates": 1}, "slates is 1, and sage compares the slates of a context"),
     ]
     for settings, message in unread:

@@ -202,6 +202,26 @@ def test_objectives_limit_is_checked_on_the_shape_that_it_is_for(load: Any) -> N
     assert not check([{"objective": "sage", "shape": [64, 16, 40], "ratio": 1.6}])[0]["ok"]
 
 
+def test_ratio_spread_runs(tmp_path: Path) -> None:
+    """With one update a round every ratio is 1 and no bound of one acts; with four it has left 1, and both act."""
+    record = run_quick("ratio_spread", tmp_path)
+    assert set(record) == RECORD
+    rows = record["results"]
+    assert [(row["objective"], row["minibatches"], row["passes"]) for row in rows] == [
+        (objective, minibatches, passes)
+        for objective in ("sage", "sage_paper")
+        for minibatches in (1, 2)
+        for passes in (1, 2)
+    ]
+    assert all(row["updates"] == row["minibatches"] * row["passes"] and row["rounds"] >= 2 for row in rows)
+    for first, last in ((rows[0], rows[3]), (rows[4], rows[7])):
+        assert [first[f"ratio_q{q}"] for q in ("05", "50", "95")] == pytest.approx([1.0] * 3, abs=1e-5)
+        assert last["ratio_q05"] < 0.9999 < 1.0001 < last["ratio_q95"]
+        assert last["share_at_upper"] > 0
+        assert last["share_at_lower"] > 0
+    assert rows[4]["share_at_upper"] == rows[4]["share_at_lower"] == 0
+
+
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed (extra bench)")
 def test_align_runs(tmp_path: Path) -> None:
     record = run_quick("align", tmp_path)

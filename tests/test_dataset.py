@@ -29,6 +29,7 @@ from sagerec.catalogue.dataset import (
     has_manifest,
     read_dataset,
     read_table,
+    whole_ids,
     write_dataset,
 )
 from sagerec.errors import ArtifactError, DatasetError
@@ -521,3 +522,19 @@ def test_a_folder_of_other_things_is_never_replaced(tmp_path: Path) -> None:
     )
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("ids", "said"),
+    [
+        (pl.Series([1, 2], dtype=pl.Decimal(10, 2)), r"has type Decimal\(.*\), expected text or integers"),
+        (pl.Series([True, False]), "has type Boolean, expected text or integers"),
+        (pl.Series([16_777_216.0, 1.0], dtype=pl.Float32), r"holds 16777216\.0 in row 0"),
+        (pl.Series([2.0**53, 1.0]), r"holds 9007199254740992\.0 in row 0"),
+        (pl.Series([1.5, 1.0]), r"holds 1\.5 in row 0"),
+    ],
+)
+def test_ids_of_another_type_or_that_are_not_told_apart_are_refused(ids: pl.Series, said: str) -> None:
+    with pytest.raises(DatasetError, match=said):
+        whole_ids(ids.alias("item_id"), Path("log.parquet"))
+    assert whole_ids(pl.Series("item_id", [16_777_215.0], dtype=pl.Float32), Path("x")).to_list() == [16_777_215]

@@ -196,14 +196,15 @@ def test_sasrec_lists_are_its_highest_scores_and_its_losses_agree(small_run: Run
     for case in range(40):
         history = data.event_items[max(cases.starts[case], cases.rows[case] - 6) : cases.rows[case]].astype(np.int64)
         with torch.no_grad():
-            scores = model.items.weight @ model.encode(torch.from_numpy(history)[None])[0, -1]
+            states = model.encode(torch.from_numpy(history)[None], torch.tensor([len(history)]))
+            scores = model.items.weight @ states[0, -1]
         had = data.event_items[cases.starts[case] : cases.rows[case]].astype(np.int64)  # whole, whatever is read of it
         scores[torch.from_numpy(had)] = -torch.inf
         torch.testing.assert_close(scores[torch.from_numpy(lists[case])], scores.topk(4).values)
 
     inputs, targets, counted = torch.tensor([[1, 2]]), torch.tensor([[2, 3]]), torch.tensor([[True, False]])
     full = model.loss(inputs, targets, counted)
-    everything = torch.arange(data.n_items)
+    everything = torch.arange(data.n_items)[None]
     model.settings = replace(model.settings, sampled=data.n_items)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "randint", lambda *_, **__: everything)
@@ -239,8 +240,8 @@ def test_sasrec_is_tuned_on_validation_and_learns_from_the_reserved_events(store
     run = prepare(store_folder, tmp_path / "run", SplitSettings(reserve="event"))
     make_actions(run, SMALL_RUN.ids)
     report = evaluate_baseline(run, "sasrec", SMALL_RUN.evaluate, model=TINY_SASREC, training=SMALL_TRAIN, trials=3)
-    trials = sasrec_trials(run, TINY_SASREC, SMALL_TRAIN, 3)
-    assert [trial["settings"] for trial in trials] == sasrec_grid(TINY_SASREC, SMALL_TRAIN, 3)
+    trials = sasrec_trials(run, TINY_SASREC, 3)
+    assert [trial["settings"] for trial in trials] == sasrec_grid(TINY_SASREC, 3)
     best = max(range(3), key=lambda number: trials[number]["criterion"])
     assert [trial["chosen"] for trial in trials] == [number == best for number in range(3)]
     chosen, copied = (run.folder / name / "model.safetensors" for name in (f"sasrec-{best}", "sasrec"))
@@ -263,7 +264,7 @@ def test_sasrec_is_tuned_on_validation_and_learns_from_the_reserved_events(store
     with pytest.raises(SettingsError, match="learns from the validation events, and the split is valid; expected test"):
         evaluate_baseline(run, "sasrec", replace(SMALL_RUN.evaluate, split="valid"), refit=True)
     with pytest.raises(SettingsError, match="trials is 9; expected 1 to"):
-        sasrec_grid(TINY_SASREC, SMALL_TRAIN, 9)
+        sasrec_grid(TINY_SASREC, 9)
 
 
 @pytest.mark.parametrize("name", ["popularity", "item-knn"])
@@ -292,13 +293,13 @@ def test_a_trial_of_sasrec_that_diverges_loses(
 
     monkeypatch.setattr(tuning, "train_sasrec", diverge)
     evaluate_baseline(run, "sasrec", SMALL_RUN.evaluate, model=TINY_SASREC, training=SMALL_TRAIN, trials=2)
-    trials = sasrec_trials(run, TINY_SASREC, SMALL_TRAIN, 2)
+    trials = sasrec_trials(run, TINY_SASREC, 2)
     assert [trial["chosen"] for trial in trials] == [True, False]
     assert trials[1]["criterion"] == 0
     monkeypatch.setattr(tuning, "train_sasrec", lambda *_, **__: diverge(tmp_path / "sasrec-1"))
     with pytest.raises(TrainingError, match="all 2 trials of SASRec failed, the last: loss nan"):
         evaluate_baseline(
-            run, "sasrec", SMALL_RUN.evaluate, model=replace(TINY_SASREC, layers=1), training=SMALL_TRAIN, trials=2
+            run, "sasrec", SMALL_RUN.evaluate, model=replace(TINY_SASREC, layers=2), training=SMALL_TRAIN, trials=2
         )
 
 

@@ -107,6 +107,7 @@ def test_the_second_waits_and_says_for_whom(tmp_path: Path, caplog: pytest.LogCa
         caplog.set_level(logging.INFO)
         with locked(target):
             assert holder.wait(timeout=30) == 0
+            assert leftovers(tmp_path) == [".thing.lock"], "its lock, and not the file that the holder took away"
     assert f"{target} is being written by process {holder.pid} on " in caplog.text
     assert leftovers(tmp_path) == []
 

@@ -14,6 +14,7 @@ from sagerec.catalogue.dataset import read_dataset
 from sagerec.catalogue.formats.blocks import BadRows, Block
 from sagerec.catalogue.formats.delimited import Dialect, read_delimited, slow_cells, slow_chunk
 from sagerec.catalogue.formats.fields import Field
+from sagerec.catalogue.formats.importer import import_dataset
 from sagerec.catalogue.formats.movielens import GENRES
 from sagerec.catalogue.formats.quotes import Quoting, end_of_records, is_closed, is_regular, records
 from sagerec.catalogue.formats.table import TableColumns
@@ -21,7 +22,7 @@ from sagerec.catalogue.formats.times import EXPECTED, cast_times, time_of
 from sagerec.catalogue.formats.writer import ImportSettings
 from sagerec.cli import main
 from sagerec.cli.measure import named_items
-from sagerec.errors import SettingsError
+from sagerec.errors import DatasetError, SettingsError
 from tests.test_formats import SKIP, error_of, imported, put
 from tests.test_formats_tables import write
 
@@ -460,3 +461,17 @@ def test_a_link_out_of_a_dataset_folder_is_refused(
     said = capsys.readouterr().err
     assert f"{tmp_path / 'link' / name} is a link to {secret}, outside the dataset folder" in said
     assert not (tmp_path / "run" / "dataset").exists()
+
+
+def test_a_wanted_column_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("user_id,item_id,timestamp,item_id\nu,a,1,b\n")
+    with pytest.raises(DatasetError, match="column 'item_id' stands twice in the header; rename one of them"):
+        import_dataset("table", (tmp_path / "log.csv",), tmp_path / "out", ImportSettings(), TableColumns())
+
+
+def test_parts_of_several_recbole_sets_are_refused(tmp_path: Path) -> None:
+    rows = "user_id:token\titem_id:token\ttimestamp:float\nu\ta\t1\n"
+    for name in ("c.train.inter", "d.test.inter"):
+        (tmp_path / name).write_text(rows)
+    with pytest.raises(DatasetError, match=r"the parts are of several data sets \(c, d\); give those of one"):
+        import_dataset("recbole", (tmp_path,), tmp_path / "out", ImportSettings(), TableColumns())

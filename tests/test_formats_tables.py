@@ -227,7 +227,7 @@ def test_bad_rows_of_a_parquet_file(tmp_path: Path) -> None:
     assert (figures["interactions"], figures["bad_rows"]) == (2, 1)
     pl.DataFrame({"user_id": [[1]], "item_id": [1], "timestamp": [1]}).write_parquet(tmp_path / "log.parquet")
     assert error_of("table", tmp_path / "log.parquet").endswith(
-        "column 'user_id' has type List(Int64), expected text, numbers or times. Cast it"
+        "column 'user_id' has type List(Int64), expected text or integers. Cast it"
     )
     table.clear().write_parquet(tmp_path / "log.parquet")
     assert error_of("table", tmp_path / "log.parquet").endswith("log.parquet has no row; expected at least one")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sagerec import OBJECTIVES, Objective, PolicyLoss, compute_advantages, policy_loss
 from sagerec.errors import NumericalError, SettingsError
+from sagerec.objectives.loss import ratio_spread
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "objectives.json").read_text(encoding="utf-8"))
 SAGE = replace(OBJECTIVES["sage"], boost=2.0, entropy_penalty=1.0)
@@ -28,7 +29,7 @@ GOLDEN_ROWS = {
     "sage_clip": replace(OBJECTIVES["sage_clip"], boost=0.5, entropy_penalty=0.5),
 }
 WITH_LOSS = [name for name, row in OBJECTIVES.items() if not row.trains_on_targets]
-GRADIENT_BOUND = ["gbpo", "sage", "sage_no_boost", "sage_no_penalty", "sage_coupled", "sage_token", "sage_bound"]
+GRADIENT_BOUND = [name for name in WITH_LOSS if OBJECTIVES[name].bound == "gradient"]
 
 
 def batch(seed: int, *, b: int = 3, g: int = 4, t: int = 5, m: int = 2, spread: float = 0.5) -> dict[str, Tensor]:
@@ -87,19 +88,24 @@ def literal_loss(row: Objective, logprobs: Tensor, x: dict[str, Tensor], advanta
     mask, old = x["mask"], x["old_logprobs"]
     counts = mask.sum(2)
     a = advantages
-    if row.ratio == "sequence":
+    if row.ratio != "token":
         p = ((logprobs * mask).sum(2) / counts).exp()
         q = ((old * mask).sum(2) / counts).exp()
         h, cold = x["diversity"], x["coldness"]
     else:
         p, q, a = logprobs.exp(), old.exp(), advantages.unsqueeze(2)
         h, cold = x["diversity"].unsqueeze(2), x["coldness"].unsqueeze(2)
+    q = p.detach() if row.ratio == "unit" else q
     r, fixed = p / q, p.detach()
     b = row.boost * (cold if row.boost_scope == "cold" else 1.0)
     if row.bound == "none":
         s = p.log() * a
     elif row.bound == "clip":
         s = torch.minimum(r * a, r.clamp(1 - row.clip_low, 1 + row.clip_high) * a)
+    elif row.bound == "up-clip":
+        assert row.dual_clip is not None
+        down = torch.minimum(r * a, r.clamp(1 - row.clip_low, 1 + row.clip_high) * a)
+        s = torch.where(a > 0, p / fixed * a, torch.maximum(down, row.dual_clip * a))
     elif row.bound == "cap":
         s = r.detach().clamp(max=row.cap) * a * p.log()
     elif row.bound == "early-clip":
@@ -107,14 +113,15 @@ def literal_loss(row: Objective, logprobs: Tensor, x: dict[str, Tensor], advanta
         r = torch.where(a < 0, p / early, r)
         s = torch.minimum(r * a, r.clamp(1 - row.clip_low, 1 + row.clip_high) * a)
     elif row.bound == "adaptive-clip":
-        low, high = 1 - row.clip_low - row.entropy_penalty * (1 - h), 1 + row.clip_high + b
+        unit = r.detach().log().square().mean().sqrt() if row.bound_unit == "spread" else 1.0
+        low, high = 1 - row.clip_low - unit * row.entropy_penalty * (1 - h), 1 + row.clip_high + unit * b
         s = torch.minimum(r * a, torch.minimum(torch.maximum(r, low), high * torch.ones_like(r)) * a)
     else:
         scaled = row.boost_form == "scaled"
         positive = torch.maximum(q, fixed) / (1 + b) if scaled else torch.maximum(q, fixed / (1 + b))
         negative = torch.maximum(q, 1 - fixed) / (1 + row.entropy_penalty * (1 - h))
         s = p / torch.where(a >= 0, positive, negative) * a
-    s = s.unsqueeze(2).expand_as(mask) if row.ratio == "sequence" else s
+    s = s.unsqueeze(2).expand_as(mask) if row.ratio != "token" else s
     s = s * mask
     if row.aggregation == "slate":
         return -(s.sum(2) / counts).mean()
@@ -128,16 +135,18 @@ def test_value_gradient_and_coefficient_equal_autograd_of_the_published_surrogat
     name: str, seed: int, spread: float
 ) -> None:
     inputs, row = batch(seed, spread=spread), OBJECTIVES[name]
+    inputs["rewards"] = 4 * inputs["rewards"] - 2  # of both signs, where they are not centred
     found, gradient = run(row, inputs)
     logprobs = inputs["logprobs"].clone().requires_grad_()
     loss = literal_loss(row, logprobs, inputs, found.advantages)
     (expected,) = torch.autograd.grad(loss, logprobs)
     torch.testing.assert_close(found.loss.detach(), loss.detach(), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
-    if row.ratio == "sequence":
+    if row.ratio != "token":
         # c measured: the gradient with respect to the mean log-probability, over - A / n.
-        measured = expected.sum(2) * found.advantages.numel() / -found.advantages
-        torch.testing.assert_close(found.coefficient, measured, rtol=1e-8, atol=1e-10)
+        some = found.advantages != 0
+        measured = (expected.sum(2) * found.advantages.numel() / -found.advantages)[some]
+        torch.testing.assert_close(found.coefficient[some], measured, rtol=1e-8, atol=1e-10)
 
 
 @given(seed=st.integers(0, 10_000))
@@ -145,7 +154,7 @@ def test_value_gradient_and_coefficient_equal_autograd_of_the_published_surrogat
 def test_without_boost_and_penalty_sage_is_decoupled_gbpo(seed: int) -> None:
     inputs = batch(seed)
     bare = replace(OBJECTIVES["sage"], boost=0.0, entropy_penalty=0.0)
-    (one, g1), (two, g2) = run(bare, inputs), run(replace(OBJECTIVES["gbpo"], advantage="decoupled"), inputs)
+    (one, g1), (two, g2) = run(bare, inputs), run("gbpo_decoupled", inputs)
     assert torch.equal(one.loss, two.loss)
     assert torch.equal(g1, g2)
     coupled, g3 = run(replace(bare, advantage="normalised"), inputs)
@@ -171,6 +180,70 @@ def test_gbpo_of_one_token_by_hand() -> None:
     assert found.coefficient[0].tolist() == pytest.approx([1.0, 1.2, 0.25])
     assert found.diagnostics["at_bound"][0].tolist() == [True, False, True]
     assert found.loss.item() == pytest.approx(-(1.0 - 1.2 - 0.25) / 3)
+
+
+def slates(name: str, p: list[float], q: list[float], **given_: list[float]) -> PolicyLoss:
+    """The loss of a group of slates of one token with these probabilities."""
+    new, old = (torch.tensor([values], dtype=torch.float64).log().unsqueeze(2) for values in (p, q))
+    facts: dict[str, Any] = {key: torch.tensor([values], dtype=torch.float64) for key, values in given_.items()}
+    if "rewards" in facts:
+        facts["rewards"] = facts["rewards"].unsqueeze(2)
+    return policy_loss(name, logprobs=new, old_logprobs=old, mask=torch.ones_like(new, dtype=torch.bool), **facts)
+
+
+def test_gbpo_as_onerec_v2_runs_it_by_hand() -> None:
+    """Whoever wrote the slates, r = 1: a success has c = 1, a failure min(1, p / (1 - p)): .2 / .8 = .25, and 1 at .6.
+
+    Rewards of 1, -1, -1 and .3 are advantages of 1, -1, -1 and 0, the mean left in.
+    """
+    found = slates("gbpo_raw", [0.6, 0.6, 0.2, 0.5], [0.1, 0.9, 0.4, 0.5], rewards=[1.0, -1.0, -1.0, 0.3])
+    assert found.advantages[0].tolist() == [1.0, -1.0, -1.0, 0.0]
+    assert found.coefficient[0].tolist() == pytest.approx([1.0, 1.0, 0.25, 1.0])
+    assert found.diagnostics["ratio"][0].tolist() == [1.0] * 4
+    assert found.diagnostics["at_bound"][0].tolist() == [False, False, True, False]
+    assert found.loss.item() == pytest.approx(-(1.0 - 1.0 - 0.25) / 4)
+    several = compute_advantages("gbpo_raw", torch.tensor([[[1.0, 1.0], [0.0, 1.0], [-1.0, 0.0]]]))
+    assert several.tolist() == [[1.0, 1.0, -1.0]]
+
+
+def test_up_grpo_by_hand() -> None:
+    """A = 1 has c = 1 at r = .25 and 4; A = -1 has c = 0 below .8 and above 3 (the dual clip), and r = 2 between."""
+    p, q = [0.1, 0.4, 0.1, 0.4, 0.4], [0.4, 0.1, 0.2, 0.2, 0.1]
+    found = slates("up_grpo", p, q, advantages=[1.0, 1.0, -1.0, -1.0, -1.0])
+    assert found.coefficient.flatten().tolist() == pytest.approx([1.0, 1.0, 0.0, 2.0, 0.0])
+    assert found.diagnostics["at_bound"].flatten().tolist() == [False, False, True, False, True]
+    assert found.loss.item() == pytest.approx(-(1 + 1 - 0.8 - 2 - 3) / 5)
+
+
+def test_the_clipped_form_in_units_of_the_spread_by_hand() -> None:
+    """Log-ratios of .04, .01, -.04, -.01: a spread of sqrt((.0016 + .0001) / 2) = .029155.
+
+    Successes are cut above 1 + 4e-4 + .029155: e^.04 is, e^.01 is not. Failures are cut below
+    1 - 3e-4 - .029155 (1 - H): e^-.04 at H = 1 is, e^-.01 at H = 0 is not, and would be at H = 1. Twice the spread,
+    given, spares all but e^-.04.
+    """
+    q = [0.5] * 4
+    p = [x * math.exp(nats) for x, nats in zip(q, (0.04, 0.01, -0.04, -0.01), strict=True)]
+    facts = {"advantages": [1.0, 1.0, -1.0, -1.0], "diversity": [0.0, 0.0, 1.0, 0.0]}
+    found = slates("sage_paper", p, q, **facts)
+    assert found.coefficient[0].tolist() == pytest.approx([0.0, math.exp(0.01), 0.0, math.exp(-0.01)])
+    even = slates("sage_paper", p, q, **(facts | {"diversity": [0.0, 0.0, 1.0, 1.0]}))
+    assert even.diagnostics["at_bound"][0].tolist() == [True, False, True, True]
+    new, old = (torch.tensor([values]).log().unsqueeze(2) for values in (p, q))
+    mask = torch.ones_like(new, dtype=torch.bool)
+    spread = ratio_spread("sage_paper", logprobs=new, old_logprobs=old, mask=mask)
+    assert float(spread) == pytest.approx(0.029155, abs=1e-6)
+    wide = policy_loss(
+        "sage_paper",
+        logprobs=new,
+        old_logprobs=old,
+        mask=mask,
+        spread=2 * spread,
+        **{key: torch.tensor([values]) for key, values in facts.items()},
+    )
+    assert wide.diagnostics["at_bound"][0].tolist() == [False, False, True, False]
+    with pytest.raises(NumericalError, match=r"spread is -1.0, expected a finite number of at least 0"):
+        policy_loss("sage_paper", **batch(0), spread=-1.0)
 
 
 @pytest.mark.parametrize("name", GRADIENT_BOUND)
@@ -325,7 +398,7 @@ def test_extreme_inputs_give_finite_numbers(name: str, dtype: torch.dtype) -> No
         assert bool(found.loss.isfinite())
         assert bool(gradient.isfinite().all())
     equal = inputs | {"rewards": torch.full((1, 16, 2), 0.1, dtype=dtype)}
-    assert run(row, equal)[0].advantages.abs().max() < 1e-2 or row.advantage == "raw"
+    assert run(row, equal)[0].advantages.abs().max() < 1e-2 or not row.compares
     single = {k: v.transpose(0, 1) for k, v in equal.items()}
     assert bool(run(row, single)[0].loss.isfinite())
     empty = equal | {"mask": torch.zeros(1, 16, 2, dtype=torch.bool)}
@@ -336,18 +409,17 @@ def test_extreme_inputs_give_finite_numbers(name: str, dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("name", WITH_LOSS)
 def test_accumulation_steps_and_ranks_add_up_to_the_large_batch(name: str) -> None:
-    """Two parts with the global advantages and denominator: their losses and gradients add up to the whole's."""
+    """Two parts with the global advantages, denominator and spread: losses and gradients add up to the whole's."""
     x, row = batch(11, b=4), OBJECTIVES[name]
     whole, gradient = run(row, x)
     tokens = x["mask"].sum(2)
     advantages = compute_advantages(row, x["rewards"], weights=x["weights"], tokens=tokens)
     sizes = {"slate": 16, "token": int(tokens.sum()), "constant": x["mask"].numel()}
+    spread = ratio_spread(row, **{n: x[n] for n in ("logprobs", "old_logprobs", "mask")})
+    shared: dict[str, Any] = {"denominator": sizes[row.aggregation], "spread": spread}
     names = ("logprobs", "old_logprobs", "mask", "diversity", "coldness")
     parts = [
-        run(
-            row,
-            {n: x[n][rows] for n in names} | {"advantages": advantages[rows], "denominator": sizes[row.aggregation]},
-        )
+        run(row, {n: x[n][rows] for n in names} | {"advantages": advantages[rows]} | shared)
         for rows in (slice(0, 1), slice(1, 4))
     ]
     total = parts[0][0].loss + parts[1][0].loss
@@ -466,7 +538,7 @@ def test_weights_and_rewards_that_are_not_finite_are_named(name: str) -> None:
         compute_advantages(name, x["rewards"], group=x["diversity"])
 
 
-@pytest.mark.parametrize("name", [name for name in WITH_LOSS if OBJECTIVES[name].advantage not in ("raw", "mean")])
+@pytest.mark.parametrize("name", [name for name in WITH_LOSS if "eps" in OBJECTIVES[name].reads])
 @pytest.mark.parametrize("size", [1e15, 1e20, 1e30])
 def test_large_rewards_give_the_advantages_of_small_ones(name: str, size: float) -> None:
     """Squares of 1e20 overflow float32: the deviation was infinite, every advantage 0; normalised, size is nothing."""

@@ -116,7 +116,7 @@ def study(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "versions": {"torch": "2.13.0"},
         "hardware": "2 cores",
         "date": "2026-11-24",
-        "hashes": {"dataset": "abc123"},
+        "hashes": {"corpus": "abc123"},
     }
     files.write_record(folder / "study.json", values)
     return folder

@@ -206,6 +206,7 @@ def test_every_setting_is_read_or_refused(objective: str, modules: Path) -> None
     by_bound = {
         "none": set(),
         "clip": {"clip_low", "clip_high"},
+        "up-clip": {"clip_low"},
         "early-clip": {"clip_low", "clip_high"},
         "cap": {"cap"},
         "gradient": {"boost", "boost_form", "boost_scope", "entropy_penalty"},

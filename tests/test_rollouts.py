@@ -165,8 +165,10 @@ def test_beam_slates_are_the_most_probable_items() -> None:
     policy = small_policy().eval()
     items, lengths = histories(batch=3)
     scores = all_logprobs(policy, policy.encode(items, lengths))
-    found = roll_out(policy, items, lengths, RolloutSettings(slates=N)).items[:, :, 0]
+    found = roll_out(policy, items, lengths, RolloutSettings(slates=N, beam_slates=N)).items[:, :, 0]
     assert torch.equal(found, scores.topk(N, dim=1).indices)
+    half = roll_out(policy, items, lengths, RolloutSettings(slates=5, beam_slates=3)).items[:, :, 0]
+    assert torch.equal(half[:, 2:], scores.topk(3, dim=1).indices)  # the samples stand first
     mixed = roll_out(policy, items, lengths, RolloutSettings(k=3, slates=2)).items
     assert torch.equal(mixed[:, 1, 0], scores.argmax(dim=1))
 
@@ -181,7 +183,7 @@ def test_beam_slates_read_each_history_once(monkeypatch: pytest.MonkeyPatch) -> 
         return encode(items, lengths)
 
     monkeypatch.setattr(policy, "encode", counting)
-    roll_out(policy, *histories(batch=3), RolloutSettings(slates=4))
+    roll_out(policy, *histories(batch=3), RolloutSettings(slates=4, beam_slates=4))
     assert calls == [3]
 
 
@@ -219,4 +221,4 @@ def test_impossible_rollouts_are_refused() -> None:
         RolloutSettings(temperature=0)
     policy = small_policy().eval()
     with pytest.raises(SettingsError, match=r"a beam of \d+ items does not fit this catalogue"):
-        roll_out(policy, *histories(batch=2), RolloutSettings(slates=N + 1))
+        roll_out(policy, *histories(batch=2), RolloutSettings(slates=N + 1, beam_slates=N + 1))

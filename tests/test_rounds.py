@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sagerec.decoding.slates import FreeTokens
+from sagerec.objectives.loss import ratio_spread
+from sagerec.objectives.table import OBJECTIVES
 from sagerec.run.folder import Run
-from sagerec.training import rounds
+from sagerec.training import parallel, rounds
 from sagerec.training.layout import lay_out
 from tests.test_alignment import QUICK, base_run, run, stage_of
 
@@ -38,6 +40,30 @@ def test_a_layout_puts_each_units_tokens_in_its_row(seed: int, per_item: bool) -
     for unit in range(len(table)):
         assert table[unit][mask[unit]].tolist() == rows.get(unit, [])
     assert int(mask.sum()) == len(values)
+
+
+def test_the_spread_of_the_ratio_is_that_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One context here and three on another rank, whose sums stand in for those of a group: the spread of all four."""
+    generator = torch.Generator().manual_seed(0)
+    new, old = (-4 * torch.rand(4, 5, 3, generator=generator) for _ in range(2))
+    mask = torch.rand(4, 5, 3, generator=generator) < 0.7
+    new[0] = -3.0  # the two ranks differ
+    row = OBJECTIVES["sage_paper"]
+    sums: list[torch.Tensor] = []
+
+    def keep(value: torch.Tensor) -> torch.Tensor:
+        sums.append(value.clone())
+        return value
+
+    def spread(part: slice) -> float:
+        return float(rounds.global_spread(row, new[part], old[part], mask[part]))
+
+    whole = spread(slice(None))
+    assert whole == pytest.approx(float(ratio_spread(row, logprobs=new, old_logprobs=old, mask=mask)))
+    monkeypatch.setattr(parallel, "add_up", keep)
+    assert abs(spread(slice(1, 4)) - whole) > 1e-3
+    monkeypatch.setattr(parallel, "add_up", lambda value: value + sums.pop(0))
+    assert spread(slice(0, 1)) == pytest.approx(whole)
 
 
 def losses_of(run: Run, **change: object) -> tuple[float, dict[str, float]]:

@@ -135,7 +135,7 @@ def test_a_study_of_titles(store_folder: Path, tmp_path: Path) -> None:
         replace(QUICK, epochs=1, reward=("hit=1", "click=1")),
     )
     record = run_study(store_folder, tmp_path / "study", settings)
-    assert [row["name"] for row in record["rows"]] == ["supervised", "sft", "sage", "popularity"]
+    assert [row["name"] for row in record["rows"]] == ["supervised", "all-at-once", "sft", "sage", "popularity"]
     assert "titles" in read_record(tmp_path / "study" / "study.json")["hashes"]
 
 

@@ -1,6 +1,7 @@
 """What was made from an artefact that has been made again is named, and never evaluated, reported or compared."""
 
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,7 +92,11 @@ def test_a_refit_and_a_baseline_of_earlier_ones_are_stale(run: Run) -> None:
 
 def test_a_study_of_an_earlier_policy_is_stale(run: Run, tmp_path: Path) -> None:
     hashes = run.hashes("dataset", "split", "semantic_ids", "policy")
-    write_record(tmp_path / "study.json", {"title": "Old", "rows": [], "hashes": hashes})
+    shutil.copytree(run.folder, tmp_path / "run-s1")
+    other = hashes | {"policy": "of another seed"}
+    write_record(tmp_path / "study.json", {"title": "Old", "rows": [], "hashes": hashes | {"run-s1": other}})
+    assert "study.json is of an earlier policy" in " ".join(gather(tmp_path).notes), "that of another seed"
+    write_record(tmp_path / "study.json", {"title": "Old", "rows": [], "hashes": hashes | {"run-s1": hashes}})
     assert not [note for note in gather(tmp_path).notes if "study.json" in note]
     train(run, SMALL_POLICY, SMALL_TRAIN)
     said = f"{tmp_path}/study.json is of an earlier policy; make it again with: sagerec compare"

@@ -21,14 +21,19 @@ from sagerec.cli import main
 from sagerec.cli.tables import print_study
 from sagerec.errors import SettingsError
 from sagerec.evaluation.evaluate import EvaluateSettings
-from sagerec.evaluation.per_case import Values, Yardstick
+from sagerec.evaluation.per_case import Values, Yardstick, make_yardstick
 from sagerec.evaluation.tests import Measured, differences, holm, judge, measure, seed_variances, summarise
 from sagerec.files import read_record, write_record
 from sagerec.objectives.table import OBJECTIVES
+from sagerec.report.cells import how_computed
 from sagerec.report.markdown import BY_HAND
+from sagerec.report.material import gather
+from sagerec.run.folder import open_run
+from sagerec.run.stages import read_lists
 from sagerec.study import CompareSettings, StudySettings, run_study
 from sagerec.study.design import NOTES, comparisons
-from sagerec.study.jobs import grid, read_trials
+from sagerec.study.jobs import grid, read_trials, row_jobs
+from sagerec.study.starts import seeded
 from sagerec.study.study import criterion_on_test
 from tests.conftest import ENVIRONMENT, SMALL_RUN, SMALL_TRAIN
 from tests.test_alignment import QUICK
@@ -181,13 +186,18 @@ def test_seeds_that_scatter_widen_the_interval_by_hand() -> None:
 
 
 def test_comparisons_are_named_before_and_no_pair_stands_twice() -> None:
-    rows = ["supervised", "sft", "sage", "gbpo", "gdpo", "grpo", "sage_no_boost", "popularity", "item-knn", "sasrec"]
+    rows = ["supervised", "all-at-once", "sft", "sage", "sage_paper", "gbpo_decoupled", "gbpo", "gdpo", "grpo"]
+    rows += ["sage_no_boost", "popularity", "item-knn", "sasrec"]
     pairs = comparisons(rows)
-    assert len({frozenset(pair) for pair in pairs}) == len(pairs) == 9 + 2 + 1
+    assert len({frozenset(pair) for pair in pairs}) == len(pairs) == 12 + 11 + 4 + 1
     assert [row for row, rival in pairs if rival == "sft"] == [row for row in rows if row != "sft"]
-    assert [pair for pair in pairs if "sft" not in pair] == [
+    together = [row for row, rival in pairs if rival == "all-at-once"]
+    assert together == [row for row in rows if row not in ("sft", "all-at-once")]
+    assert [pair for pair in pairs if not {"sft", "all-at-once"} & set(pair)] == [
         ("sage", "gbpo"),
+        ("sage", "gbpo_decoupled"),
         ("sage", "gdpo"),
+        ("sage", "sage_paper"),
         ("sage_no_boost", "sage"),
     ]
     assert comparisons(["sft", "gbpo", "sage_token"]) == [("gbpo", "sft"), ("sage_token", "sft")]
@@ -196,17 +206,21 @@ def test_comparisons_are_named_before_and_no_pair_stands_twice() -> None:
 def test_the_criterion_on_test_by_hand() -> None:
     """Recall .2 and .4 against the start's .2, weight 2; Cold-Recall .3 where the start has 0, weight 1.
 
-    Seeds: 2 x 1 + .3 = 2.3 and 2 x 2 + .3 = 4.3, mean 3.3; a metric that nothing counts for is 0.
+    Seeds: 2 x 1 + .3 = 2.3 and 2 x 2 + .3 = 4.3, mean 3.3; a metric that nothing counts for is 0. Against a start of
+    its own with Recall .4, the second seed is worth 2 x 1 + .3.
     """
     by_seed = {"recall@10": np.array([0.2, 0.4]), "cold_recall@10": np.array([0.3, 0.3])}
     start = {"recall@10": 0.2, "cold_recall@10": 0.0}
-    found = criterion_on_test(by_seed, start, {"recall": 2.0, "cold_recall": 1.0, "clicks": 1.0})
+    weights = {"recall": 2.0, "cold_recall": 1.0, "clicks": 1.0}
+    found = criterion_on_test(by_seed, [start], weights)
     assert found["by_seed"] == pytest.approx([2.3, 4.3])
     assert found["value"] == pytest.approx(3.3)
+    own = criterion_on_test(by_seed, [start, start | {"recall@10": 0.4}], weights)
+    assert own["by_seed"] == pytest.approx([2.3, 2.3])
 
 
 def test_trials_begin_with_what_is_given_and_are_as_many_for_each() -> None:
-    for objective in ("sage", "gbpo", "gdpo", "sft"):
+    for objective in ("sage", "sage_paper", "gbpo", "gbpo_decoupled", "gbpo_raw", "up_grpo", "gdpo", "sft"):
         points = grid(objective, 3, replace(QUICK, learning_rate=3e-3))
         assert len({tuple(point.items()) for point in points}) == 3
         assert points[0]["learning_rate"] == 3e-3
@@ -219,6 +233,7 @@ def test_trials_begin_with_what_is_given_and_are_as_many_for_each() -> None:
 def test_a_study_that_is_killed_goes_on_to_the_same_table(
     store_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(NOTES, "sasrec", "what a reader must know")
     script = (
         "import sys; from pathlib import Path; from sagerec.study import run_study; from tests.test_study import *\n"
     )
@@ -226,32 +241,35 @@ def test_a_study_that_is_killed_goes_on_to_the_same_table(
     (tmp_path / "study.py").write_text(script)
     out = tmp_path / "study"
     command = [sys.executable, str(tmp_path / "study.py"), str(store_folder), str(out)]
-    process = subprocess.Popen(
-        command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    deadline = time.monotonic() + 200
-    while len(list((out / "trials").glob("*.json"))) < 1 and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.05)
-    assert process.poll() is None, "the study ended before it could be killed"
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    for moment in ("run-s1/semantic_ids", "trials/*.json"):  # before the policies of the seeds, and in the trials
+        process = subprocess.Popen(
+            command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        deadline = time.monotonic() + 200
+        while not list(out.glob(moment)) and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.05)
+        assert process.poll() is None, "the study ended before it could be killed"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     kept = {path.name: path.stat().st_mtime_ns for path in (out / "trials").glob("*.json")}
     record = run_study(store_folder, out, SMALL_STUDY)
     assert {name: (out / "trials" / name).stat().st_mtime_ns for name in kept} == kept
     assert read_record(out / "study.json") == record
     names = [row["name"] for row in record["rows"]]
-    assert names == ["supervised", "sft", "sage", "gbpo", "sage_no_boost", "popularity", "sasrec"]
+    assert names == ["supervised", "all-at-once", "sft", "sage", "gbpo", "sage_no_boost", "popularity", "sasrec"]
     rows = {row["name"]: row for row in record["rows"]}
-    assert rows["sage"]["seeds"] == rows["sft"]["seeds"] == [0, 1]
+    assert {n for n in names if rows[n]["seeds"] == [0, 1]} == {"supervised", "all-at-once", "sft", "sage", "gbpo"}
+    assert rows["all-at-once"]["kind"] == "reference"
     assert rows["sage_no_boost"]["seeds"] == [0]
     assert rows["sage_no_boost"]["kind"] == "ablation"
-    assert list(rows["sage"]["against"]) == ["sft", "gbpo"]
-    assert list(rows["sage_no_boost"]["against"]) == ["sft", "sage"]
+    assert list(rows["sage"]["against"]) == ["sft", "all-at-once", "gbpo"]
+    assert list(rows["sage_no_boost"]["against"]) == ["sft", "all-at-once", "sage"]
+    assert list(rows["all-at-once"]["against"]) == ["sft"]
     assert rows["sft"]["against"] == {}
     assert rows["supervised"]["criterion"]["value"] == pytest.approx(2.75)
     assert len(rows["sage"]["criterion"]["by_seed"]) == 2
     assert {"entropy@10", "coarse_entropy@10"} <= rows["sage"]["metrics"].keys()
-    assert rows["sasrec"]["note"] == NOTES["sasrec"]
+    assert (rows["sasrec"]["note"], rows["sage"]["note"]) == ("what a reader must know", "")
     assert rows["sage"]["settings"]["objective"] == "sage"
     assert rows["sage_no_boost"]["settings"]["boost"] is None
     assert {len(read_trials(out, objective)) for objective in ("sft", "sage", "gbpo")} == {1}
@@ -264,17 +282,38 @@ def test_a_study_that_is_killed_goes_on_to_the_same_table(
     assert [list(pair) for pair in verdicts] == sorted(
         record["comparisons"], key=lambda pair: (names.index(pair[0]), record["comparisons"].index(pair))
     )
-    alone = {"supervised", "sage_no_boost", "sasrec"}
+    alone = {"sage_no_boost", "sasrec"}
     assert verdicts == {pair: {not alone.isdisjoint(pair)} for pair in verdicts}
     tests = [test for row in record["rows"] for tests in row["against"].values() for test in tests.values()]
     assert record["tests"] == sum("p_holm" in test for test in tests) == len(tests) - record["one_seed"] > 0
     assert rows["popularity"]["metrics"]["clicks@10"]["value"] > rows["popularity"]["metrics"]["likes@10"]["value"] > 0
     assert rows["sasrec"]["kind"] == "baseline"
-    assert [t["settings"] for t in record["trials"] if t["objective"] == "sasrec"] == [
-        {"learning_rate": 2e-3, "dropout": 0.5}
-    ]
-    # Every job is done, so that no process is started.
-    monkeypatch.setattr("sagerec.study.jobs.ProcessPoolExecutor", None)
+    assert [t["settings"] for t in record["trials"] if t["objective"] == "sasrec"] == [{"dropout": 0.2, "width": 16}]
+    # Each seed has Semantic IDs and policies of its own, from which its alignments start, over one split.
+    runs = [open_run(out / name) for name in ("run", "run-s1")]
+    for name in ("semantic_ids", "policy", "policy-all-at-once"):
+        assert [run.manifest(name).seed for run in runs] == [0, 1]
+        assert runs[0].hashes(name) != runs[1].hashes(name)
+    assert runs[0].hashes("dataset", "split") == runs[1].hashes("dataset", "split")
+    for seed, run in enumerate(runs):
+        aligned = [f"policy-{name}-s{seed}" for name in ("gbpo", "sage", "sft")]
+        assert [name for name in run.aligned() if "no_boost" not in name] == aligned
+        assert run.manifest(aligned[1]).made_from["policy"] == run.manifest("policy").content_hash
+    assert record["hashes"]["run-s1"]["policy"] == runs[1].manifest("policy").content_hash
+    # All lists are measured by the clusters of the first run.
+    yardstick = make_yardstick(runs[0].data, runs[0].split, runs[0].space(), cold_max_count=5, store=runs[0].store())
+    cases = runs[1].split.cases(runs[1].data, "test")
+    theirs = measure([read_lists(runs[1], "-sage-s1")], cases, yardstick, runs[1].data.n_items)
+    assert theirs.by_seed["coarse_entropy@10"][0] == rows["sage"]["by_seed"]["coarse_entropy@10"][1]
+    # The report shows the alignments of all, and says what a seed is.
+    assert {f"policy-{name}-s{seed}" for name in ("sft", "sage", "gbpo") for seed in (0, 1)} <= {
+        policy.name for policy in gather(out).aligned
+    }
+    said = " ".join(how_computed(record))
+    assert "each row with sft and all-at-once, sage with its rivals" in said
+    assert "Each seed has Semantic IDs, a supervised policy and alignments of its own." in said
+    # Every job is done, so that none is started.
+    monkeypatch.setattr("sagerec.study.workers._finished", None)
     again = run_study(store_folder, out, SMALL_STUDY)
     assert {k: v for k, v in again.items() if k != "date"} == {k: v for k, v in record.items() if k != "date"}
 
@@ -345,6 +384,14 @@ def test_results_are_tables_of_the_record(tmp_path: Path, capsys: pytest.Capture
     assert "(1) under-tuned." in printed
     assert "number 2 by it" in printed
     assert "| sage | 1 | boost 4 | 2.500 | 2.500 |" in text
+    again = [f"A store={tmp_path / 'study'}", f"A-store={tmp_path / 'study'}", f"日本={tmp_path / 'study'}"]
+    assert main(["results", *again, "--out", str(page)]) == 0
+    plots = sorted(path.name for path in tmp_path.glob("*.svg"))
+    assert plots == ["results-a-store-2.svg", "results-a-store.svg", "results-study.svg"]
+    assert main(["results", again[0], again[0], "--out", str(page)]) == 2, "a title that stands twice"
+    (tmp_path / "results-study.svg").write_text("<svg>mine</svg>")
+    assert main(["results", again[2], "--out", str(page)]) == 1
+    assert (tmp_path / "results-study.svg").read_text() == "<svg>mine</svg>"
     assert main(["results", "nothing", "--out", str(page)]) == 2
     assert "expected TITLE=FOLDER" in capsys.readouterr().err
 
@@ -366,9 +413,19 @@ def test_wrong_studies_are_refused() -> None:
     assert StudySettings(ablations=("all",)).rows()["sage_bound"] == 1
 
 
+def test_each_seed_has_a_run_unless_all_share_one() -> None:
+    own, shared = StudySettings(seeds=3), StudySettings(seeds=3, share_start=True)
+    for study, names in ((own, ["run", "run-s1", "run-s2"]), (shared, ["run"] * 3)):
+        assert [study.run_of(seed) for seed in range(3)] == names
+        assert study.n_starts == len(set(names))
+        assert [job.run for job in row_jobs(Path("none"), study, QUICK) if job.objective == "sage"] == names
+    seeds = [seeded(replace(SMALL_RUN, train=replace(SMALL_TRAIN, seed=7)), seed) for seed in (0, 2)]
+    assert [(s.ids.seed, s.train.seed, s.split) for s in seeds] == [(0, 7, seeds[0].split), (2, 9, seeds[0].split)]
+
+
 POOL = """
 import os, time
-from sagerec.study.jobs import worker_pool
+from sagerec.study.workers import worker_pool
 if __name__ == "__main__":
     pool = worker_pool(2)
     print(pool.submit(os.getpid).result(), flush=True)

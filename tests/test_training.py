@@ -30,6 +30,7 @@ from sagerec.policies.registry import read_policy
 from sagerec.run.folder import Run
 from sagerec.run.stages import RunSettings, evaluate, make_actions, prepare, train
 from sagerec.training.batches import make_windows, shuffled_batches
+from sagerec.training.checkpoints import newest_checkpoint, save_checkpoint
 from sagerec.training.loop import fit, learning_rate_at
 from sagerec.training.settings import TrainSettings
 from sagerec.training.tracking import JsonLines, TrackerName, open_trackers
@@ -91,6 +92,21 @@ def test_learning_rate_by_hand() -> None:
     assert learning_rate_at(9, 100, 1.0, 0.1) == pytest.approx(1.0)
     assert learning_rate_at(55, 100, 1.0, 0.1) == pytest.approx(0.02 + 0.98 / 2)
     assert learning_rate_at(100, 100, 1.0, 0.1) == pytest.approx(0.02)
+    assert {learning_rate_at(step, 100, 0.5, 0.0, final_share=1.0) for step in range(100)} == {0.5}
+
+
+@pytest.mark.parametrize("like_lengths", [True, False])
+def test_batches_of_like_length_are_a_setting(like_lengths: bool, tmp_path: Path) -> None:
+    """Eight sequences of one input and eight of nine, four a batch: alike in every batch, or in some batch not."""
+    model, seen = torch.nn.Linear(1, 1), []
+
+    def loss(inputs: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+        seen.append(set(counted.sum(1).tolist()))
+        return model.weight.sum()
+
+    settings_ = TrainSettings(epochs=1, batch_size=4, like_lengths=like_lengths, device="cpu")
+    fit(model, tmp_path, make_windows(sequences([2, 10] * 8), 9), settings_, loss=loss, validate=None, fingerprint=[])
+    assert all(len(lengths) == 1 for lengths in seen) == like_lengths
 
 
 def test_loss_is_the_mean_of_the_brute_force_logprobs() -> None:
@@ -388,3 +404,25 @@ def test_training_lowers_the_loss(small_run: Run, store_data: Dataset) -> None:
     losses = [v["loss_nats"] for v in map(json.loads, lines) if "loss_nats" in v]
     assert losses[-1] < losses[0] < np.log(store_data.n_items) + 1
     assert make_split(read_dataset(small_run.folder / "dataset"), SplitSettings()).scheme == "leave-one-out"
+
+
+@pytest.mark.parametrize("line", ["3", "[]", "{}", '{"step": "a"}', '{"step": null}', "\udcff", '{"step": 4', ""])
+def test_a_damaged_line_of_metrics_is_left_out(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n{{"step": 9}}\n'.encode("utf-8", "surrogateescape"))
+    JsonLines(path, resume_step=5).close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_damaged_checkpoint_is_gone_on_without(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    (tmp_path / "checkpoint-000000009").write_text("no folder")
+    assert newest_checkpoint(tmp_path) is None
+    save_checkpoint(tmp_path, 3, model, optimizer, progress={"a": 1}, best={})
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000000003"]
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-000000003"
+    state = tmp_path / "checkpoint-000000003" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-1] + b"x")
+    assert newest_checkpoint(tmp_path) is None
+    assert "state.safetensors was changed after it was written" in caplog.text

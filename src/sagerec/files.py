@@ -97,10 +97,11 @@ def _settle(target: Path) -> None:
     if old.exists() and not target.exists():
         (fresh if fresh.exists() else old).replace(target)
     for path in (fresh, old):
-        _remove(path)
+        remove(path)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a folder with all that is in it; what is not there is no error."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -1,9 +1,11 @@
 """SASRec with a full or sampled softmax: the baseline to beat, in the same harness.
 
-Kang and McAuley (2018) with the softmax loss that makes it strong (Klenitskiy and Vasilev 2023; Petrov and Macdonald
-2023): causal layers over item embeddings, scored against the same embeddings.
+Kang and McAuley (2018), as the PyTorch port of their code has it: the layer of `sasrec_layer`, and positions that count
+back from the latest item. With the softmax loss that makes it strong (Klenitskiy and Vasilev 2023; Petrov and Macdonald
+2023), Adam at a constant rate, and dropout of the item embeddings where they are scored too, without which it overfits
+(docs/log.md).
 
-Shapes: B users, T history items, N items, D width, P targets, S sampled items.
+Shapes: B users, T history items, N items, D width.
 """
 
 import shutil
@@ -20,12 +22,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sagerec.artifacts import read_manifest, write_artifact
+from sagerec.baselines.sasrec_layer import SasRecLayer
+from sagerec.baselines.softmax import full_softmax_loss, sampled_softmax_loss
 from sagerec.catalogue.audit import write_events_used
 from sagerec.catalogue.splits import Cases, Part, Sequences
 from sagerec.config import at_least, from_json, to_json
 from sagerec.errors import ArtifactError
 from sagerec.evaluation.per_case import validation_means
-from sagerec.policies.layers import FastDropout, Layer, check_shape
+from sagerec.policies.layers import FastDropout, check_shape
 from sagerec.training.batches import make_windows
 from sagerec.training.checkpoints import fingerprint, working_folder
 from sagerec.training.loop import choose_device, fit, validation_sample
@@ -39,25 +43,38 @@ WEIGHTS = "model.safetensors"
 class SasRecSettings:
     """Shape of the baseline."""
 
-    width: int = 128
+    width: int = 64
     """Width of every layer."""
-    layers: int = 2
+    layers: int = 1
     """Causal layers."""
-    heads: int = 4
+    heads: int = 1
     """Attention heads."""
-    dropout: float = 0.5
-    """Dropout on embeddings and on the output of every layer."""
+    dropout: float = 0.2
+    """Dropout of item embeddings, read and scored, of attention and of the feed-forward layer."""
     max_items: int = 50
     """History items read, the latest ones."""
     sampled: int = 0
-    """Negatives of a sampled softmax, shared by the batch; 0 scores the whole catalogue."""
+    """Negatives of a sampled softmax, drawn for each position; 0 scores the whole catalogue."""
 
     def __post_init__(self) -> None:
         check_shape(self, layers=at_least(1, 128), sampled=at_least(0))
 
 
-TUNED = TrainSettings(epochs=40)
-"""Training settings that won on Amazon Beauty's validation (docs/log.md)."""
+TUNED = TrainSettings(
+    epochs=70,
+    learning_rate=1e-3,
+    weight_decay=0.0,
+    warmup_share=0.0,
+    final_rate_share=1.0,
+    like_lengths=False,
+    patience=5,
+    precision="float32",
+)
+"""Training settings that made it strong on Amazon Beauty (docs/log.md)."""
+
+
+ENCODED_ROWS = 32
+"""Rows that are encoded at a time, of like length, so that little is padded."""
 
 
 class SasRec(nn.Module):
@@ -67,41 +84,45 @@ class SasRec(nn.Module):
         super().__init__()
         self.settings = settings
         self.items = nn.Embedding(n_items, settings.width)
-        nn.init.normal_(self.items.weight, std=0.02)
+        self.positions = nn.Embedding(settings.max_items, settings.width)
         self.layers = nn.ModuleList(
-            Layer(width=settings.width, heads=settings.heads, expansion=4, dropout=settings.dropout)
+            SasRecLayer(width=settings.width, heads=settings.heads, dropout=settings.dropout)
             for _ in range(settings.layers)
         )
         self.norm = nn.LayerNorm(settings.width)
         self.dropout = FastDropout(settings.dropout)
+        for matrix in (p for p in self.parameters() if p.ndim > 1):
+            nn.init.xavier_normal_(matrix)
 
     @property
     def device(self) -> torch.device:
         return self.items.weight.device
 
-    def encode(self, items: Tensor) -> Tensor:
-        """States (B, T, D) after each item of sequences (B, T)."""
-        positions = torch.arange(items.shape[1], device=items.device)[None]
-        x = self.dropout(self.items(items))
+    def encode(self, items: Tensor, lengths: Tensor) -> Tensor:
+        """States (B, T, D) after each item of sequences (B, T) whose first `lengths` (B,) places count."""
+        back = lengths[:, None] - 1 - torch.arange(items.shape[1], device=items.device)
+        x = self.dropout(self.dropout(self.items(items)) + self.positions(back.clamp(min=0)))
         for layer in self.layers:
-            x, _ = layer(x, positions=positions)
+            x = layer(x, self.settings.max_items - lengths)
         states: Tensor = self.norm(x)
         return states
 
     def loss(self, inputs: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
-        """Cross-entropy in nats an item over all items, or over the targets of the batch and a uniform sample.
+        """Cross-entropy in nats an item over all items, or over the target and each position's uniform sample.
 
-        The sampled form corrects no bias: negatives are uniform, and a negative equal to the target is masked.
+        Rows are encoded a few of like length at a time, for batches hold rows of any length.
         """
-        states, wanted = self.encode(inputs)[counted], targets[counted]
+        lengths, encoded, kept = counted.sum(dim=1), [], []
+        for rows in torch.split(lengths.argsort(stable=True), ENCODED_ROWS):
+            places = counted[rows, : int(lengths[rows].max())]
+            longest = places.shape[1]
+            encoded.append(self.encode(inputs[rows, :longest], lengths[rows])[places])
+            kept.append(targets[rows, :longest][places])
+        states, wanted, items = torch.cat(encoded), torch.cat(kept), self.dropout(self.items.weight)
         if self.settings.sampled == 0:
-            return F.cross_entropy(F.linear(states, self.items.weight).float(), wanted)
-        negatives = torch.randint(len(self.items.weight), (self.settings.sampled,), device=states.device)
-        logits = F.linear(states, self.items(negatives)).float()
-        logits = logits.masked_fill(negatives == wanted[:, None], -torch.inf)
-        positive = (states * self.items(wanted)).sum(dim=1, keepdim=True).float()
-        zeros = torch.zeros(len(wanted), dtype=torch.int64, device=states.device)
-        return F.cross_entropy(torch.cat([positive, logits], dim=1), zeros)
+            return full_softmax_loss(states, items, wanted)
+        negatives = torch.randint(len(items), (len(wanted), self.settings.sampled), device=states.device)
+        return sampled_softmax_loss(states, items, wanted, negatives)
 
     @torch.no_grad()
     def lists(self, cases: Cases, *, k: int, exclude_history: bool, batch_size: int = 512) -> np.ndarray:
@@ -113,7 +134,7 @@ class SasRec(nn.Module):
             index = order[begin : begin + batch_size]
             history, length = cases.histories(index, self.settings.max_items)
             items, lengths = torch.from_numpy(history).to(self.device), torch.from_numpy(length).to(self.device)
-            states = self.encode(items)[torch.arange(len(items), device=self.device), lengths - 1]
+            states = self.encode(items, lengths)[torch.arange(len(items), device=self.device), lengths - 1]
             scores = F.linear(states, self.items.weight)
             if exclude_history:
                 taken = torch.from_numpy(cases.taken(index)).to(self.device)

@@ -33,7 +33,7 @@ ListCases = Callable[[Cases], np.ndarray]
 """Cases -> lists (n, K) of items."""
 KNN_GRID = [{"neighbours": neighbours, "decay": decay} for neighbours in (50, 200) for decay in (1.0, 0.7, 0.4)]
 """Settings of item-kNN among which validation chooses."""
-SASREC_GRID: dict[str, tuple[Any, ...]] = {"learning_rate": (2e-3, 1e-3), "dropout": (0.5, 0.3)}
+SASREC_GRID: dict[str, tuple[Any, ...]] = {"dropout": (0.2, 0.4), "width": (64, 128)}
 """Settings of SASRec among which validation chooses, where it is tuned."""
 
 
@@ -102,13 +102,12 @@ def _tuned_knn(events: Sequences, sample: Cases, shared: dict[str, Any]) -> List
     return lambda cases: knn(cases, best)
 
 
-def sasrec_grid(model: SasRecSettings, training: TrainSettings, trials: int) -> list[dict[str, Any]]:
+def sasrec_grid(model: SasRecSettings, trials: int) -> list[dict[str, Any]]:
     """The settings to try: the given ones, then the other points of SASREC_GRID.
 
     Raises: SettingsError where there are fewer than `trials`.
     """
-    given = {"learning_rate": training.learning_rate, "dropout": model.dropout}
-    points = grid_points(SASREC_GRID, given)
+    points = grid_points(SASREC_GRID, {name: getattr(model, name) for name in SASREC_GRID})
     if not 1 <= trials <= len(points):
         raise SettingsError(f"trials is {trials}; expected 1 to {len(points)}, the settings that SASRec has to try")
     return points[:trials]
@@ -126,23 +125,21 @@ def tune_sasrec(
 
     A trial that diverges loses. Raises: TrainingError where all do; SettingsError where nothing could choose.
     """
-    points, made_from = sasrec_grid(model, training, trials), run.hashes("dataset", "split")
+    points, made_from = sasrec_grid(model, trials), run.hashes("dataset", "split")
     folders = [run.folder / (f"sasrec-{number}" if trials > 1 else "sasrec") for number in range(trials)]
     validation = run.split.cases(run.data, "valid")
     if trials > 1 and not len(validation):
         raise SettingsError(f"trials is {trials}, and no validation case is there that could choose; expected 1")
     failed: TrainingError | None = None
     for folder, point in zip(folders, points, strict=True):
-        own_model = replace(model, dropout=point["dropout"])
-        own_training = replace(training, learning_rate=point["learning_rate"])
         try:
             fit_sasrec(
                 folder,
                 run,
                 LEARNS_FROM,
                 validation,
-                own_model,
-                own_training,
+                replace(model, **point),
+                training,
                 made_from,
                 exclude_history=exclude_history,
             )
@@ -209,11 +206,11 @@ def _manifest(folder: Path) -> artifacts.Manifest | None:
     return artifacts.read_manifest(folder, "sasrec") if (folder / artifacts.MANIFEST).is_file() else None
 
 
-def sasrec_trials(run: Run, model: SasRecSettings, training: TrainSettings, trials: int) -> list[dict[str, Any]]:
+def sasrec_trials(run: Run, model: SasRecSettings, trials: int) -> list[dict[str, Any]]:
     """What `tune_sasrec` found, in the form of a study's trials; the criterion is Recall@10, 0 of one that diverged."""
     found = []
     kept = run.manifest("sasrec").content_hash
-    for number, point in enumerate(sasrec_grid(model, training, trials)):
+    for number, point in enumerate(sasrec_grid(model, trials)):
         manifest = _manifest(run.folder / (f"sasrec-{number}" if trials > 1 else "sasrec"))
         recall = 0.0 if manifest is None else float(manifest.sizes["best_valid_recall@10"] or 0.0)
         found.append(

@@ -10,6 +10,7 @@ Shapes: E events, U users, N items.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -41,7 +42,7 @@ SPLIT_VALUES = ("train", "align", "valid", "test")
 """What the column `split` of `interactions.parquet` may hold."""
 MISSING_IDS = ("", "nan", "NaN", "NULL", "null", "None", "NA", "N/A", "<NA>")
 """What stands in place of an id that is missing, as other tools write it."""
-EXACT_FLOATS = 2**53
+EXACT_FLOATS: dict[Any, int] = {pl.Float64: 2**53, pl.Float32: 2**24}
 """Whole numbers below it are exact as floats, so that one may be an id."""
 
 
@@ -171,9 +172,17 @@ def stands_for_none(ids: pl.Series) -> pl.Series:
 
 
 def whole_ids(ids: pl.Series, path: Path, first_row: int = 0) -> pl.Series:
-    """Ids that are floats, as whole numbers; NaN becomes null. Raises: DatasetError for one with a fraction."""
+    """Ids as text or whole numbers: floats 12.0 become 12, NaN null.
+
+    Raises: DatasetError for another type, or a float that is no whole number or too large to be told from its
+    neighbours.
+    """
+    if not (is_text(ids.dtype) or ids.dtype.is_integer() or ids.dtype.is_float() or ids.dtype == pl.Null):
+        raise DatasetError(f"{path}: column {ids.name!r} has type {ids.dtype}, expected text or integers. Cast it")
+    if not ids.dtype.is_float():
+        return ids
     ids = ids.fill_nan(None)
-    fits = (ids.floor() == ids) & (ids.abs() < EXACT_FLOATS)
+    fits = (ids.floor() == ids) & (ids.abs() < EXACT_FLOATS[ids.dtype])
     if not fits.all():
         row = int((~fits).arg_max() or 0)
         raise DatasetError(
@@ -189,10 +198,9 @@ def as_ids(table: pl.DataFrame, column: str, path: Path) -> pl.DataFrame:
     Raises: DatasetError for other types than text and whole numbers, a null, or a word that stands for one.
     """
     ids = table[column]
-    if not (is_text(ids.dtype) or ids.dtype.is_integer() or ids.dtype.is_float()):
-        raise DatasetError(f"{path}: column {column!r} has type {ids.dtype}, expected text or integers. Cast it")
+    whole = whole_ids(ids, path)
     require_no_null(table, column, path)
-    ids = (whole_ids(ids, path) if ids.dtype.is_float() else ids).cast(pl.String)
+    ids = whole.cast(pl.String)
     none = stands_for_none(ids)
     if none.any():
         row = int(none.arg_max() or 0)

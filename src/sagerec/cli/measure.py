@@ -32,8 +32,9 @@ from sagerec.training.settings import AlignSettings, TrainSettings
 
 @dataclass(frozen=True)
 class Compare:
-    """Compare objectives under equal conditions: one supervised policy, the same events, rewards, rollouts and budget,
-    as many trials of each one's settings, several seeds, always beside the control. A stopped study goes on.
+    """Compare objectives under equal conditions: the same events, rewards, rollouts and budget, as many trials of each
+    one's settings, several seeds with supervised policies of their own, always beside the control and the policy that
+    learnt all events at once. A stopped study goes on.
 
     Example: sagerec compare DATASET --objectives sage,gbpo,gspo --seeds 3 --out STUDY
     """
@@ -49,9 +50,9 @@ class Compare:
     run: RunSettings = field(default_factory=RunSettings)
     """The supervised stage."""
     sasrec: SasRecSettings = field(default_factory=SasRecSettings)
-    """Shape of the baseline SASRec."""
+    """Shape of the baseline SASRec; dropout and width are tried."""
     sasrec_train: TrainSettings = TUNED
-    """How it is trained; learning rate and dropout are tried."""
+    """How it is trained."""
 
     def __call__(self) -> None:
         settings = CompareSettings(self.study, self.run, self.align, self.sasrec, self.sasrec_train)
@@ -75,6 +76,7 @@ class Results:
         for text in self.studies:
             title, equals, folder = text.partition("=")
             require(bool(title and equals and folder), f"study {text!r}; expected TITLE=FOLDER")
+            require(title not in folders, f"title {title!r} stands twice; expected another for each study")
             folders[title] = Path(folder)
         console.print("wrote " + ", ".join(map(str, write_results(self.out, folders))), highlight=False)
 
@@ -91,7 +93,7 @@ class Evaluate:
     evaluate: Annotated[EvaluateSettings, FLAT] = field(default_factory=EvaluateSettings)
     """What is measured."""
     policy: str = "policy"
-    """Which policy of the run: policy, policy-refit, or an aligned one, such as policy-sage."""
+    """Which policy of the run: policy, policy-refit, policy-all-at-once, or an aligned one, such as policy-sage."""
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
 
@@ -118,7 +120,7 @@ class Baseline:
     train: TrainSettings = TUNED
     """How SASRec is trained."""
     trials: int = 1
-    """Learning rates and dropouts that SASRec is trained with; the best on validation is kept."""
+    """Dropouts and widths that SASRec is trained with; the best on validation is kept."""
     refit: bool = False
     """Train SASRec once more, on the validation events too, after the same flags without this one; a row of its own."""
 
@@ -193,7 +195,7 @@ class Recommend:
     keep_history: bool = False
     """Items of the history may be recommended again."""
     policy: str = "policy"
-    """Which policy of the run: policy, policy-refit, or an aligned one, such as policy-sage."""
+    """Which policy of the run: policy, policy-refit, policy-all-at-once, or an aligned one, such as policy-sage."""
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
 

@@ -19,6 +19,7 @@ from sagerec.policies.registry import PolicySettings
 from sagerec.recommend import load
 from sagerec.report.training_plots import write_plots
 from sagerec.run import stages as pipeline
+from sagerec.run.additions import add_items
 from sagerec.run.folder import open_run
 from sagerec.run.stages import RunSettings
 from sagerec.training import parallel
@@ -105,7 +106,7 @@ class IdsAdd:
     """Parquet file with the columns of items.parquet."""
 
     def __call__(self) -> None:
-        added = pipeline.add_items(self.run, self.items)
+        added = add_items(self.run, self.items)
         console.print(
             f"{added['items']:,} items added, {added['collisions']:,} of them with the codes of another item; "
             f"reconstruction error {added['reconstruction_error']:.3f}",
@@ -129,10 +130,15 @@ class Train:
     """How the policy is trained."""
     refit: bool = False
     """Also train once more with the validation events, for deployment."""
+    all_at_once: bool = False
+    """Also train a policy on the training and the reserved events together: RUN/policy-all-at-once, which an alignment
+    must beat."""
 
     def __call__(self) -> None:
         run = open_run(self.run)
         pipeline.train(run, self.policy, self.train)
+        if self.all_at_once:
+            pipeline.train_all_at_once(run, self.policy, self.train)
         if self.refit:
             pipeline.refit(run, self.policy, self.train)
 

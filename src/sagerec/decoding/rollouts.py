@@ -1,7 +1,8 @@
 """Rollouts: G slates of K items for each context, and their log-probabilities under the policy that wrote them.
 
 Slates are sampled, or come from beam search: with K = 1 each of the most probable items is a slate, with K > 1 the beam
-list is one. Both kinds are scored under one distribution, that of `write_slates`, which the loss uses too.
+list is one. Samples differ from seed to seed, and reach items that no beam list holds. Both kinds are scored under one
+distribution, that of `write_slates`, which the loss uses too.
 
 Shapes: B users, G slates of each, K places, X excluded items.
 """

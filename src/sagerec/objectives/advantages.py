@@ -38,6 +38,17 @@ def summed(rewards: Tensor, weights: Tensor) -> Tensor:
     return rewards @ weights
 
 
+def ternary(rewards: Tensor, weights: Tensor) -> Tensor:
+    """A = the nearest of -1, 0 and 1 to S = sum_m w_m R_m, not normalised. -> (B, G).
+
+    OneRec-V2 (arXiv 2508.20900): +1 for what is watched longer than most, -1 for a dislike, else 0; with the reward
+    `watch` alone this is that. To round the sum of several rewards is a reading: a hit counts, a dense reward of weight
+    .1 does not.
+    """
+    total = summed(rewards, weights)
+    return torch.add(total.clamp(-1, 1).round_(), total, alpha=0.0)  # infinity times 0 is NaN
+
+
 def mean_centred(rewards: Tensor, weights: Tensor, group: Tensor | None = None) -> Tensor:
     """A = S - mean_g S with S = sum_m w_m R_m, without a deviation. Dr.GRPO (arXiv 2503.20783). -> (B, G)."""
     return centre_groups(summed(rewards, weights).unsqueeze(-1), group)[0].squeeze(-1)

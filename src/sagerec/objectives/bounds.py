@@ -52,6 +52,14 @@ def clip(
     return Bounded(surrogate, torch.addcmul(ratio, ratio, cut, value=-1), cut.to(torch.bool))
 
 
+def up_clip(ratio: Tensor, advantage: Tensor, *, low: float, dual: float | None) -> Bounded:
+    """A > 0: s = p / sg(p) A, c = 1 whatever r;  else `clip` with `dual`.
+
+    UP-GRPO (arXiv 2607.06987): successes keep their gradient however far they went, failures are bounded on both sides.
+    """
+    return clip(torch.where(advantage > 0, 1.0, ratio), advantage, low=low, high=0.0, dual=dual)
+
+
 def cap(ratio: Tensor, logp: Tensor, advantage: Tensor, *, most: float) -> Bounded:
     """S = sg(min(r, most)) A log p, c = min(r, most): no gradient is cut. CISPO (arXiv 2506.13585), as in TRL."""
     coefficient = ratio.clamp(max=most)

@@ -95,7 +95,11 @@ def _advantages(
     row: Objective, rewards: Tensor, weights: Tensor | None, group: Tensor | None, tokens: Tensor | None
 ) -> Tensor:
     """`compute_advantages` before it looks whether they are finite."""
-    if rewards.ndim != 3:
+    for name, given in (("rewards", rewards), ("weights", weights)):
+        if given is not None and (not isinstance(given, Tensor) or given.is_complex()):
+            got = given.dtype if isinstance(given, Tensor) else type(given).__name__
+            raise SettingsError(f"{name} are {got}; expected a tensor of real numbers")
+    if rewards.ndim != 3 or rewards.shape[2] == 0:
         raise SettingsError(f"rewards have shape {tuple(rewards.shape)}; expected (B, G, M): add the last dimension")
     for name, given in (("group", group), ("tokens", tokens)):
         if given is not None and given.shape != rewards.shape[:2]:
@@ -108,6 +112,8 @@ def _advantages(
         raise SettingsError(f"weights have shape {tuple(weights.shape)}; expected ({rewards.shape[2]},), one a reward")
     if row.advantage == "raw":
         return advantages.summed(rewards, weights)
+    if row.advantage == "ternary":
+        return advantages.ternary(rewards, weights)
     if row.advantage == "mean":
         return advantages.mean_centred(rewards, weights, group)
     if row.advantage == "normalised":
@@ -131,6 +137,7 @@ def policy_loss(
     group: Tensor | None = None,
     denominator: float | Tensor | None = None,
     advantages: Tensor | None = None,
+    spread: float | Tensor | None = None,
 ) -> PolicyLoss:
     """The loss of an objective, with its gradient to `logprobs`.
 
@@ -148,21 +155,25 @@ def policy_loss(
             ("token") or slates x longest slate ("constant"). Taken from this batch if not given; with the global one,
             losses of accumulation steps and ranks add up to that of the large batch.
         advantages: (B, G) from `compute_advantages` on the global batch, in place of `rewards`.
+        spread: `ratio_spread` of the global batch, the unit of boost and penalty where a row's `bound_unit` says so;
+            that of this batch if not given.
 
     A slate without a counted token adds 0. Log-ratios are held within 20 nats of 0. bfloat16 and float16 are computed
     in float32.
 
     Raises: SettingsError for a wrong shape or type, or a missing argument; NumericalError, with argument, place and
-    value, for what is not finite or out of its range: a counted log-probability above 0 (by more than rounding),
-    diversity or coldness outside [0, 1], a denominator of 0 or less; and where loss or gradient is not finite in the
-    type in which it is returned. (A gradient that only the loss scaling of the caller takes out of range is infinite,
-    as its GradScaler expects.)
+    value, for what is not finite or out of its range: a counted log-probability above 0 (by more than rounding), a
+    diversity or coldness outside [0, 1] that the row reads, a denominator of 0 or less, a spread below 0; and where
+    loss or gradient is not finite in the type in which it is returned. (A gradient that only the loss scaling of the
+    caller takes out of range is infinite, as its GradScaler expects.)
 
     """
     row = find_objective(objective)
-    _check(row, logprobs, old_logprobs, mask, rewards, advantages, diversity, coldness)
+    _check(row, logprobs, old_logprobs, mask, rewards, advantages, diversity, coldness, denominator, spread)
     if denominator is not None and not 0 < float(denominator) < math.inf:
         raise NumericalError(f"denominator is {float(denominator)}, expected a finite number above 0")
+    if spread is not None and not 0 <= float(spread) < math.inf:
+        raise NumericalError(f"spread is {float(spread)}, expected a finite number of at least 0")
     counted = mask.view(torch.uint8).to(torch.promote_types(logprobs.dtype, torch.float32))
     counts = counted.sum(dim=2)
     if advantages is None:
@@ -172,20 +183,25 @@ def policy_loss(
     new, old, gain = logprobs.detach().to(counted), old_logprobs.detach().to(counted), advantages.detach().to(counted)
     divisor = counts.clamp(min=1)
     per_token = _token_weight(row, counts, divisor, mask.shape[2], denominator)  # (B, G), or () where all weigh alike
-    if row.ratio == "sequence":
+    if row.ratio != "token":
         logp = (new * counted).sum(dim=2) / divisor
         nats = logp - (old * counted).sum(dim=2) / divisor
     else:
         logp, nats = new, new - old
     distance = nats.sum()
+    unit: float | Tensor = 1.0
+    if row.needs_spread:
+        unit = ratio_spread(row, logprobs=new, old_logprobs=old, mask=mask) if spread is None else spread
+    if row.ratio == "unit":
+        nats = torch.zeros_like(nats)
     ratio = nats.clamp_(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp_()
-    if row.ratio == "sequence":
-        found = _bound(row, ratio, logp, gain, diversity, coldness)
+    if row.ratio != "token":
+        found = _bound(row, ratio, logp, gain, diversity, coldness, unit)
         value = _dot(found.surrogate, counts * per_token)
         slope, share = (found.coefficient * gain * per_token).unsqueeze(2), counted
     else:
-        wide = (None if x is None else x.unsqueeze(2) for x in (diversity, coldness))
-        found = _bound(row, ratio, new, gain.unsqueeze(2), *wide)
+        wide = [None if x is None else x.unsqueeze(2) for x in (diversity, coldness)]
+        found = _bound(row, ratio, new, gain.unsqueeze(2), wide[0], wide[1], unit)
         found = found._replace(coefficient=found.coefficient.mul_(counted), at_bound=found.at_bound & mask)
         value = _dot(found.surrogate.mul_(counted).sum(dim=2), per_token.expand_as(counts))
         slope, share = (gain * per_token).unsqueeze(2), found.coefficient
@@ -202,6 +218,7 @@ def policy_loss(
         _refuse(faults, what)
         if rewards is not None or not all(torch.equal(read[name], x) for name, x in given.items()):
             facts: dict[str, Any] = {"diversity": diversity, "coldness": coldness, "denominator": denominator}
+            facts["spread"] = spread
             return policy_loss(row, **read, mask=mask, advantages=gain, **facts)
         if not math.isfinite(value.item()):
             raise NumericalError(f"{what}: the inputs are finite, and their products overflow {value.dtype}")
@@ -216,6 +233,15 @@ def policy_loss(
         coefficient=found.coefficient,
         diagnostics={"ratio": ratio, "at_bound": found.at_bound},
     )
+
+
+def ratio_spread(objective: str | Objective, *, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Root mean square of log r over slates, or over counted tokens for token ratios: how far ratios are from 1, ()."""
+    nats = (logprobs.detach() - old_logprobs.detach()).masked_fill(~mask, 0.0)
+    counted, n = nats, mask.sum()
+    if find_objective(objective).ratio != "token":
+        counted, n = nats.sum(dim=2) / mask.sum(dim=2).clamp(min=1), n.new_tensor(mask.shape[0] * mask.shape[1])
+    return (counted.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).square().sum() / n.clamp(min=1)).sqrt()
 
 
 def _is_sound(
@@ -242,13 +268,24 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _bound(
-    row: Objective, ratio: Tensor, logp: Tensor, gain: Tensor, diversity: Tensor | None, coldness: Tensor | None
+    row: Objective,
+    ratio: Tensor,
+    logp: Tensor,
+    gain: Tensor,
+    diversity: Tensor | None,
+    coldness: Tensor | None,
+    unit: float | Tensor,
 ) -> bounds.Bounded:
-    """The row's bound on units (...), with diversity and coldness in a shape that broadcasts against them."""
+    """The row's bound on units (...), with diversity and coldness in a shape that broadcasts against them.
+
+    `unit` is that of boost and penalty under `adaptive-clip`.
+    """
     if row.bound == "none":
         return bounds.unbounded(logp, gain)
     if row.bound == "clip":
         return bounds.clip(ratio, gain, low=row.clip_low, high=row.clip_high, dual=row.dual_clip)
+    if row.bound == "up-clip":
+        return bounds.up_clip(ratio, gain, low=row.clip_low, dual=row.dual_clip)
     if row.bound == "cap":
         return bounds.cap(ratio, logp, gain, most=row.cap)
     if row.bound == "early-clip":
@@ -264,7 +301,7 @@ def _bound(
         penalty = torch.rsub(diversity.to(logp), row.entropy_penalty, alpha=row.entropy_penalty)
     if row.bound == "gradient":
         return bounds.gradient_bound(ratio, logp, gain, boost=boost, penalty=penalty, boost_form=row.boost_form)
-    return bounds.clip(ratio, gain, low=row.clip_low + penalty, high=row.clip_high + boost)
+    return bounds.clip(ratio, gain, low=row.clip_low + penalty * unit, high=row.clip_high + boost * unit)
 
 
 def _token_weight(
@@ -287,11 +324,18 @@ def _check(
     given: Tensor | None,
     diversity: Tensor | None,
     coldness: Tensor | None,
+    denominator: float | Tensor | None,
+    spread: float | Tensor | None,
 ) -> None:
     """Raise SettingsError for what does not fit together."""
     if row.trains_on_targets:
         raise SettingsError(f"{row.name} has no policy loss: it is the control that goes on with supervised training")
     require((rewards is None) != (given is None), "expected either rewards or advantages: give one of the two")
+    for name, number in (("denominator", denominator), ("spread", spread)):
+        single = isinstance(number, Tensor) and number.numel() == 1
+        if not (number is None or single or (isinstance(number, (int, float)) and number is not True)):
+            got = tuple(number.shape) if isinstance(number, Tensor) else repr(number)
+            raise SettingsError(f"{name} is {got}; expected a number, or a tensor of one")
     for name, given_logprobs in (("logprobs", logprobs), ("old_logprobs", old_logprobs)):
         if not given_logprobs.is_floating_point():
             raise SettingsError(f"{name} have type {given_logprobs.dtype}; expected a floating-point type")

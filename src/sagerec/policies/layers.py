@@ -1,4 +1,4 @@
-"""Transformer layers that the LazyDecoder and SASRec share.
+"""Transformer layers of the LazyDecoder, and the dropout that SASRec shares with it.
 
 Shapes: B sequences, T positions, S cached positions, D width, H heads, E width of a head.
 """

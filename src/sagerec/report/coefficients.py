@@ -17,6 +17,8 @@ from sagerec.objectives.table import OBJECTIVES, Objective, find_objective
 
 OLD_PROBABILITY = 0.2
 """q of every curve: about the geometric mean of a code's probability in a rolled-out slate."""
+SPREAD = 0.03
+"""Spread of the ratio for every curve that bounds in its units: about that of a round of several passes."""
 RATIOS = np.linspace(0.0, 2.0, 402)[1:]
 SHOWN = ("sage", "gbpo", "gspo", "grpo", "gdpo")
 """Objectives that are drawn where a run has none of its own."""
@@ -44,6 +46,7 @@ def coefficients(
         advantages=torch.full(shape, advantage, dtype=torch.float64),
         diversity=torch.full(shape, diversity, dtype=torch.float64),
         coldness=torch.full(shape, coldness, dtype=torch.float64),
+        spread=SPREAD,
     )
     values: np.ndarray = found.coefficient.flatten().numpy()
     return values

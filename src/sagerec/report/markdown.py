@@ -1,7 +1,9 @@
 """Study folders as a page of Markdown tables, with a plot of each: what `docs/results.md` is made of."""
 
+import html
 import io
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from sagerec.report.drawing import MARKERS, PALETTE, STYLE
 from sagerec.report.material import stale_study
 from sagerec.study import STUDY
 
+DRAWN = "<!-- Drawn by `sagerec results`. -->\n"
+"""At the end of a plot, by which it is known."""
 BY_HAND = "<!-- What follows is written by hand; `sagerec results` keeps it. -->"
 PUBLISHED = """| published, not measured here | Recall@10 | NDCG@10 | Cold-Recall@10 | Entropy@10 | source |
 |---|---|---|---|---|---|
@@ -32,7 +36,16 @@ PUBLISHED = """| published, not measured here | Recall@10 | NDCG@10 | Cold-Recal
 def study_markdown(record: dict[str, Any], title: str, plot: str) -> str:
     """The tables of a study's record, what was computed, and a link to its plot."""
     picture = f"![Recall against both Entropies and Cold-Recall of the rows but the ablations]({plot})"
-    lines = [f"## {title}", "", _what(record), "", picture, "", _layout(cells.value_table(record)), ""]
+    lines = [
+        f"## {html.escape(title, quote=False)}",
+        "",
+        _what(record),
+        "",
+        picture,
+        "",
+        _layout(cells.value_table(record)),
+        "",
+    ]
     for text in (*cells.note_lines(record), cells.by_criterion(record)):
         lines += [text, ""] if text else []
     lines += ["What the tests say, differences relative to the rival's value:", ""]
@@ -54,9 +67,11 @@ def write_results(out: Path, folders: dict[str, Path]) -> list[Path]:
     records = {title: read_record(folder / STUDY) for title, folder in folders.items()}
     for stale in filter(None, map(stale_study, folders.values())):
         raise ArtifactError(f"stale: {stale}")
-    plots = {t: out.with_name(f"{out.stem}-{re.sub(r'[^a-z0-9]+', '-', t.lower()).strip('-')}.svg") for t in records}
+    plots = plot_paths(out, list(records))
+    for path in plots.values():
+        refuse_other(path, DRAWN, "a plot of results")
     for title, path in plots.items():
-        write_text(path, draw_study(records[title], title))
+        write_text(path, draw_study(records[title], title) + DRAWN)
     parts = [
         "# Results",
         "",
@@ -73,6 +88,17 @@ def write_results(out: Path, folders: dict[str, Path]) -> list[Path]:
     parts.append(BY_HAND + notes)
     write_text(out, "\n".join(parts).rstrip() + "\n")
     return [out, *plots.values()]
+
+
+def plot_paths(out: Path, titles: Sequence[str]) -> dict[str, Path]:
+    """Title -> where its plot goes, beside the page; titles of the same letters are numbered."""
+    found: dict[str, Path] = {}
+    for title in titles:
+        slug = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "study"
+        names = [f"{out.stem}-{slug}", *(f"{out.stem}-{slug}-{number}" for number in range(2, len(titles) + 2))]
+        path = next(p for name in names if (p := out.with_name(f"{name}.svg")) not in found.values())
+        found[title] = path
+    return found
 
 
 def draw_study(record: dict[str, Any], title: str) -> str:

@@ -1,10 +1,11 @@
 """What a report is made of: a run or a study folder, read into records. What is not there is left out.
 
-A study folder holds `study.json` (rows, verdicts, trials) and `run/`, a run folder.
+A study folder holds `study.json` (rows, verdicts, trials), `run/`, a run folder, and `run-sSEED/`, those of the other
+seeds: the page shows the first, and what the alignments of all have logged.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -19,7 +20,7 @@ from sagerec.evaluation.per_case import make_yardstick
 from sagerec.evaluation.tests import differences, measure, seed_variances
 from sagerec.files import read_record
 from sagerec.report.drawing import MOST_SERIES, Style
-from sagerec.run.folder import Run, open_run
+from sagerec.run.folder import ALL_AT_ONCE, Run, open_run
 from sagerec.training.tracking import METRICS, read_metrics
 
 STUDY, RUN = "study.json", "run"
@@ -35,7 +36,7 @@ class Row:
     name: str
     """What was measured."""
     kind: str
-    """start, aligned, baseline, other; in a study control, objective, ablation, baseline."""
+    """start, reference, aligned, baseline, other; in a study control, objective, ablation, baseline."""
     metrics: dict[str, dict[str, float]]
     """Metric -> value, low, high, and seed_std where there are several seeds."""
     seeds: tuple[int, ...] = ()
@@ -91,12 +92,12 @@ class Material:
 
 
 def stale_study(folder: Path) -> str | None:
-    """Why the study.json of a folder is not of the run in it; None where it is, or no run is there."""
+    """Why the study.json of a folder is not of the runs in it; None where it is, or no run is there."""
     hashes = read_record(folder / STUDY).get("hashes", {})
-    old = open_run(folder / RUN).outdated(hashes) if (folder / RUN / "dataset").is_dir() else []
-    return (
-        f"{folder / STUDY} is of an earlier {' and '.join(old)}; make it again with: sagerec compare" if old else None
-    )
+    for path in run_folders(folder):
+        if old := open_run(path).outdated(hashes if path.name == RUN else hashes.get(path.name, {})):
+            return f"{folder / STUDY} is of an earlier {' and '.join(old)}; make it again with: sagerec compare"
+    return None
 
 
 def stem(name: str) -> str:
@@ -110,16 +111,18 @@ def gather(folder: Path) -> Material:
     notes: list[str] = []
     if (folder / STUDY).is_file():
         study = read_record(folder / STUDY)
-        run = open_run(folder / RUN) if (folder / RUN / "dataset").is_dir() else None
+        runs = [open_run(path) for path in run_folders(folder)]
         if (stale := stale_study(folder)) is not None:
             notes.append(f"Stale: {stale}.")
             study = {}
     else:
-        run = open_run(folder)
+        runs = [open_run(folder)]
+    run = runs[0] if runs else None
     reports = {} if run is None else read_reports(run, notes)
     k = shown_k(study, reports)
-    aligned = [] if run is None else read_aligned(run, study, notes)
-    if unmeasured := [p.name for p in aligned if shown_name(p.name) not in reports]:
+    aligned = read_aligned(runs, study, notes)
+    own = set() if run is None else set(run.aligned())
+    if unmeasured := [p.name for p in aligned if p.name in own and shown_name(p.name) not in reports]:
         notes.append(
             f"Without a test report: {', '.join(unmeasured)}. For one: sagerec evaluate {run.folder if run else ''} "
             f"--policy {unmeasured[0]}"
@@ -132,6 +135,13 @@ def gather(folder: Path) -> Material:
     names += [str(trial.get("objective")) for trial in study.get("trials", [])]
     styles = {name: Style(number) for number, name in enumerate(dict.fromkeys(names)) if number < MOST_SERIES}
     return Material(folder, study, run, rows, reports, aligned, styles, notes, k)
+
+
+def run_folders(study: Path) -> list[Path]:
+    """The runs of a study, that of seed 0 first."""
+    found = {int(path.name.rpartition("-s")[2]): path for path in study.glob(f"{RUN}-s*") if SEED.search(path.name)}
+    folders = [study / RUN, *(found[seed] for seed in sorted(found))]
+    return [path for path in folders if (path / "dataset").is_dir()]
 
 
 def shown_k(study: Mapping[str, Any], reports: Mapping[str, dict[str, Any]]) -> int:
@@ -166,11 +176,11 @@ def read_reports(run: Run, notes: list[str]) -> dict[str, dict[str, Any]]:
     return {name: found[name] for name in sorted(found, key=lambda name: (name != START, name))}
 
 
-def read_aligned(run: Run, study: Mapping[str, Any], notes: list[str]) -> list[Aligned]:
+def read_aligned(runs: Sequence[Run], study: Mapping[str, Any], notes: list[str]) -> list[Aligned]:
     """Aligned policies with what they logged: a study's by objective, a run's by age."""
     objectives = [str(name) for name in study.get("objectives", [])]
     found = []
-    for name in run.aligned():
+    for run, name in ((each, name) for each in runs for name in each.aligned()):
         manifest = run.manifest(name)
         if "align" not in manifest.settings or not (run.folder / name / METRICS).is_file():
             continue
@@ -214,10 +224,11 @@ def run_rows(run: Run, reports: Mapping[str, dict[str, Any]], aligned: list[Alig
     rows = []
     for name, report in reports.items():
         kind = "aligned" if f"policy-{name}" in run.aligned() else "other"
-        kind = {START: "start", **dict.fromkeys(get_args(BaselineName), "baseline")}.get(name, kind)
+        kind = dict.fromkeys(get_args(BaselineName), "baseline").get(name, kind)
+        kind = {START: "start", ALL_AT_ONCE: "reference"}.get(name, kind)
         seed = seeds.get(name)
         rows.append(Row(name, kind, report["metrics"], () if seed is None else (seed,), against.get(name, {})))
-    kinds, drawn = ("start", "aligned", "baseline", "other"), list(seeds)
+    kinds, drawn = ("start", "reference", "aligned", "baseline", "other"), list(seeds)
     order = {name: place for place, name in enumerate(drawn)}
     return sorted(rows, key=lambda row: (kinds.index(row.kind), order.get(row.name, len(drawn))))
 

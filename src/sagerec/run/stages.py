@@ -16,15 +16,14 @@ import numpy as np
 import polars as pl
 
 from sagerec import artifacts
-from sagerec.actions.registry import KINDS, ActionSettings, kind_in, kind_of
+from sagerec.actions.registry import KINDS, ActionSettings, kind_of
 from sagerec.actions.space import ActionSpace
 from sagerec.catalogue.audit import EVENTS_USED, Finding, audit_order, audit_stage, read_events_used
-from sagerec.catalogue.dataset import INTERACTIONS, ITEM_ID, ITEMS, SOURCE, files_in, has_manifest, read_dataset
-from sagerec.catalogue.grow import grow_dataset, known_items, read_new_items
+from sagerec.catalogue.dataset import INTERACTIONS, ITEMS, SOURCE, files_in, has_manifest, read_dataset
 from sagerec.catalogue.splits import Cases, Part, SplitSettings, learnt_counts, make_split, read_split, write_split
 from sagerec.config import require, to_json
 from sagerec.decoding.cases import list_cases
-from sagerec.errors import ArtifactError, DatasetError
+from sagerec.errors import ArtifactError
 from sagerec.evaluation.diagnose import Diagnosis, diagnose
 from sagerec.evaluation.evaluate import (
     BUCKET_EDGES,
@@ -36,7 +35,7 @@ from sagerec.evaluation.evaluate import (
 from sagerec.files import locked
 from sagerec.policies.registry import PolicySettings, describe_policy, read_policy
 from sagerec.progress import progress_bar
-from sagerec.run.folder import Run, check_aligned_name, check_name, open_run
+from sagerec.run.folder import ALL_AT_ONCE, Run, check_aligned_name, check_name
 from sagerec.training import parallel
 from sagerec.training.alignment import align_policy
 from sagerec.training.checkpoints import discard_finished
@@ -47,6 +46,7 @@ logger = logging.getLogger(__name__)
 AUDITED: dict[str, tuple[Part, ...]] = {
     "policy": ("train",),
     "sasrec": ("train", "align"),
+    f"policy-{ALL_AT_ONCE}": ("train", "align"),
     "policy-refit": ("train", "align", "valid"),
     "sasrec-refit": ("train", "align", "valid"),
 }
@@ -111,49 +111,24 @@ def make_actions(run: Run, settings: Any) -> ActionSpace:
     return run.space()
 
 
-def add_items(folder: Path, items: Path) -> dict[str, Any]:
-    """Add the items of a Parquet file to the catalogue and the Semantic IDs of a run, whose policies serve on.
-
-    The codes are found first; then the dataset is written, then the IDs. Cut short between the two, the same call goes
-    on; once it is done, the same call changes nothing. Returns the record of the addition: items, collisions,
-    reconstruction_error.
-
-    Raises: DatasetError for an item that the run has already, or what `read_new_items` refuses; ArtifactError.
-    """
-    open_run(folder)  # refuses what is no run
-    kind = kind_in(folder)
-    with locked(folder / "dataset"), locked(folder / kind.name):
-        run = open_run(folder)
-        if kind.code_new_items is None or kind.write_addition is None:
-            raise ArtifactError(f"{folder / kind.name} cannot take more items; make the run anew")
-        data, new = run.data, read_new_items(items, run.data)
-        known, sizes = known_items(new, data), run.manifest(kind.name).sizes
-        waiting, added = data.items[sizes["items"] :], sizes.get("added", [])
-        last = data.items.tail(len(new))
-        if len(waiting) and waiting.equals(new):
-            logger.info("dataset: has these items already, and the Semantic IDs do not; going on there")
-        elif added and not len(waiting) and added[-1]["items"] == len(new) and last.equals(new):
-            logger.info("these items are the last that were added; nothing to do")
-            return dict(added[-1])
-        elif known.any():
-            raise DatasetError(
-                f"{items}: {int(known.sum())} of {len(new)} items are in the run already, the first "
-                f"{new[ITEM_ID].filter(known)[0]!r} in row {known.arg_max()} (from 0). Drop these rows"
-            )
-        else:
-            run.space()  # refuses one that does not fit the dataset
-            data = replace(data, items=pl.concat([data.items, new]))
-        addition = kind.code_new_items(folder / kind.name, data)
-        if data is not run.data:
-            grow_dataset(folder / "dataset", data.items)
-        kind.write_addition(folder / kind.name, addition, made_from=run.hashes("dataset"))
-        return dict(run.manifest(kind.name).sizes["added"][-1])
-
-
 def train(run: Run, policy_settings: Any, settings: TrainSettings) -> None:
     """The supervised stage of a run."""
     folder, made_from = run.folder / "policy", run.hashes("dataset", "split", run.actions)
     _train(run, folder, policy_settings, settings, ("train",), run.split.cases(run.data, "valid"), made_from)
+
+
+def train_all_at_once(run: Run, policy_settings: Any, settings: TrainSettings) -> None:
+    """The same on the training and the reserved events together: what an alignment on the latter must beat.
+
+    Raises: SettingsError where no event is reserved.
+    """
+    require(
+        run.split.counts()["align"] > 0,
+        "the split reserves no event, so that all at once is what sagerec train does; expected --split.reserve event",
+    )
+    folder, made_from = run.folder / f"policy-{ALL_AT_ONCE}", run.hashes("dataset", "split", run.actions)
+    parts: tuple[Part, ...] = ("train", "align")
+    _train(run, folder, policy_settings, settings, parts, run.split.cases(run.data, "valid"), made_from)
 
 
 def refit(run: Run, policy_settings: Any, settings: TrainSettings) -> None:
@@ -162,6 +137,24 @@ def refit(run: Run, policy_settings: Any, settings: TrainSettings) -> None:
     settings = replace(settings, epochs=epochs, validate_every=0)
     folder, made_from = run.folder / "policy-refit", run.hashes("dataset", "split", run.actions, "policy")
     _train(run, folder, policy_settings, settings, ("train", "align", "valid"), None, made_from)
+
+
+def is_trained(run: Run, name: str, policy_settings: Any, settings: TrainSettings) -> bool:
+    """Whether RUN/`name` was trained with these settings on what the run holds."""
+    reason = artifacts.misfit(
+        run.folder / name,
+        "policy",
+        made_from=run.hashes("dataset", "split", run.actions),
+        settings=_resolved(policy_settings, settings),
+        seed=settings.seed,
+        grown_from=run.grown_from("dataset", run.actions),
+    )
+    return reason is None
+
+
+def _resolved(policy_settings: Any, settings: TrainSettings) -> dict[str, Any]:
+    """Settings of the supervised stage, as its manifest has them."""
+    return {"policy": describe_policy(policy_settings), "train": to_json(settings)}
 
 
 def _train(
@@ -174,8 +167,7 @@ def _train(
     made_from: dict[str, str],
 ) -> None:
     """Train a policy into `folder` on the events of `parts`, unless one that fits is there."""
-    resolved = {"policy": describe_policy(policy_settings), "train": to_json(settings)}
-    older = run.grown_from("dataset", run.actions)
+    resolved, older = _resolved(policy_settings, settings), run.grown_from("dataset", run.actions)
     with making(
         folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed, grown_from=older
     ) as needed:

@@ -9,25 +9,31 @@ from sagerec.baselines.tuning import BaselineName, sasrec_grid
 from sagerec.config import at_least, check_fields, require
 from sagerec.objectives.rewards import parse_rewards
 from sagerec.objectives.table import find_objective
+from sagerec.run.folder import ALL_AT_ONCE
 from sagerec.run.stages import RunSettings
 from sagerec.training.reward_modules import check_origin
 from sagerec.training.settings import OF_A_ROW, AlignSettings, TrainSettings
 
-STUDY, CONTROL, START, OURS = "study.json", "sft", "supervised", "sage"
-RIVALS = ("gbpo", "gdpo")
-"""What sage is compared with beside the control."""
+STUDY, RUN = "study.json", "run"
+CONTROL, START, OURS = "sft", "supervised", "sage"
+REFERENCES = (CONTROL, ALL_AT_ONCE)
+"""What every row is compared with: the reserved events learnt after the others, and together with them."""
+RIVALS = ("gbpo", "gbpo_decoupled", "gdpo", "sage_paper")
+"""What sage is compared with beside them."""
 ABLATIONS = ("sage_no_boost", "sage_no_penalty", "sage_coupled", "sage_token", "sage_bound")
 DETERMINISTIC: tuple[BaselineName, ...] = ("popularity", "item-knn")
 """Rows with nothing random: a second seed would be the same."""
-NOTES: dict[str, str] = {
-    "sasrec": "under-tuned: a plain SASRec reaches .0912 Recall@10 on Amazon Beauty; being mended",
-}
+NOTES: dict[str, str] = {}
 """Row -> what a reader of its figures must know; every table shows it."""
 COMMON_GRID: dict[str, tuple[Any, ...]] = {"learning_rate": (8e-4, 4e-4, 1.6e-3)}
 """What every objective may choose."""
 OWN_GRID: dict[str, dict[str, tuple[Any, ...]]] = {
     "sage": {"boost": (4.0, 8.0), "entropy_penalty": (4.0, 2.0)},
+    "sage_paper": {"boost": (1.0, 2.0), "entropy_penalty": (1.0, 0.5)},
     "gbpo": {"sft_weight": (0.7, 1.4)},
+    "gbpo_decoupled": {"sft_weight": (0.7, 1.4)},
+    "gbpo_raw": {"sft_weight": (0.7, 1.4)},
+    "up_grpo": {"clip_low": (0.2, 0.28), "sft_weight": (0.7, 1.4)},
     "gdpo": {"clip_high": (0.2, 0.28), "sft_weight": (0.7, 1.4)},
     "grpo": {"clip_high": (0.2, 0.28), "sft_weight": (0.7, 1.4)},
     "dapo": {"clip_high": (0.28, 0.4), "sft_weight": (0.7, 1.4)},
@@ -41,9 +47,11 @@ OWN_GRID: dict[str, dict[str, tuple[Any, ...]]] = {
 def comparisons(rows: Sequence[str]) -> list[tuple[str, str]]:
     """The (row, rival) pairs that are tested, named before anything is measured; no pair stands twice.
 
-    Each row against the control; sage against RIVALS; each ablation against sage.
+    Each row against REFERENCES; sage against RIVALS; each ablation against sage.
     """
     pairs = [(row, CONTROL) for row in rows if row != CONTROL]
+    if ALL_AT_ONCE in rows:
+        pairs += [(row, ALL_AT_ONCE) for row in rows if row not in REFERENCES]
     if OURS in rows:
         pairs += [(OURS, rival) for rival in RIVALS if rival in rows]
         pairs += [(row, OURS) for row in rows if row in ABLATIONS]
@@ -64,7 +72,10 @@ class StudySettings:
     baselines: tuple[BaselineName, ...] = ("popularity", "item-knn")
     """Baselines beside them; SASRec is tuned with as many trials, at most 4."""
     seeds: int = 3
-    """Seeds 0, 1, … of the alignments."""
+    """Seeds 0, 1, …: each has Semantic IDs, policies without alignment, and alignments of its own."""
+    share_start: bool = False
+    """All alignments start from the policy of seed 0: seeds are then those of the alignment alone, which is less than
+    what another training would change."""
     trials: int = 3
     """Trials of each objective's settings, the first with the defaults; 0 takes the defaults untried."""
     processes: int = 1
@@ -91,8 +102,17 @@ class StudySettings:
     def ablation_rows(self) -> tuple[str, ...]:
         return ABLATIONS if self.ablations == ("all",) else self.ablations
 
+    @property
+    def n_starts(self) -> int:
+        """Seeds that have a run of their own."""
+        return 1 if self.share_start else self.seeds
+
+    def run_of(self, seed: int) -> str:
+        """Folder of the run of a seed, in the study."""
+        return RUN if seed == 0 or self.share_start else f"{RUN}-s{seed}"
+
     def rows(self) -> dict[str, int]:
-        """Row -> number of seeds, in the order of the table."""
+        """Aligned row -> number of seeds, in the order of the table."""
         found = dict.fromkeys((CONTROL, *self.objectives), self.seeds)
         return found | {name: 1 for name in (*self.single, *self.ablation_rows) if name not in found}
 
@@ -104,13 +124,14 @@ class CompareSettings:
     study: StudySettings = field(default_factory=StudySettings)
     """What is compared."""
     run: RunSettings = field(default_factory=RunSettings)
-    """The supervised stage; its split reserves one event a user unless it says otherwise."""
+    """The supervised stage, whose seeds are those of seed 0; its split reserves one event a user unless it says
+    otherwise."""
     align: AlignSettings = field(default_factory=AlignSettings)
     """What all alignments share."""
     sasrec: SasRecSettings = field(default_factory=SasRecSettings)
-    """Shape of the baseline SASRec."""
+    """Shape of the baseline SASRec; dropout and width are tried."""
     sasrec_train: TrainSettings = TUNED
-    """How it is trained; learning rate and dropout are tried."""
+    """How it is trained."""
 
     def __post_init__(self) -> None:
         for name, instead in (("objective", "objectives"), ("seed", "seeds")):
@@ -125,7 +146,7 @@ class CompareSettings:
                 f"{name} is set for all objectives, which would make one of another; leave it to the trials",
             )
         if "sasrec" in self.study.baselines:
-            sasrec_grid(self.sasrec, self.sasrec_train, max(self.study.trials, 1))
+            sasrec_grid(self.sasrec, max(self.study.trials, 1))
         require(
             self.align.validations > 0 or self.study.trials < 2,
             "validations is 0, so that no trial could win; expected at least 1",

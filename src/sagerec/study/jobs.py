@@ -1,13 +1,10 @@
 """Trials and rows as jobs: skipped where their result is there, and run in parallel processes."""
 
 import logging
-import os
 import shutil
-import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from multiprocessing import get_context, parent_process
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +15,11 @@ from sagerec.config import grid_points, to_json
 from sagerec.errors import ArtifactError, SettingsError, TrainingError
 from sagerec.files import read_record, write_record
 from sagerec.objectives.table import find_objective
-from sagerec.progress import progress_bar
 from sagerec.run import stages as pipeline
 from sagerec.run.folder import Run, open_run
 from sagerec.run.stages import RunSettings
-from sagerec.study.design import COMMON_GRID, OWN_GRID, StudySettings
+from sagerec.study.design import COMMON_GRID, OWN_GRID, RUN, StudySettings
+from sagerec.study.workers import do_tasks
 from sagerec.training.settings import AlignSettings
 from sagerec.training.tracking import read_metrics
 
@@ -41,6 +38,8 @@ class Job:
     """Its settings."""
     name: str
     """Trial or aligned policy."""
+    run: str = RUN
+    """Folder of the run, in the study."""
 
 
 def grid(objective: str, trials: int, align: AlignSettings, seed: int = 0) -> list[dict[str, Any]]:
@@ -69,6 +68,17 @@ def tuning_jobs(settings: StudySettings, align: AlignSettings) -> list[Job]:
         for number, point in enumerate(grid(objective, settings.trials, align)):
             chosen = replace(align.for_objective(objective), seed=0, **point)
             found.append(Job("trial", objective, chosen, f"{objective}-{number}"))
+    return found
+
+
+def row_jobs(folder: Path, settings: StudySettings, align: AlignSettings) -> list[Job]:
+    """Every row with every seed, each on the run of its seed, with the settings that won."""
+    found = []
+    for objective, n_seeds in settings.rows().items():
+        chosen = chosen_settings(folder, objective, settings, align)
+        for seed in range(n_seeds):
+            own = replace(chosen, seed=seed)
+            found.append(Job("row", objective, own, f"{objective}-s{seed}", settings.run_of(seed)))
     return found
 
 
@@ -104,7 +114,7 @@ def read_trials(folder: Path, objective: str) -> list[dict[str, Any]]:
 def do_job(folder: Path, job: Job, run_settings: RunSettings, threads: int, device: str) -> str:
     """Run one job; returns its name."""
     torch.set_num_threads(threads)
-    run = open_run(folder / "run")
+    run = open_run(folder / job.run)
     settings = replace(job.settings, device=device)  # validated anew, so that this process has the reward modules
     if job.kind == "row":
         pipeline.align(run, settings, name=job.name)
@@ -159,53 +169,14 @@ def is_done(folder: Path, job: Job, run: Run, run_settings: RunSettings) -> bool
 
 def do_jobs(folder: Path, jobs: Sequence[Job], settings: StudySettings, run_settings: RunSettings) -> None:
     """Run the jobs that are not done, `processes` at a time."""
-    run = open_run(folder / "run")
-    left = [job for job in jobs if not is_done(folder, job, run, run_settings)]
+    runs = {name: open_run(folder / name) for name in {job.run for job in jobs}}
+    left = [job for job in jobs if not is_done(folder, job, runs[job.run], run_settings)]
     for job in jobs:
         if job.kind == "trial" and job not in left:
-            shutil.rmtree(run.folder / f"policy-trial-{job.name}", ignore_errors=True)  # a kill may have left it
+            left_over = folder / job.run / f"policy-trial-{job.name}"  # by a kill
+            shutil.rmtree(left_over, ignore_errors=True)
     if not left:
         return
     logger.info("%d of %d jobs are done; %d to do", len(jobs) - len(left), len(jobs), len(left))
-    threads = max(1, torch.get_num_threads() // settings.processes)
-    gpus = torch.cuda.device_count()
-    devices = [
-        job.settings.device if job.settings.device != "auto" else f"cuda:{i % gpus}" if gpus else "cpu"
-        for i, job in enumerate(left)
-    ]
-    calls = [(folder, job, run_settings, threads, device) for job, device in zip(left, devices, strict=True)]
-    with progress_bar("study", len(left)) as bar:
-        for done, name in enumerate(finished(calls, settings.processes), start=1):
-            bar.update(done, name)
-            logger.info("%s is done; %d of %d left", name, len(left) - done, len(left))
-
-
-def _end_with_parent() -> None:
-    """End this process when the one that started it does: nothing trains on for a study that was killed."""
-    parent = parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def worker_pool(processes: int) -> ProcessPoolExecutor:
-    """Fresh processes that end with this one."""
-    return ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_end_with_parent)
-
-
-def finished(calls: Sequence[tuple[Path, Job, RunSettings, int, str]], processes: int) -> Iterator[str]:
-    """Names of jobs as they are done: here one after another, or in several processes."""
-    if processes == 1:
-        yield from (do_job(*call) for call in calls)
-        return
-    with worker_pool(processes) as pool:
-        try:
-            for future in as_completed([pool.submit(do_job, *call) for call in calls]):
-                yield future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    tasks = [(partial(do_job, folder, job, run_settings), job.settings.device) for job in left]
+    do_tasks(tasks, settings.processes)

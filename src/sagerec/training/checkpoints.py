@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sagerec.artifacts import Manifest, read_manifest, write_artifact
 from sagerec.errors import ArtifactError
-from sagerec.files import read_json, write_json
+from sagerec.files import read_json, remove, write_json
 
 logger = logging.getLogger(__name__)
 _TENSORS, _PROGRESS, KIND = "state.safetensors", "progress.json", "checkpoint"
@@ -49,7 +49,7 @@ def save_checkpoint(
         write_json(fresh / _PROGRESS, progress)
     for old in folder.glob("checkpoint-*"):
         if old != target:
-            shutil.rmtree(old)
+            remove(old)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

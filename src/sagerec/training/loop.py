@@ -66,13 +66,13 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
     return nullcontext()
 
 
-def learning_rate_at(step: int, total: int, highest: float, warmup_share: float) -> float:
-    """Linear warm-up from 0 over a share of the steps, then a cosine from 1 to 1/50, times the highest rate."""
+def learning_rate_at(step: int, total: int, highest: float, warmup_share: float, final_share: float = 0.02) -> float:
+    """Linear warm-up from 0 over a share of the steps, then a cosine from 1 to `final_share`, times the highest."""
     warmup = max(1, round(warmup_share * total))
     if step < warmup:
         return highest * (step + 1) / warmup
     done = (step - warmup) / max(1, total - warmup)
-    return highest * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+    return highest * (final_share + (1 - final_share) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
@@ -207,7 +207,8 @@ def _train_epoch(
 ) -> tuple[float, float]:
     """One pass; returns the mean loss in nats an item and the mean norm of the gradient."""
     rng = np.random.default_rng([settings.seed, epoch])
-    batches = shuffled_batches(windows.lengths, settings.batch_size, rng)
+    lengths = windows.lengths if settings.like_lengths else np.zeros_like(windows.lengths)
+    batches = shuffled_batches(lengths, settings.batch_size, rng)
     total = len(batches) * settings.epochs
     device = next(model.parameters()).device
     model.train()
@@ -215,7 +216,9 @@ def _train_epoch(
     for number, index in enumerate(batches):
         step = epoch * len(batches) + number
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, total, settings.learning_rate, settings.warmup_share)
+            group["lr"] = learning_rate_at(
+                step, total, settings.learning_rate, settings.warmup_share, settings.final_rate_share
+            )
         inputs, targets, counted = (torch.from_numpy(x).to(device) for x in windows.batch(index))
         with autocast(settings.precision, device):
             value = loss(inputs, targets, counted)

@@ -18,8 +18,9 @@ from sagerec.catalogue.splits import Cases
 from sagerec.decoding.rollouts import roll_out
 from sagerec.decoding.slates import slate_logprobs
 from sagerec.errors import NumericalError, TrainingError
-from sagerec.objectives.loss import PolicyLoss, compute_advantages, policy_loss
+from sagerec.objectives.loss import PolicyLoss, compute_advantages, policy_loss, ratio_spread
 from sagerec.objectives.rewards import Facts, RewardInputs, compute_rewards, of_items, slate_coldness, slate_diversity
+from sagerec.objectives.table import Objective
 from sagerec.policies.protocol import AnyPolicy
 from sagerec.training import parallel
 from sagerec.training.batches import Windows, shuffled_batches
@@ -271,6 +272,7 @@ def losses(stage: Stage, batch: Minibatch, step: int) -> tuple[Tensor, dict[str,
             diversity=batch.rollouts.diversity,
             coldness=batch.rollouts.coldness,
             denominator=parallel.add_up(sizes[row.aggregation]).clamp(min=1),
+            spread=global_spread(row, new, batch.rollouts.old_logprobs, mask) if row.needs_spread else None,
         )
         total = total + settings.policy_weight * found.loss
         logged |= bound_figures(found, mask)
@@ -297,6 +299,13 @@ def losses(stage: Stage, batch: Minibatch, step: int) -> tuple[Tensor, dict[str,
         logged["replay_loss_nats"] = replayed.detach()
     policy.eval()
     return total, logged
+
+
+def global_spread(row: Objective, new: Tensor, old: Tensor, mask: Tensor) -> Tensor:
+    """`ratio_spread` of the slates of all ranks: of their mean squares, each rank's weighs as much as its slates."""
+    own = mask.new_tensor(mask.shape[0] * mask.shape[1], dtype=torch.float32)
+    squares = ratio_spread(row, logprobs=new, old_logprobs=old, mask=mask).square().to(own.dtype) * own
+    return (parallel.add_up(squares) / parallel.add_up(own).clamp(min=1)).sqrt()
 
 
 def replay_loss(policy: AnyPolicy, windows: Windows, step: int, settings: AlignSettings) -> Tensor:

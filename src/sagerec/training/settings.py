@@ -43,7 +43,11 @@ class TrainSettings:
     weight_decay: float = 0.1
     """Weight decay of the matrices."""
     warmup_share: float = 0.05
-    """Share of the steps in which the learning rate rises from 0; a cosine to a fiftieth follows."""
+    """Share of the steps in which the learning rate rises from 0; a cosine follows."""
+    final_rate_share: float = 0.02
+    """Share of the highest learning rate at which the cosine ends; 1 keeps the rate constant."""
+    like_lengths: bool = True
+    """Batches are of sequences of like length, which pads least; else of any."""
     clip_norm: float = 1.0
     """Largest norm of the gradient."""
     validate_every: int = 5
@@ -72,6 +76,7 @@ class TrainSettings:
             learning_rate=above(0),
             weight_decay=at_least(0, 1000),
             warmup_share=between(0, 1, below=True),
+            final_rate_share=between(0, 1),
             clip_norm=above(0),
             validate_every=at_least(0),
             validation_users=at_least(1),
@@ -109,7 +114,8 @@ class AlignSettings:
     slates: int = 16
     """Slates a context, G."""
     beam_slates: int | None = None
-    """Slates of the G that come from beam search: with one item a slate all by default, else the beam list (1)."""
+    """Slates of the G that come from beam search, the others are sampled: with one item a slate all by default, else
+    the beam list (1)."""
     temperature: float = 1.0
     """Of sampling, and of the log-probabilities in the loss."""
     top_p: float = 1.0
@@ -197,7 +203,7 @@ class AlignSettings:
             "top_p is set, and all slates come from beam search; set beam_slates below slates to sample some",
         )
         require(
-            self.slates >= 2 or row.advantage == "raw" or row.trains_on_targets,
+            self.slates >= 2 or not row.compares,
             f"slates is {self.slates}, and {self.objective} compares the slates of a context; expected at least 2",
         )
         require(

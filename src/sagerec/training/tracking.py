@@ -6,6 +6,7 @@ Every logged metric is defined in `docs/metrics.md`.
 
 import importlib
 import json
+import logging
 import re
 import shutil
 import time
@@ -16,6 +17,7 @@ from typing import Any, Literal, Protocol
 from sagerec.config import require
 from sagerec.errors import ArtifactError, MissingExtraError
 
+logger = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
 PROJECT = "sagerec"
 """Experiment of MLflow, project of Weights & Biases."""
@@ -35,18 +37,17 @@ class Tracker(Protocol):
 
 
 class JsonLines:
-    """One JSON object a line; lines after `resume_step` of an earlier, killed run are dropped."""
+    """One JSON object a line; lines after `resume_step` of an earlier, killed run are dropped, and damaged ones."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    values = json.loads(line)
-                except json.JSONDecodeError:
-                    break  # the line that was being written when the run was killed
-                if values["step"] <= resume_step:
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                step = _step_of(line)  # None for the line that was being written when the run was killed
+                if step is None:
+                    logger.warning("%s: a line that cannot be read is left out", path)
+                elif step <= resume_step:
                     kept.append(line + "\n")
         fresh = path.with_suffix(".tmp")
         fresh.write_text("".join(kept), encoding="utf-8")
@@ -59,6 +60,16 @@ class JsonLines:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a line of metrics, None where it is none."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    step = values.get("step") if isinstance(values, dict) else None
+    return step if type(step) is int else None
 
 
 class TensorBoard:

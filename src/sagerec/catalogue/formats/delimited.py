@@ -32,6 +32,7 @@ Choose = Callable[[list[str]], Sequence[Field]]
 NEWLINE = b"\n"
 ABOUT_QUOTES = "write a quote within a cell twice, or have quotes read as other characters with --columns.quote none"
 ABOUT_ENCODINGS = "other encodings are read with --columns.encoding, such as latin-1"
+SPACES = [bytes([code]) for code in b" \t\r\v\f\x1c\x1d\x1e\x1f"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ class Dialect:
 def read_delimited(path: Path, choose: Choose, bad: BadRows, dialect: Dialect) -> Iterator[Chunk]:
     """The chosen fields of every row, in chunks. Bad rows: broken lines, missing values, wrong types.
 
-    Raises: DatasetError for a header that is not text, or lacks a field.
+    Raises: DatasetError for a header that is not text, lacks a field, or has one twice.
     """
     header: list[str] = []
     fields: Sequence[Field] = ()
@@ -74,6 +75,9 @@ def read_delimited(path: Path, choose: Choose, bad: BadRows, dialect: Dialect) -
             end = 0 if dialect.header else block.text.index(NEWLINE) + 1
             header = list(dialect.header) or _header(path, block.text[:end], dialect)
             fields = choose(header)
+            twice = sorted({field.source for field in fields if header.count(field.source) > 1})
+            if twice:
+                raise DatasetError(f"{path}: column {twice[0]!r} stands twice in the header; rename one of them")
             require_columns(pl.DataFrame(schema=dict.fromkeys(header, pl.String)), [f.source for f in fields], path)
             skipped = int(end > 0)
             block = replace(
@@ -139,7 +143,8 @@ def fast_chunk(block: Block, header: list[str], fields: Sequence[Field], dialect
             quote_char=dialect.quote or None,
             schema={str(place): pl.String() for place in range(len(header))},
         )
-        cast = pl.DataFrame([cast_cells(table[str(header.index(f.source))], f) for f in fields])
+        padded = may_be_padded(block.text, dialect)
+        cast = pl.DataFrame([cast_cells(table[str(header.index(f.source))], f, padded=padded) for f in fields])
     except (*UNREADABLE, BadValueError):
         return None
     if table.height == block.line_count:
@@ -162,9 +167,17 @@ def records_of(block: Block, dialect: Dialect) -> Iterator[tuple[int, bytes]]:
         number += record.count(NEWLINE)
 
 
-def cast_cells(column: pl.Series, field: Field) -> pl.Series:
-    """A column of cells in the type of its field. Raises: BadValueError for any cell that does not fit."""
-    stripped = column.str.strip_chars()
+def may_be_padded(text: bytes, dialect: Dialect) -> bool:
+    """Whether white space other than ends of lines and what cells are cut at is in a text: most logs have none."""
+    return not text.isascii() or any(space in text for space in SPACES if space != dialect.cut.encode())
+
+
+def cast_cells(column: pl.Series, field: Field, *, padded: bool = True) -> pl.Series:
+    """A column of cells in the type of its field; white space around them counts only where they may be `padded`.
+
+    Raises: BadValueError for any cell that does not fit.
+    """
+    stripped = column.str.strip_chars() if padded else column
     is_id = field.kind == "text" and field.required
     cells = column if field.kind in ("text", "split") else stripped
     filled = cells.set(stands_for_none(stripped) if is_id else stripped == "", None)

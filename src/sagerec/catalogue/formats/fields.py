@@ -98,7 +98,7 @@ def json_value(field: Field, record: dict[str, Any]) -> Any:
         if isinstance(value, bool):
             return str(value).lower()
         if isinstance(value, float) and field.required:
-            if not (value.is_integer() and abs(value) < EXACT_FLOATS):
+            if not (value.is_integer() and abs(value) < EXACT_FLOATS[pl.Float64]):
                 raise wrong(field, value, "text or a whole number")
             value = int(value)
         text = str(value)

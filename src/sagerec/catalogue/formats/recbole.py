@@ -68,6 +68,9 @@ def _parts(plain: Sequence[Path]) -> list[tuple[str, Path]]:
             f"{', '.join(whole)} stands beside the parts {', '.join(p.name for part, p in by_part if part)}, so that "
             "events would come twice. Give the parts, to keep their split, or the whole file"
         )
+    sets = sorted({base for (base, _, end), _ in named if base and end in PARTS})
+    if len(sets) > 1:
+        raise DatasetError(f"the parts are of several data sets ({', '.join(sets)}); give those of one")
     bases = [base for (base, _, _), _ in named if base]
     if whole and len(set(bases)) < len(bases):
         raise DatasetError(

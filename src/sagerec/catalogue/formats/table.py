@@ -193,6 +193,8 @@ def _as_cells(column: pl.Series, field: Field, path: Path, first_row: int) -> pl
     """A typed column as text. Raises: DatasetError for a type that has none."""
     if column.dtype == pl.List(pl.String):
         return column.list.eval(pl.element().drop_nulls()).list.join(UNIT) + UNIT
+    if field.kind == "text" and field.required:
+        column = whole_ids(column.alias(field.source), path, first_row)
     if column.dtype == pl.Boolean:
         column = column.cast(pl.Int8)
     dtype = column.dtype
@@ -200,8 +202,6 @@ def _as_cells(column: pl.Series, field: Field, path: Path, first_row: int) -> pl
         raise DatasetError(
             f"{path}: column {field.source!r} has type {dtype}, expected text, numbers or times. Cast it"
         )
-    if dtype.is_float() and field.kind == "text" and field.required:
-        column = whole_ids(column.alias(field.source), path, first_row)
     if isinstance(dtype, pl.Datetime) and dtype.time_zone:
         column = column.dt.convert_time_zone("UTC").dt.replace_time_zone(None)
     return column.cast(pl.String)
