@@ -23,8 +23,9 @@ from sagerec.decoding.slates import slate_logprobs, write_slates
 from sagerec.policies.cooccurrence import CoOccurrence
 from sagerec.policies.lazy_decoder import LazyDecoder, LazyDecoderSettings
 from sagerec.policies.registry import read_policy
+from sagerec.run.additions import add_items
 from sagerec.run.folder import Run, open_run
-from sagerec.run.stages import add_items, audit
+from sagerec.run.stages import audit
 from tests.test_add_items import new_items
 from tests.test_policy import N, all_logprobs, histories, small_log, small_policy
 
