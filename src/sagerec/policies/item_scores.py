@@ -18,6 +18,7 @@ catalogue, at a cost of N x D a state; deeper nodes sum over the items under the
 Shapes: B sequences, T history items, R states, M children, N leaves (distinct sequences), D width of the scores.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -203,7 +204,11 @@ class ItemScores(nn.Module):
 
     def begin(self, states: Tensor, prior: Prior | None = None) -> Scorer:
         """The scores of encoder states (R, D); dropout is drawn once for all that is scored by them."""
-        return Scorer(states, self.dropout(self.vectors(self.leaves)), prior)
+        share = 1.0 if self.training else 0.5
+        if prior is not None:
+            moved = torch.stack([prior.scalars[0] + math.log(share), prior.scalars[1], prior.scalars[2]])
+            prior = prior._replace(scalars=moved)
+        return Scorer(states * share, self.dropout(self.vectors(self.leaves)), prior)
 
     def at_root(self, scorer: Scorer) -> Tensor:
         """(R, n) float32 log-sum-exp of the scores under each of the root's n children."""

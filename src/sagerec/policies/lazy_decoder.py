@@ -346,17 +346,17 @@ class LazyDecoder(Policy[Context, Prefix]):
         begin, size = int(self.level_offsets[level]), self.level_sizes[level]
         if DENSE_SHARE * len(children.token) > len(output) * size:
             weight, bias = self.head[begin : begin + size], self.head_bias[begin : begin + size]
-            return F.linear(output, weight, bias)[children.parent, children.token].float()
+            return F.linear(output, weight, bias)[children.parent, children.token].float() * self._share
         weight = F.embedding(children.token + begin, self.head)
         products = output[children.parent].float() * weight.float()
-        return products.sum(dim=1) + self.head_bias[children.token + begin]
+        return (products.sum(dim=1) + self.head_bias[children.token + begin]) * self._share
 
     def _root_tokens(self) -> Tensor:
         return self.space.trie.children(torch.full((1,), ROOT, device=self.device)).token
 
     def _root_code_logits(self, output: Tensor, tokens: Tensor) -> Tensor:
         """(R, n) float32 code logits of the root's n tokens from decoder outputs (R, D)."""
-        return F.linear(output, self.head[tokens], self.head_bias[tokens]).float()
+        return F.linear(output, self.head[tokens], self.head_bias[tokens]).float() * self._share
 
     def next_item_loss(self, items: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
         """Mean negative log-probability of targets; see the protocol.
@@ -386,8 +386,12 @@ class LazyDecoder(Policy[Context, Prefix]):
         weight = self.settings.expert_weight if self.training and self.settings.item_scores else 0.0
         logprobs = self._logprobs(States(hidden[counted], prior), targets[counted], alone=weight > 0)
         together, *alone = logprobs.sum(dim=2).mean(dim=1)
-        loss: Tensor = -(together + weight * sum(alone)) / (1 + 2 * weight)
+        loss: Tensor = -sum(alone) / 2 if alone else -together
         return loss
+
+    @property
+    def _share(self) -> float:
+        return 0.5 if self.settings.item_scores and not self.training else 1.0
 
     def target_logprobs(self, states: States, targets: Tensor) -> Tensor:
         """Log-probabilities (P, L) in nats of the codes of items `targets` (P,) after P states.
