@@ -7,15 +7,14 @@ own keeps its traceback.
 import re
 from collections.abc import Sequence
 
-import polars as pl
 import torch
 from safetensors import SafetensorError
 
+from sagerec.artifacts import UNREADABLE
 from sagerec.errors import SagerecError, SettingsError
 
 BOX, RULE = "╭╮╰╯│|", "─-+"
 """What the parser draws its messages with, where the terminal has such characters and where not."""
-UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, SafetensorError)
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory")
 
 
@@ -66,4 +65,4 @@ def explain(error: BaseException, words: Sequence[str], *, while_parsing: bool) 
     memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     if memory or (isinstance(error, RuntimeError) and any(part in text for part in OUT_OF_MEMORY)):
         return 1, f"out of memory ({text[:200] or type(error).__name__}); give smaller batches, fewer beams or slates"
-    return (1, text[:500]) if isinstance(error, UNREADABLE) else None
+    return (1, text[:500]) if isinstance(error, (*UNREADABLE, SafetensorError)) else None
