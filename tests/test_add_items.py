@@ -27,7 +27,8 @@ from sagerec.catalogue.splits import SplitSettings
 from sagerec.cli import main
 from sagerec.errors import ArtifactError, DatasetError
 from sagerec.files import read_record
-from sagerec.policies.lazy_decoder import CODE_ROWS, LazyDecoder, LazyDecoderSettings, grow_weights
+from sagerec.policies.history_encoder import CODE_ROWS, grow_weights
+from sagerec.policies.lazy_decoder import LazyDecoder, LazyDecoderSettings
 from sagerec.run.additions import add_items
 from sagerec.run.folder import Run, open_run
 from sagerec.run.stages import audit, evaluate, make_actions, prepare, run_all, train

@@ -14,7 +14,7 @@ from sagerec.actions.trie import ROOT
 from sagerec.decoding.rollouts import RolloutSettings, roll_out
 from sagerec.decoding.slates import Slates, slate_logprobs, write_slates
 from sagerec.errors import SettingsError
-from sagerec.policies.lazy_decoder import Context
+from sagerec.policies.history_encoder import Context
 from tests.test_policy import N, all_logprobs, histories, small_policy
 from tests.test_slates import slow_slate_logprob
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from sagerec.baselines import sasrec as sasrec_module
 from sagerec.baselines.sasrec import TUNED, SasRec, SasRecSettings
 from sagerec.baselines.sasrec_layer import SasRecLayer
-from sagerec.baselines.softmax import CHUNK_POSITIONS, full_softmax_loss, sampled_softmax_loss
 from sagerec.baselines.tuning import evaluate_baseline
 from sagerec.catalogue.simulate import simulate
 from sagerec.catalogue.simulated_store import StoreSettings, write_store
 from sagerec.catalogue.splits import SplitSettings
 from sagerec.evaluation.evaluate import EvaluateSettings
+from sagerec.policies.softmax import CHUNK_POSITIONS, full_softmax_loss, sampled_softmax_loss
 from sagerec.run.stages import make_actions, prepare
 from sagerec.training.settings import TrainSettings
 from tests.conftest import SMALL_IDS

@@ -16,15 +16,20 @@ def _are_equal_runs(groups: Tensor, n_groups: int) -> bool:
     return bool((groups.view(n_groups, width) == runs[:, None]).all())
 
 
+def group_logsumexp(values: Tensor, groups: Tensor, n_groups: int) -> Tensor:
+    """(n_groups,) log sum_same exp(value) of values (M,) in ascending groups (M,) of 0 … n_groups-1, none empty."""
+    if _are_equal_runs(groups, n_groups):
+        return values.view(n_groups, -1).logsumexp(dim=1)
+    top = torch.full((n_groups,), -torch.inf, dtype=values.dtype, device=values.device)
+    top = top.scatter_reduce(0, groups, values.detach(), "amax")
+    return torch.zeros_like(top).index_add(0, groups, (values - top[groups]).exp()).log() + top
+
+
 def group_log_softmax(logits: Tensor, groups: Tensor, n_groups: int) -> Tensor:
     """Log-softmax of logits (M,) within ascending groups (M,) of 0 … n_groups-1: logit - log sum_same exp(logit)."""
     if _are_equal_runs(groups, n_groups):
         return logits.view(n_groups, -1).log_softmax(dim=1).flatten()
-    top = torch.full((n_groups,), -torch.inf, dtype=logits.dtype, device=logits.device)
-    top = top.scatter_reduce(0, groups, logits.detach(), "amax")
-    shifted = logits - top[groups]
-    total = torch.zeros_like(top).index_add(0, groups, shifted.exp())
-    return shifted - total.log()[groups]
+    return logits - group_logsumexp(logits, groups, n_groups)[groups]
 
 
 def pad_groups(values: Tensor, groups: Tensor, n_groups: int, fill: float) -> tuple[Tensor, Tensor]:

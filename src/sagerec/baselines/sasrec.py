@@ -23,13 +23,13 @@ from torch import Tensor, nn
 
 from sagerec.artifacts import read_manifest, write_artifact
 from sagerec.baselines.sasrec_layer import SasRecLayer
-from sagerec.baselines.softmax import full_softmax_loss, sampled_softmax_loss
 from sagerec.catalogue.audit import write_events_used
 from sagerec.catalogue.splits import Cases, Part, Sequences
 from sagerec.config import at_least, from_json, to_json
 from sagerec.errors import ArtifactError
 from sagerec.evaluation.per_case import validation_means
 from sagerec.policies.layers import FastDropout, check_shape
+from sagerec.policies.softmax import full_softmax_loss, sampled_softmax_loss
 from sagerec.training.batches import make_windows
 from sagerec.training.checkpoints import fingerprint, working_folder
 from sagerec.training.loop import choose_device, fit, validation_sample

@@ -3,6 +3,7 @@
 Shapes: B sequences, T positions, S cached positions, D width, H heads, E width of a head.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -102,3 +103,44 @@ class Layer(nn.Module):
         x = x + self.dropout(self.attention_output(merged))
         inner = self.dropout(F.gelu(self.feed_forward_in(self.norm_feed_forward(x))))
         return x + self.dropout(self.feed_forward_out(inner)), (key, value)
+
+
+class SimilarityLayer(nn.Module):
+    """Self-attention from normalised to plain input, and feed-forward, each added to the normalised input.
+
+    SASRec's layer (h = n(x) + attend(n(x), x), then n'(h) + feed_forward(n'(h))), with rotary positions, so that what
+    is read can be kept, in place of an embedding of the place. Its call is that of `Layer`.
+    """
+
+    def __init__(self, *, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_attention = nn.LayerNorm(width)
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.attention_output = nn.Linear(width, width)
+        self.norm_feed_forward = nn.LayerNorm(width)
+        self.feed_forward_in = nn.Linear(width, width)
+        self.feed_forward_out = nn.Linear(width, width)
+        self.dropout = FastDropout(dropout)
+
+    def forward(
+        self, x: Tensor, *, positions: Tensor, cache: KeyValue | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, KeyValue]:
+        """See `Layer`; `positions` are needed."""
+        batch, length, width = x.shape
+        normed = self.norm_attention(x)
+        query = self.query(normed).view(batch, length, self.heads, -1).transpose(1, 2)
+        key, value = self.key_value(x).view(batch, length, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+        query, key = rotate(query, positions) / math.sqrt(query.shape[-1]), rotate(key, positions)
+        if cache is not None:
+            key, value = torch.cat([cache[0], key], dim=2), torch.cat([cache[1], value], dim=2)
+        scores = query @ key.transpose(2, 3)
+        if mask is None and cache is None:
+            mask = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        attended = (self.dropout(scores.softmax(dim=-1)) @ value).transpose(1, 2).reshape(batch, length, width)
+        h = self.norm_feed_forward(normed + self.attention_output(attended))
+        inner = self.dropout(F.relu(self.feed_forward_in(h)))
+        return h + self.dropout(self.feed_forward_out(inner)), (key, value)

@@ -20,13 +20,11 @@ from torch import Tensor, nn
 
 from sagerec.actions.groups import group_log_softmax
 from sagerec.actions.space import ActionSpace
-from sagerec.actions.trie import PADDING, ROOT, Children
-from sagerec.config import at_least, require
+from sagerec.actions.trie import ROOT, Children
+from sagerec.config import at_least
+from sagerec.policies.history_encoder import Context, HistoryEncoder
 from sagerec.policies.layers import FastDropout, KeyValue, Layer, check_shape
-from sagerec.policies.protocol import Policy
 
-CODE_ROWS = ("item_codes.weight", "prefix_codes.weight", "head", "head_bias")
-"""Weights with a row a code, level after level."""
 DENSE_SHARE = 16
 """Above one child in this many codes of a level, a matrix product over all codes is faster than a gather."""
 
@@ -59,19 +57,6 @@ class LazyDecoderSettings:
         check_shape(self, encoder_layers=layers, decoder_layers=layers, expansion=at_least(1, 64))
 
 
-class Context(NamedTuple):
-    """What the encoder knows of B users, with G slates of each written so far."""
-
-    hidden: Tensor
-    """(B, G, D) state that the next item is decoded from."""
-    caches: tuple[KeyValue, ...]
-    """Per encoder layer, keys and values (B, H, S, D/H): the history, then the slates' items."""
-    visible: Tensor
-    """(B, G, S) bool: the cached positions that belong to the history or to the slate itself."""
-    positions: Tensor
-    """(B,) int64 place of the next item in the sequence."""
-
-
 class Prefix(NamedTuple):
     """R partly written items, all of the same number of codes."""
 
@@ -83,47 +68,22 @@ class Prefix(NamedTuple):
     """Codes written so far."""
 
 
-class LazyDecoder(Policy[Context, Prefix]):
+class LazyDecoder(HistoryEncoder[Prefix]):
     """The policy. Calls: see `sagerec.policies.protocol.Policy`."""
-
-    codes: Tensor
-    content: Tensor
-    level_offsets: Tensor
 
     def __init__(self, settings: LazyDecoderSettings, space: ActionSpace) -> None:
         super().__init__()
-        require(
-            not settings.content or space.vectors is not None,
-            "the policy's setting content is on, and the items have no vectors; switch content off",
-        )
         self.settings, self.space, self.max_items = settings, space, settings.max_items
-        codes = space.padded()
         width = settings.width
-        sizes = [int(size) for size in codes.max(dim=0).values + 1]
-        self.level_sizes = sizes
-        self.n_first_codes = len(space.trie.children(torch.tensor([ROOT], device=codes.device)).token)
-        self.register_buffer("codes", codes, persistent=False)
-        offsets = torch.tensor([0, *sizes]).cumsum(0)[:-1]
-        self.register_buffer("level_offsets", offsets, persistent=False)
-        self.item_codes = nn.Embedding(sum(sizes), width)
+        self.embed_by(space, width, content=settings.content, item_embedding=settings.item_embedding)
+        sizes = self.level_sizes
+        self.n_first_codes = len(space.trie.children(torch.tensor([ROOT], device=self.codes.device)).token)
         self.prefix_codes = nn.Embedding(sum(sizes), width)
         self.level_embedding = nn.Parameter(torch.empty(len(sizes), width))
         self.head = nn.Parameter(torch.empty(sum(sizes), width))
         self.head_bias = nn.Parameter(torch.zeros(sum(sizes)))
-        for weight in (
-            self.item_codes.weight,
-            self.prefix_codes.weight,
-            self.level_embedding,
-            self.head,
-        ):
+        for weight in (self.prefix_codes.weight, self.level_embedding, self.head):
             nn.init.normal_(weight, std=0.02)
-        if settings.content:
-            assert space.vectors is not None
-            self.register_buffer("content", torch.from_numpy(space.vectors), persistent=False)
-            self.content_map = nn.Linear(space.vectors.shape[1], width)
-        if settings.item_embedding:
-            self.item_embedding = nn.Embedding(len(codes), width)
-            nn.init.normal_(self.item_embedding.weight, std=0.02)
         shape: dict[str, Any] = {name: getattr(settings, name) for name in ("width", "heads", "expansion", "dropout")}
         self.encoder = nn.ModuleList(Layer(**shape) for _ in range(settings.encoder_layers))
         self.encoder_norm = nn.LayerNorm(width)
@@ -135,67 +95,10 @@ class LazyDecoder(Policy[Context, Prefix]):
         """The encoder's and the decoder's."""
         return [*self.encoder, *self.decoder]
 
-    def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Take trained weights, grown to the codes of today."""
-        self.load_state_dict(grow_weights(weights, self))
-
     def embed_items(self, items: Tensor) -> Tensor:
         """Embeddings (…, D) of item indices (…)."""
-        codes = self.codes[items]
-        known = (codes != PADDING).unsqueeze(-1)
-        x = (self.item_codes(codes.clamp(min=0) + self.level_offsets) * known).sum(dim=-2)
-        if self.settings.content:
-            x = x + self.content_map(self.content[items])
-        if self.settings.item_embedding:
-            x = x + self.item_embedding(items)
-        embedded: Tensor = self.dropout(x)
+        embedded: Tensor = self.dropout(self.item_vectors(items))
         return embedded
-
-    def encode_all(self, items: Tensor) -> tuple[Tensor, tuple[KeyValue, ...]]:
-        """Encoder states (B, T, D) after each item of sequences (B, T), and the caches of each layer."""
-        positions = torch.arange(items.shape[1], device=items.device)[None]
-        x = self.embed_items(items)
-        caches = []
-        for layer in self.encoder:
-            x, cache = layer(x, positions=positions)
-            caches.append(cache)
-        return self.encoder_norm(x), tuple(caches)
-
-    def encode(self, items: Tensor, lengths: Tensor, *, slates: int = 1) -> Context:
-        """Read histories; see the protocol."""
-        assert bool((lengths >= 1).all()), "every history needs an item"
-        states, caches = self.encode_all(items)
-        at = torch.arange(len(items), device=items.device)
-        visible = torch.arange(items.shape[1], device=items.device) < lengths[:, None]
-        hidden = states[at, lengths - 1].unsqueeze(1)
-        return Context(hidden.expand(-1, slates, -1), caches, visible.unsqueeze(1).expand(-1, slates, -1), lengths)
-
-    def append(self, context: Context, items: Tensor) -> Context:
-        """Write one item to each slate; see the protocol."""
-        batch, slates = items.shape
-        own = torch.eye(slates, dtype=torch.bool, device=items.device).expand(batch, -1, -1)
-        visible = torch.cat([context.visible, own], dim=2)
-        positions = context.positions[:, None].expand(-1, slates)
-        x = self.embed_items(items)
-        caches = []
-        for layer, cache in zip(self.encoder, context.caches, strict=True):
-            x, grown = layer(x, positions=positions, cache=cache, mask=visible.unsqueeze(1))
-            caches.append(grown)
-        return Context(self.encoder_norm(x), tuple(caches), visible, context.positions + 1)
-
-    def extend(self, context: Context, slates: Tensor) -> Context:
-        """Read whole slates at once; see the protocol. Their items are columns that a mask keeps to their slate."""
-        batch, n_slates, places = slates.shape
-        order = torch.arange(n_slates * places, device=slates.device)
-        own = (order[:, None] // places == order // places) & (order[:, None] >= order)
-        seen = context.visible[:, :1].expand(-1, len(order), -1)
-        visible = torch.cat([seen, own.expand(batch, -1, -1)], dim=2)
-        positions = context.positions[:, None] + order % places
-        x = self.embed_items(slates.flatten(1))
-        for layer, cache in zip(self.encoder, context.caches, strict=True):
-            x, _ = layer(x, positions=positions, cache=cache, mask=visible.unsqueeze(1))
-        hidden = torch.cat([context.hidden[:, :1], self.encoder_norm(x)], dim=1)
-        return Context(hidden, context.caches, visible, context.positions)
 
     def begin(self, context: Context) -> Prefix:
         """The empty prefix of every state; see the protocol."""
@@ -304,20 +207,3 @@ class LazyDecoder(Policy[Context, Prefix]):
             steps = group_log_softmax(logits, children.parent, len(states))
             columns.append(steps[children.node == states[children.parent, level + 1]])
         return torch.stack(columns, dim=1)
-
-
-def grow_weights(weights: dict[str, Tensor], policy: LazyDecoder) -> dict[str, Tensor]:
-    """Weights trained before items were added, grown to the catalogue of `policy`: new rows at the end of their arrays.
-
-    Codes in use stay and only the last level gets more of them. A last code that no item had in training takes the
-    row of the last one that some item had: both stand for the least popular of items that collide. An item of its own
-    (`settings.item_embedding`) that was never trained gets zeros.
-    """
-    grown = dict(weights)
-    more_codes = sum(policy.level_sizes) - len(weights["head"])
-    for name in CODE_ROWS:
-        grown[name] = torch.cat([weights[name], weights[name][-1:].expand(more_codes, *weights[name].shape[1:])])
-    if (name := "item_embedding.weight") in weights:
-        more_items = policy.space.n_items - len(weights[name])
-        grown[name] = torch.cat([weights[name], weights[name].new_zeros(more_items, weights[name].shape[1])])
-    return grown

@@ -40,6 +40,9 @@ class Policy(nn.Module, Generic[ContextT, PrefixT]):
         """Modules that `torch.compile` may compile each for itself."""
         return ()
 
+    def count(self, events: Tensor) -> None:
+        """Take how many training events (N,) float32 each item has, before training; most policies need not know."""
+
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """Take trained weights; where items were added to the space since, they are grown. Raises: RuntimeError."""
         self.load_state_dict(weights)

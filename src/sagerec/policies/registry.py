@@ -4,9 +4,9 @@ A policy of one's own is one more `PolicyKind`, given to `register_policy`; noth
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -14,14 +14,55 @@ from safetensors.torch import load_file, save_file
 
 from sagerec.actions.space import ActionSpace
 from sagerec.artifacts import read_manifest
-from sagerec.config import from_json, to_json
+from sagerec.config import check_fields, from_json, to_json
 from sagerec.errors import ArtifactError, SettingsError
+from sagerec.policies.item_scores import ItemScores, ItemScoresSettings
 from sagerec.policies.lazy_decoder import LazyDecoder, LazyDecoderSettings
 from sagerec.policies.protocol import AnyPolicy
 
 WEIGHTS = "model.safetensors"
-PolicySettings = LazyDecoderSettings
-"""The shape of a policy, as the command line offers it."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicySettings:
+    """A policy, as the command line offers it: its kind, and of its shape what is not to be the kind's own."""
+
+    kind: Literal["item-scores", "lazy-decoder"] = "item-scores"
+    """item-scores: codes by the scores of the items under them; lazy-decoder: codes by a decoder of their own."""
+    width: int | None = None
+    """Width of every layer (128)."""
+    encoder_layers: int | None = None
+    """Causal layers over the history's items (item-scores 1, lazy-decoder 2)."""
+    decoder_layers: int | None = None
+    """Causal layers over the codes of one item (lazy-decoder 1)."""
+    heads: int | None = None
+    """Attention heads; they divide the width, and each is of even width (item-scores 2, lazy-decoder 4)."""
+    expansion: int | None = None
+    """Width of the feed-forward layers over that of the others (lazy-decoder 4)."""
+    dropout: float | None = None
+    """Dropout, rounded to 1/256 (item-scores 0.4, lazy-decoder 0.2)."""
+    max_items: int | None = None
+    """History items read, the latest ones (50)."""
+    content: bool | None = None
+    """Add a linear map of the item's content vector to what it is known by (on)."""
+    item_embedding: bool | None = None
+    """Add an embedding of the item's own (item-scores on, lazy-decoder off)."""
+    popularity_tilt: float | None = None
+    """How much less a popular item counts than the log has it: its score less this times log(1 + training events)
+    (item-scores 0.2)."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        self.resolved()
+
+    def resolved(self) -> Any:
+        """The settings of the kind. Raises: SettingsError for a field that it does not have."""
+        kind = KINDS[self.kind]
+        known = {field.name for field in fields(kind.settings)}
+        given = {f.name: v for f in fields(self) if f.name != "kind" and (v := getattr(self, f.name)) is not None}
+        for name in sorted(given.keys() - known):
+            raise SettingsError(f"{name} is no setting of the policy {self.kind!r}; leave it out")
+        return kind.settings(**given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +77,10 @@ class PolicyKind:
     """A fresh policy of such settings over a space, its weights drawn from torch's global generator."""
 
 
-KINDS: dict[str, PolicyKind] = {"lazy-decoder": PolicyKind("lazy-decoder", LazyDecoderSettings, LazyDecoder)}
+KINDS: dict[str, PolicyKind] = {
+    "item-scores": PolicyKind("item-scores", ItemScoresSettings, ItemScores),
+    "lazy-decoder": PolicyKind("lazy-decoder", LazyDecoderSettings, LazyDecoder),
+}
 
 
 def register_policy(kind: PolicyKind) -> None:
@@ -55,13 +99,20 @@ def kind_of(settings: Any) -> PolicyKind:
     raise SettingsError(f"no policy has settings of type {type(settings).__name__}; expected one of {expected}")
 
 
+def resolve(settings: Any) -> Any:
+    """The settings of a kind that `PolicySettings` stand for; those of a kind are returned as they are."""
+    return settings.resolved() if isinstance(settings, PolicySettings) else settings
+
+
 def describe_policy(settings: Any) -> dict[str, Any]:
     """A policy's settings for a manifest: its kind, and all fields."""
+    settings = resolve(settings)
     return {"kind": kind_of(settings).name, **to_json(settings)}
 
 
 def make_policy(space: ActionSpace, settings: Any) -> AnyPolicy:
     """A fresh policy over a space, its weights drawn from torch's global generator. Raises: SettingsError."""
+    settings = resolve(settings)
     return kind_of(settings).make(settings, space)
 
 

@@ -137,7 +137,7 @@ def align_policy(
     parallel.join_ranks(device)
     weights = parse_rewards(settings.reward) if settings.reward else {}  # the control has none
     facts = gather_facts(data, split, start.space, clusters=settings.clusters, cold_max_count=settings.cold_max_count)
-    train = split.sequences(data, "train")
+    train, known = split.sequences(data, "train"), split.sequences(data, "train", "align")
     stage = Stage(
         settings=settings,
         policy=start.move(device),
@@ -150,7 +150,7 @@ def align_policy(
         work=work,
         rewards=weights,
         longest=settings.k * most_choices(start.space),
-        replay=make_windows(train, start.max_items) if settings.replay_weight else None,
+        replay=make_windows(known, start.max_items) if settings.replay_weight else None,
     )
     validation = split.cases(data, "valid").sample(settings.validation_users, np.random.default_rng(settings.seed))
     cold = learnt_counts(data, split) <= settings.cold_max_count
@@ -176,7 +176,7 @@ def align_policy(
     if parallel.rank() == 0:
         opened, closed = (np.bincount(rows, minlength=data.n_events + 1) for rows in (cases.starts, cases.rows + 1))
         seen = np.flatnonzero((opened - closed).cumsum() > 0)  # from the start of each history to its target
-        seen = seen if stage.replay is None else np.union1d(seen, train.rows)
+        seen = seen if stage.replay is None else np.union1d(seen, known.rows)
         with write_artifact(
             folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed, sizes=summary
         ) as fresh:

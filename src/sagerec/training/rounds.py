@@ -309,7 +309,7 @@ def global_spread(row: Objective, new: Tensor, old: Tensor, mask: Tensor) -> Ten
 
 
 def replay_loss(policy: AnyPolicy, windows: Windows, step: int, settings: AlignSettings) -> Tensor:
-    """The rank's part of the mean next-item loss over the training sequences of update `step`, in nats an item."""
+    """The rank's part of the mean next-item loss over the replayed sequences of update `step`, in nats an item."""
     per_epoch = math.ceil(len(windows) / settings.batch_users)
     epoch, number = divmod(step, per_epoch)
     rng = np.random.default_rng([settings.seed, epoch, REPLAY])

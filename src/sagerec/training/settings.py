@@ -151,8 +151,8 @@ class AlignSettings:
     sft_weight: float = 0.7
     """Weight of the next-item loss on the reserved events, the anchor."""
     replay_weight: float = 0.0
-    """Weight of the next-item loss on training sequences, as many of them beside each update as users: the policy keeps
-    more of the catalogue that it knew."""
+    """Weight of the next-item loss on whole sequences of training and reserved events, as many of them beside each update
+    as users: the policy keeps the catalogue that it knew, and learns the reserved events in their place."""
     kl_weight: float = 0.0
     """Weight of the KL divergence to the policy that alignment started from (k3 estimator)."""
     entropy_weight: float = 0.0

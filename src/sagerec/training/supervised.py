@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from sagerec.actions.space import ActionSpace
@@ -48,6 +49,8 @@ def train_policy(
     with torch.random.fork_rng(devices=[0] if torch.cuda.is_available() else []):
         torch.manual_seed(settings.seed)
         policy = make_policy(space, policy_settings).move(choose_device(settings.device))
+        counts = np.bincount(train.items, minlength=space.n_items)
+        policy.count(torch.from_numpy(counts).float())
         cases = validation_sample(validation, settings)
         exclude = not train.has_repeats()
         summary = fit(

@@ -1,0 +1,199 @@
+"""Item scores: whole items are scored by what they are known by, and each code by the items under it.
+
+SASRec (Kang and McAuley 2018) scores items by s_i = x . v_i, x the encoder's state and v_i the vector that the encoder
+reads for item i, with the softmax over the whole catalogue (Klenitskiy and Vasilev 2023). Here v_i adds up the item's
+code embeddings, a linear map of its content and an embedding of its own, so that what items share is learnt once; and
+the softmax is written code by code: a child v of a trie node has the logit
+
+    log sum_{i under v} exp(s_i - tau log(1 + n_i)),
+
+normalised over the node's legal children. Along an item's way the sums telescope to its share of the softmax: one
+proper distribution over the trie, the same in lists, slates, rollouts and losses. The popularity tilt tau with the
+item's training events n_i (logit adjustment, Menon et al. 2021) is 0 while the supervised stage trains.
+
+An item that shares its sequence is scored through the item that stands for them all. Only the root sums over the
+catalogue, at a cost of N x D a state; deeper nodes sum over the items under them.
+
+Shapes: B users, T history items, R states, M children, N leaves (distinct sequences), n the root's children, D width.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sagerec.actions.groups import group_logsumexp
+from sagerec.actions.space import ActionSpace
+from sagerec.actions.trie import ROOT, Children, Trie
+from sagerec.config import at_least, between
+from sagerec.policies.history_encoder import Context, HistoryEncoder
+from sagerec.policies.layers import FastDropout, SimilarityLayer, check_shape
+from sagerec.policies.softmax import full_softmax_loss
+
+LARGEST_TABLE, LARGEST_TABLE_GPU = 2**22, 2**26
+"""Scores that are held at a time."""
+FLOOR = 1e-30
+"""Least share of the highest score's weight that a sum over items is taken for."""
+
+
+@dataclass(frozen=True, slots=True)
+class ItemScoresSettings:
+    """Shape of the policy."""
+
+    width: int = 128
+    """Width of every layer."""
+    encoder_layers: int = 1
+    """Causal layers over the history's items."""
+    heads: int = 2
+    """Attention heads; they divide the width, and each is of even width."""
+    dropout: float = 0.4
+    """Dropout of item vectors, read and scored, of attention and of the feed-forward layers, rounded to 1/256."""
+    max_items: int = 50
+    """History items read, the latest ones."""
+    content: bool = True
+    """Add a linear map of the item's content vector to its vector."""
+    item_embedding: bool = True
+    """Add an embedding of the item's own to its vector."""
+    popularity_tilt: float = 0.2
+    """How much less a popular item counts than the log has it: its score less this times log(1 + training events)."""
+
+    def __post_init__(self) -> None:
+        check_shape(self, encoder_layers=at_least(1, 128), popularity_tilt=between(0, 10))
+
+
+def leaf_order(trie: Trie) -> tuple[Tensor, Tensor]:
+    """Items (N,) int64 at the leaves in the order of their sequences, and each node's first place there (nodes,).
+
+    The items under node v stand at places first[v] … first[v] + size[v] - 1.
+    """
+    size = trie.size.long()
+    before = size.cumsum(0) - size
+    first = torch.zeros_like(size)
+    nodes = torch.full((1,), ROOT, device=size.device)
+    leaves = []
+    while len(nodes):
+        ends = trie.is_leaf(nodes)
+        leaves.append(nodes[ends])
+        if bool(ends.all()):
+            break
+        inner = nodes[~ends]
+        children = trie.children(inner)
+        parents = inner[children.parent]
+        # Siblings are consecutive: a node's place is its parent's, and then the items under the siblings before it.
+        first[children.node] = first[parents] + before[children.node] - before[trie.first_child[parents].long()]
+        nodes = children.node
+    found = torch.cat(leaves)
+    return torch.empty_like(found).scatter(0, first[found], trie.item[found].long()), first
+
+
+class Prefix(NamedTuple):
+    """R partly written items, all of the same number of codes."""
+
+    states: Tensor
+    """(R, D) encoder states."""
+    vectors: Tensor
+    """(N, D) item vectors in the order of the leaves, with what dropout left of them."""
+    bias: Tensor
+    """(N,) what is added to the scores: the popularity tilt."""
+    level: int
+    """Codes written so far."""
+
+
+class ItemScores(HistoryEncoder[Prefix]):
+    """The policy. Calls: see `sagerec.policies.protocol.Policy`."""
+
+    popularity: Tensor
+    leaves: Tensor
+    first: Tensor
+    place: Tensor
+    root_sizes: Tensor
+
+    def __init__(self, settings: ItemScoresSettings, space: ActionSpace) -> None:
+        super().__init__()
+        self.settings, self.space, self.max_items = settings, space, settings.max_items
+        self.embed_by(space, settings.width, content=settings.content, item_embedding=settings.item_embedding)
+        self.encoder = nn.ModuleList(
+            SimilarityLayer(width=settings.width, heads=settings.heads, dropout=settings.dropout)
+            for _ in range(settings.encoder_layers)
+        )
+        self.encoder_norm = nn.LayerNorm(settings.width)
+        self.dropout = FastDropout(settings.dropout)
+        self.register_buffer("popularity", torch.zeros(space.n_items))
+        leaves, first = leaf_order(space.trie)
+        every = torch.arange(space.n_items, device=space.device)
+        children = space.trie.children(torch.full((1,), ROOT, device=space.device)).node
+        self.register_buffer("leaves", leaves, persistent=False)
+        self.register_buffer("first", first, persistent=False)
+        self.register_buffer("place", first[space.leaf(every)], persistent=False)
+        self.register_buffer("root_sizes", space.trie.size[children].long(), persistent=False)
+
+    def count(self, events: Tensor) -> None:
+        """Take how many training events (n_items,) each item has."""
+        self.popularity.copy_(events)
+
+    def embed_items(self, items: Tensor) -> Tensor:
+        """Embeddings (…, D) of item indices (…) as the encoder reads them."""
+        embedded: Tensor = self.dropout(self.item_vectors(items))
+        return embedded
+
+    def begin(self, context: Context) -> Prefix:
+        """The empty prefix of every state; see the protocol. Dropout is drawn once for all that it is asked."""
+        events = torch.zeros(len(self.leaves), device=self.device).index_add(0, self.place, self.popularity)
+        vectors = self.dropout(self.item_vectors(self.leaves))
+        return Prefix(context.hidden.flatten(0, 1), vectors, -self.settings.popularity_tilt * events.log1p(), 0)
+
+    def step(self, prefix: Prefix, rows: Tensor, tokens: Tensor) -> Prefix:
+        """Longer prefixes; see the protocol."""
+        return prefix._replace(states=prefix.states[rows], level=prefix.level + 1)
+
+    def follow(self, prefix: Prefix, rows: Tensor, tokens: Tensor, lengths: Tensor) -> list[Prefix]:
+        """Whole code sequences at once; see the protocol."""
+        longest = int(lengths.max()) if len(lengths) else 0
+        return [
+            prefix._replace(states=prefix.states[rows[lengths >= level]], level=level)
+            for level in range(1, longest + 1)
+        ]
+
+    def root_logits(self, prefix: Prefix) -> Tensor:
+        """Logits of the root's children; see the protocol."""
+        width, device = len(prefix.vectors), prefix.states.device
+        size = max(1, (LARGEST_TABLE if device.type == "cpu" else LARGEST_TABLE_GPU) // width)
+        if len(prefix.states) <= size:
+            return self._root_sums(prefix.states, prefix.vectors, prefix.bias)
+        parts = [
+            checkpoint(self._root_sums, states, prefix.vectors, prefix.bias, use_reentrant=False)
+            for states in torch.split(prefix.states, size)
+        ]
+        return torch.cat(parts)
+
+    def _root_sums(self, states: Tensor, vectors: Tensor, bias: Tensor) -> Tensor:
+        """(R, n) float32 log-sum-exp of the scores under each of the root's children: items first, for a child's are
+        consecutive rows.
+        """
+        scores = F.linear(vectors, states).float() + bias[:, None]
+        top = scores.detach().amax(dim=0)
+        child = torch.repeat_interleave(self.root_sizes)
+        sums = scores.new_zeros(len(self.root_sizes), len(states)).index_add(0, child, (scores - top).exp())
+        return (sums.clamp(min=FLOOR).log() + top).T
+
+    def child_logits(self, prefix: Prefix, children: Children) -> Tensor:
+        """Logits of legal continuations; see the protocol."""
+        if prefix.level == 0 and len(children.node) == len(prefix.states) * len(self.root_sizes):
+            return self.root_logits(prefix).flatten()
+        size = self.space.trie.size[children.node].long()
+        child = torch.repeat_interleave(size)
+        begin = self.first[children.node] - size.cumsum(0) + size
+        place = torch.arange(len(child), device=child.device) + begin[child]
+        states = F.embedding(children.parent[child], prefix.states)
+        scores = (states.float() * F.embedding(place, prefix.vectors).float()).sum(dim=1) + prefix.bias[place]
+        return group_logsumexp(scores, child, len(size))
+
+    def next_item_loss(self, items: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
+        """Mean negative log-probability of targets without the tilt; see the protocol."""
+        vectors = self.item_vectors(torch.arange(self.space.n_items, device=items.device))
+        states, _ = self.encode_embedded(self.dropout(F.embedding(items, vectors)))
+        scored = self.dropout(vectors[self.leaves])
+        return full_softmax_loss(states[counted], scored, self.place[targets[counted]])

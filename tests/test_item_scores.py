@@ -1,0 +1,230 @@
+"""Item scores: what lies under a node, and that the codes are the softmax over items, written token by token."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from sagerec.actions.groups import group_log_softmax
+from sagerec.actions.semantic_ids.quantisers import separate
+from sagerec.actions.space import ActionSpace, make_space
+from sagerec.actions.trie import ROOT
+from sagerec.decoding.beam import exact_lists
+from sagerec.decoding.slates import slate_logprobs, write_slates
+from sagerec.errors import SettingsError
+from sagerec.policies import item_scores
+from sagerec.policies.history_encoder import grow_weights
+from sagerec.policies.item_scores import ItemScores, ItemScoresSettings, leaf_order
+from sagerec.policies.lazy_decoder import LazyDecoderSettings
+from sagerec.policies.registry import PolicySettings, describe_policy
+from tests.test_policy import N, histories
+
+
+def small_space(*, variable_length: bool = False, shared: bool = False) -> ActionSpace:
+    """60 items under 4 x 4 codes and a last one, of up to nine items; with vectors."""
+    rng = np.random.default_rng(0)
+    pairs = rng.integers(0, 4, (N, 2)).astype(np.int32)
+    vectors = rng.normal(size=(N, 5)).astype(np.float32)
+    if shared:
+        _, listed = np.unique(pairs, axis=0, return_index=True)
+        return make_space(pairs, listed=listed, vectors=vectors)
+    codes = separate(pairs, rng.integers(0, 9, N))
+    if variable_length:
+        alone = np.bincount(codes[:, 0] * 4 + codes[:, 1], minlength=16)[codes[:, 0] * 4 + codes[:, 1]] == 1
+        codes[alone, 2] = -1
+    return make_space(codes, vectors=vectors)
+
+
+def small_policy(*, variable_length: bool = False, shared: bool = False, **settings: Any) -> ItemScores:
+    """A policy with random weights, scaled so that its distribution is far from flat, and counts of 0 to 59."""
+    torch.manual_seed(0)
+    shape = ItemScoresSettings(**{"width": 16, "max_items": 12, **settings})
+    policy = ItemScores(shape, small_space(variable_length=variable_length, shared=shared))
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "norm" not in name:
+                parameter.mul_(4)
+        policy.count(torch.arange(N).float())
+    return policy.eval()
+
+
+def scores_of(policy: ItemScores, items: Tensor, lengths: Tensor) -> Tensor:
+    """(B, N) x . v - tau log(1 + n) of every item that lists show, -inf for the others: by the formula."""
+    listed = torch.from_numpy(policy.space.listed_as(np.arange(N)))
+    events = torch.zeros(N).index_add(0, listed, policy.popularity)
+    states = policy.encode(items, lengths).hidden[:, 0]
+    scores = states @ policy.item_vectors(torch.arange(N)).T - policy.settings.popularity_tilt * (1 + events).log()
+    return scores.masked_fill(listed != torch.arange(N), -torch.inf)
+
+
+def logprobs_by_tokens(policy: ItemScores, items: Tensor, lengths: Tensor) -> Tensor:
+    """(B, N) log-probability of every item, walked token by token through the protocol's calls."""
+    found = torch.full((len(items), N), -torch.inf)
+    trie, prefix = policy.space.trie, policy.begin(policy.encode(items, lengths))
+    states, scores, user = torch.full((len(items),), ROOT), torch.zeros(len(items)), torch.arange(len(items))
+    while len(states):
+        children = trie.children(states)
+        step = group_log_softmax(policy.child_logits(prefix, children), children.parent, len(states))
+        total, owner = scores[children.parent] + step, user[children.parent]
+        ends = trie.is_leaf(children.node)
+        found[owner[ends], trie.item[children.node[ends]].long()] = total[ends]
+        prefix = policy.step(prefix, children.parent[~ends], children.token[~ends])
+        states, scores, user = children.node[~ends], total[~ends], owner[~ends]
+    return found
+
+
+def test_leaves_by_hand() -> None:
+    """Sequences 1 0 | 0 2 1 | 0 2 0 | 2 | 0 1 in order: items 4, 2, 1, 0, 3; node 0 2 begins after item 4."""
+    sequences = np.array([[1, 0, -1], [0, 2, 1], [0, 2, 0], [2, -1, -1], [0, 1, -1]])
+    items, first = leaf_order(make_space(sequences).trie)
+    assert items.tolist() == [4, 2, 1, 0, 3]
+    # Root; 0, 1, 2; 0 1, 0 2, 1 0; 0 2 0, 0 2 1.
+    assert first.tolist() == [0, 0, 3, 4, 0, 1, 3, 1, 2]
+
+
+@pytest.mark.parametrize("settings", [{}, {"variable_length": True}, {"shared": True}, {"popularity_tilt": 0.0}])
+@pytest.mark.parametrize("table", [2**22, 100])
+def test_the_tokens_of_an_item_multiply_to_its_share_of_the_softmax(
+    settings: dict[str, Any], table: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """exp(LSE of the child - LSE of the node) telescopes along the way; in chunks of few states too."""
+    monkeypatch.setattr(item_scores, "LARGEST_TABLE", table)
+    policy = small_policy(**settings)
+    with torch.no_grad():
+        expected = scores_of(policy, *histories()).log_softmax(1)
+        torch.testing.assert_close(logprobs_by_tokens(policy, *histories()), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_tilt_takes_from_popular_items_by_the_formula() -> None:
+    """Log P - log P' between two items changes by tau (log(1 + n) - log(1 + n'))."""
+    plain, tilted = small_policy(popularity_tilt=0.0), small_policy(popularity_tilt=0.7)
+    tilted.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        one, other = (logprobs_by_tokens(p, *histories()) for p in (plain, tilted))
+    moved = (one[:, 3] - one[:, 50]) - (other[:, 3] - other[:, 50])
+    torch.testing.assert_close(moved, torch.full((5,), 0.7 * math.log(4 / 51)), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_training_minimises_the_softmax_without_the_tilt(shared: bool) -> None:
+    policy = small_policy(shared=shared)
+    items, targets = torch.tensor([[3, 9, 0], [7, 2, 5]]), torch.tensor([[9, 4, 0], [2, 5, 11]])
+    counted = torch.tensor([[True, True, False], [True, True, True]])
+    plain = small_policy(shared=shared, popularity_tilt=0.0)
+    expected = 0.0
+    for row, place in counted.nonzero().tolist():
+        logprobs = scores_of(plain, items[row : row + 1], torch.tensor([place + 1])).log_softmax(1)
+        expected -= float(logprobs.detach()[0, policy.space.listed_as(targets[row, place : place + 1].numpy())[0]]) / 5
+    assert float(policy.next_item_loss(items, targets, counted)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("table", [2**22, 100])
+def test_gradients_of_the_root_equal_the_slow_twin(table: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a dense log-sum-exp with every score written down; in chunks that backward computes again too."""
+    monkeypatch.setattr(item_scores, "LARGEST_TABLE", table)
+    policy = small_policy()
+    context, first = policy.encode(*histories()), policy.space.first_tokens()
+    inputs = [policy.item_codes.weight, policy.encoder[0].query.weight]
+    fast = policy.root_logits(policy.begin(context))
+    scores = scores_of(policy, *histories())
+    slow = torch.stack([scores[:, first == token].logsumexp(1) for token in np.unique(first)], dim=1)
+    weights = torch.linspace(-1, 1, slow.numel()).view_as(slow)
+    gradients = [torch.autograd.grad((sums * weights).sum(), inputs, retain_graph=True) for sums in (fast, slow)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_lists_are_the_top_of_the_softmax() -> None:
+    policy = small_policy()
+    items, lengths = histories()
+    with torch.no_grad():
+        lists = exact_lists(policy, items, lengths, k=7, beams=8)
+        expected = scores_of(policy, items, lengths).log_softmax(1).topk(7, dim=1)
+    assert torch.equal(lists.items, expected.indices)
+    torch.testing.assert_close(lists.logprobs, expected.values, rtol=1e-4, atol=1e-4)
+
+
+def test_slates_are_scored_in_one_pass_as_they_are_written() -> None:
+    """`extend` and `follow` against `append` and `step`, three slates of three on a shared history."""
+    policy = small_policy()
+    items, lengths = histories()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        written = write_slates(policy, items, lengths, k=3, slates=3, uniforms=torch.rand(5, 3, 3))
+    scored = slate_logprobs(policy, items, lengths, written.items)
+    assert torch.equal(written.tokens.item, scored.tokens.item)
+    torch.testing.assert_close(written.tokens.logprobs, scored.tokens.logprobs.detach(), rtol=1e-4, atol=1e-4)
+    assert scored.tokens.logprobs.requires_grad
+
+
+def test_appending_to_a_shared_history_equals_encoding_each_slate_anew() -> None:
+    policy = small_policy(encoder_layers=2)
+    items, lengths = histories(batch=4, longest=6)
+    slates = torch.randint(0, N, (4, 3, 2), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        context = policy.encode(items, lengths, slates=3)
+        for place in range(2):
+            context = policy.append(context, slates[:, :, place])
+        for user in range(4):
+            for slate in range(3):
+                whole = torch.cat([items[user, : lengths[user]], slates[user, slate]])[None]
+                alone = policy.encode(whole, torch.tensor([whole.shape[1]])).hidden[0, 0]
+                torch.testing.assert_close(context.hidden[user, slate], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_later_items_and_padding_change_nothing_and_the_order_does() -> None:
+    policy = small_policy()
+    items, lengths = histories(longest=8)
+    with torch.no_grad():
+        states, _ = policy.encode_all(items)
+        changed = items.clone()
+        changed[:, 5:] = (changed[:, 5:] + 7) % N
+        other, _ = policy.encode_all(changed)
+        torch.testing.assert_close(states[:, :5], other[:, :5])
+        padded = torch.cat([items, torch.full((5, 3), 11)], dim=1)
+        torch.testing.assert_close(policy.encode(padded, lengths).hidden, policy.encode(items, lengths).hidden)
+        policy.encoder[0].query.weight.mul_(0.1)  # attention to more than one item
+        one, two = (policy.encode(torch.tensor([order]), torch.tensor([3])).hidden for order in ([1, 2, 3], [2, 1, 3]))
+    assert not torch.allclose(one, two, atol=1e-3)
+
+
+def test_gradient_reaches_every_parameter() -> None:
+    policy = small_policy().train()
+    items = torch.randint(0, N, (20, 6), generator=torch.Generator().manual_seed(0))
+    policy.next_item_loss(items[:, :-1], items[:, 1:], torch.ones(20, 5, dtype=torch.bool)).backward()  # type: ignore[no-untyped-call]
+    # The key's bias moves all scores of a query alike, but for the rotation; it need not be reached.
+    untouched = [n for n, p in policy.named_parameters() if p.grad is None or not bool(p.grad.abs().sum() > 0)]
+    assert untouched == []
+
+
+def test_a_sum_of_far_lower_scores_stays_finite() -> None:
+    """Scores 0 and -200: exp(-200) is 0 in float32, and the sum under the second child is taken for the floor."""
+    policy = ItemScores(ItemScoresSettings(width=4, content=False), make_space(np.array([[0], [1]])))
+    found = policy._root_sums(torch.tensor([[1.0, 0]]), torch.tensor([[0.0, 0], [-200, 0]]), torch.zeros(2))
+    assert found.tolist() == [[0.0, pytest.approx(math.log(1e-30))]]
+
+
+def test_new_items_begin_without_an_embedding_and_without_events() -> None:
+    before = np.array([[0, 0], [0, 1], [1, 0]])
+    after = np.array([[0, 0], [0, 1], [1, 0], [0, 2], [0, 3]])
+    shape = ItemScoresSettings(width=4, content=False)
+    small, large = (ItemScores(shape, make_space(codes)) for codes in (before, after))
+    small.count(torch.tensor([3.0, 2.0, 1.0]))
+    large.load_weights(small.state_dict())
+    assert large.popularity.tolist() == [3, 2, 1, 0, 0]
+    assert large.item_embedding is not None
+    assert large.item_embedding.weight[3:].eq(0).all()
+    assert grow_weights(small.state_dict(), large)["item_codes.weight"].shape == (6, 4)
+
+
+def test_settings_of_the_command_line_are_those_of_the_kind() -> None:
+    assert PolicySettings().resolved() == ItemScoresSettings()
+    assert PolicySettings(kind="lazy-decoder", width=64).resolved() == LazyDecoderSettings(width=64)
+    assert describe_policy(PolicySettings(dropout=0.1)) == describe_policy(ItemScoresSettings(dropout=0.1))
+    with pytest.raises(SettingsError, match="decoder_layers is no setting of the policy 'item-scores'"):
+        PolicySettings(decoder_layers=2)
+    with pytest.raises(SettingsError, match="popularity_tilt is no setting of the policy 'lazy-decoder'"):
+        PolicySettings(kind="lazy-decoder", popularity_tilt=0.1)
