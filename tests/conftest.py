@@ -11,7 +11,7 @@ from sagerec.catalogue.dataset import Dataset, read_dataset
 from sagerec.catalogue.simulate import simulate
 from sagerec.catalogue.simulated_store import StoreSettings, write_store
 from sagerec.evaluation.evaluate import EvaluateSettings
-from sagerec.policies.lazy_decoder import LazyDecoderSettings
+from sagerec.policies.registry import PolicySettings
 from sagerec.run.folder import Run as RunFolder
 from sagerec.run.folder import open_run
 from sagerec.run.stages import RunSettings, run_all
@@ -20,7 +20,7 @@ from sagerec.training.settings import TrainSettings
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
 """Of a process that runs the code of this tree, on one thread."""
-SMALL_POLICY = LazyDecoderSettings(width=32, heads=2, encoder_layers=1, max_items=20)
+SMALL_POLICY = PolicySettings(width=32, max_items=20)
 SMALL_IDS = SemanticIdSettings(levels=2, codebook_size=16, text_dimensions=16, collaborative_dimensions=16)
 SMALL_TRAIN = TrainSettings(epochs=2, batch_size=32, validate_every=1, validation_users=50, device="cpu")
 SMALL_RUN = RunSettings(

@@ -127,7 +127,7 @@ def test_gradients_of_the_root_equal_the_slow_twin(table: int, monkeypatch: pyte
     monkeypatch.setattr(item_scores, "LARGEST_TABLE", table)
     policy = small_policy()
     context, first = policy.encode(*histories()), policy.space.first_tokens()
-    inputs = [policy.item_codes.weight, policy.encoder[0].query.weight]
+    inputs = [policy.item_codes.weight, policy.get_parameter("encoder.0.query.weight")]
     fast = policy.root_logits(policy.begin(context))
     scores = scores_of(policy, *histories())
     slow = torch.stack([scores[:, first == token].logsumexp(1) for token in np.unique(first)], dim=1)
@@ -186,7 +186,7 @@ def test_later_items_and_padding_change_nothing_and_the_order_does() -> None:
         torch.testing.assert_close(states[:, :5], other[:, :5])
         padded = torch.cat([items, torch.full((5, 3), 11)], dim=1)
         torch.testing.assert_close(policy.encode(padded, lengths).hidden, policy.encode(items, lengths).hidden)
-        policy.encoder[0].query.weight.mul_(0.1)  # attention to more than one item
+        policy.get_parameter("encoder.0.query.weight").mul_(0.1)  # attention to more than one item
         one, two = (policy.encode(torch.tensor([order]), torch.tensor([3])).hidden for order in ([1, 2, 3], [2, 1, 3]))
     assert not torch.allclose(one, two, atol=1e-3)
 

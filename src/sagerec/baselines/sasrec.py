@@ -62,11 +62,13 @@ class SasRecSettings:
 
 TUNED = TrainSettings(
     epochs=70,
+    batch_size=128,
     learning_rate=1e-3,
     weight_decay=0.0,
     warmup_share=0.0,
     final_rate_share=1.0,
     like_lengths=False,
+    validate_every=5,
     patience=5,
     precision="float32",
 )

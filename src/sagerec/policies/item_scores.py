@@ -35,6 +35,8 @@ from sagerec.policies.softmax import full_softmax_loss
 
 LARGEST_TABLE, LARGEST_TABLE_GPU = 2**22, 2**26
 """Scores that are held at a time."""
+ENCODED_ROWS = 64
+"""Sequences that training encodes at a time, of like length, so that little is padded."""
 FLOOR = 1e-30
 """Least share of the highest score's weight that a sum over items is taken for."""
 
@@ -57,7 +59,7 @@ class ItemScoresSettings:
     """Add a linear map of the item's content vector to its vector."""
     item_embedding: bool = True
     """Add an embedding of the item's own to its vector."""
-    popularity_tilt: float = 0.2
+    popularity_tilt: float = 0.4
     """How much less a popular item counts than the log has it: its score less this times log(1 + training events)."""
 
     def __post_init__(self) -> None:
@@ -192,8 +194,16 @@ class ItemScores(HistoryEncoder[Prefix]):
         return group_logsumexp(scores, child, len(size))
 
     def next_item_loss(self, items: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
-        """Mean negative log-probability of targets without the tilt; see the protocol."""
+        """Mean negative log-probability of targets without the tilt; see the protocol. Rows of like length are encoded
+        together, for batches hold rows of any.
+        """
         vectors = self.item_vectors(torch.arange(self.space.n_items, device=items.device))
-        states, _ = self.encode_embedded(self.dropout(F.embedding(items, vectors)))
+        lengths, states, wanted = counted.sum(dim=1), [], []
+        for rows in torch.split(lengths.argsort(stable=True), ENCODED_ROWS):
+            longest = int((counted[rows] * torch.arange(1, items.shape[1] + 1, device=items.device)).max())
+            places = counted[rows, :longest]
+            encoded, _ = self.encode_embedded(self.dropout(F.embedding(items[rows, :longest], vectors)))
+            states.append(encoded[places])
+            wanted.append(targets[rows, :longest][places])
         scored = self.dropout(vectors[self.leaves])
-        return full_softmax_loss(states[counted], scored, self.place[targets[counted]])
+        return full_softmax_loss(torch.cat(states), scored, self.place[torch.cat(wanted)])

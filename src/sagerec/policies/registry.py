@@ -49,7 +49,7 @@ class PolicySettings:
     """Add an embedding of the item's own (item-scores on, lazy-decoder off)."""
     popularity_tilt: float | None = None
     """How much less a popular item counts than the log has it: its score less this times log(1 + training events)
-    (item-scores 0.2)."""
+    (item-scores 0.4)."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -36,7 +36,7 @@ class TrainSettings:
 
     epochs: int = 20
     """Passes over the training sequences, at most."""
-    batch_size: int = 128
+    batch_size: int = 256
     """Sequences a step."""
     learning_rate: float = 2e-3
     """Highest learning rate of AdamW."""
@@ -46,15 +46,15 @@ class TrainSettings:
     """Share of the steps in which the learning rate rises from 0; a cosine follows."""
     final_rate_share: float = 0.02
     """Share of the highest learning rate at which the cosine ends; 1 keeps the rate constant."""
-    like_lengths: bool = True
+    like_lengths: bool = False
     """Batches are of sequences of like length, which pads least; else of any."""
     clip_norm: float = 1.0
     """Largest norm of the gradient."""
-    validate_every: int = 5
+    validate_every: int = 2
     """Epochs between validations; 0 never validates and keeps the last weights."""
     validation_users: int = 30_000
     """Validation cases drawn for early stopping, at most."""
-    patience: int = 3
+    patience: int = 5
     """Validations without a better Recall@10 after which training stops."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the matrix products; auto is bfloat16 where the hardware computes it natively."""
@@ -151,8 +151,8 @@ class AlignSettings:
     sft_weight: float = 0.7
     """Weight of the next-item loss on the reserved events, the anchor."""
     replay_weight: float = 0.0
-    """Weight of the next-item loss on whole sequences of training and reserved events, as many of them beside each update
-    as users: the policy keeps the catalogue that it knew, and learns the reserved events in their place."""
+    """Weight of the next-item loss on whole sequences of training and reserved events, as many of them beside each
+    update as users: the policy keeps the catalogue that it knew, and learns the reserved events in their place."""
     kl_weight: float = 0.0
     """Weight of the KL divergence to the policy that alignment started from (k3 estimator)."""
     entropy_weight: float = 0.0
