@@ -110,6 +110,15 @@ def describe_policy(settings: Any) -> dict[str, Any]:
     return {"kind": kind_of(settings).name, **to_json(settings)}
 
 
+def settings_of(described: dict[str, Any]) -> Any:
+    """The settings that `describe_policy` wrote. Raises: SettingsError for an unknown kind or setting."""
+    values = dict(described)
+    name = values.pop("kind", None)
+    if name not in KINDS:
+        raise SettingsError(f"a policy of the kind {name!r}; expected one of {', '.join(KINDS)}")
+    return from_json(KINDS[name].settings, values)
+
+
 def make_policy(space: ActionSpace, settings: Any) -> AnyPolicy:
     """A fresh policy over a space, its weights drawn from torch's global generator. Raises: SettingsError."""
     settings = resolve(settings)
@@ -129,12 +138,12 @@ def read_policy(folder: Path, space: ActionSpace) -> AnyPolicy:
     manifest = read_manifest(folder, "policy")
     if not {space.content_hash, *space.grown_from} & set(manifest.made_from.values()):
         raise ArtifactError(f"{folder} was trained on other Semantic IDs than those given; train it again")
-    values = dict(manifest.settings["policy"])
-    name = values.pop("kind", None)
-    if name not in KINDS:
-        raise ArtifactError(f"{folder} holds a policy of the kind {name!r}; expected one of {', '.join(KINDS)}")
+    try:
+        settings = settings_of(manifest.settings["policy"])
+    except SettingsError as error:
+        raise ArtifactError(f"{folder}: {error}") from error
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced at once
-        policy = KINDS[name].make(from_json(KINDS[name].settings, values), space)
+        policy = make_policy(space, settings)
     try:
         policy.load_weights(load_file(folder / WEIGHTS))
     except (OSError, RuntimeError, SafetensorError) as error:

@@ -21,7 +21,7 @@ from sagerec.actions.space import ActionSpace
 from sagerec.catalogue.audit import EVENTS_USED, Finding, audit_order, audit_stage, read_events_used
 from sagerec.catalogue.dataset import INTERACTIONS, ITEMS, SOURCE, files_in, has_manifest, read_dataset
 from sagerec.catalogue.splits import Cases, Part, SplitSettings, learnt_counts, make_split, read_split, write_split
-from sagerec.config import require, to_json
+from sagerec.config import from_json, require, to_json
 from sagerec.decoding.cases import list_cases
 from sagerec.errors import ArtifactError
 from sagerec.evaluation.diagnose import Diagnosis, diagnose
@@ -33,7 +33,7 @@ from sagerec.evaluation.evaluate import (
     write_evaluation,
 )
 from sagerec.files import locked
-from sagerec.policies.registry import PolicySettings, describe_policy, read_policy
+from sagerec.policies.registry import PolicySettings, describe_policy, read_policy, settings_of
 from sagerec.progress import progress_bar
 from sagerec.run.folder import ALL_AT_ONCE, Run, check_aligned_name, check_name
 from sagerec.training import parallel
@@ -176,26 +176,38 @@ def _train(
             train_policy(folder, run.space(), events, validation, policy_settings, settings, made_from=made_from)
 
 
-def align(run: Run, settings: AlignSettings, *, name: str | None = None) -> str:
-    """The alignment stage of a run, from RUN/policy to RUN/policy-NAME (the objective's name, if not given).
+def aligned_from(run: Run, settings: AlignSettings) -> tuple[str, dict[str, str]]:
+    """The policy of a run that an alignment starts from, and the content hashes of what the aligned one is made from.
 
-    Returns the name of the artefact. Raises: SettingsError for a name that is taken; ArtifactError where RUN/policy is
-    stale.
+    Raises: ArtifactError where it is missing.
+    """
+    start = "policy" if settings.start == "supervised" else f"policy-{ALL_AT_ONCE}"
+    return start, run.hashes("dataset", "split", run.actions, start)
+
+
+def align(run: Run, settings: AlignSettings, *, name: str | None = None) -> str:
+    """The alignment stage of a run, to RUN/policy-NAME (the objective's name, if not given).
+
+    Returns the name of the artefact. Raises: SettingsError for a name that is taken; ArtifactError where the policy
+    that it starts from is stale.
     """
     settings = settings.resolved()
     folder = run.folder / f"policy-{check_aligned_name(name or settings.objective)}"
     if (reason := run.stale("policy")) is not None:
         raise ArtifactError(f"{reason}: sagerec train")
-    made_from = run.hashes("dataset", "split", run.actions, "policy")
-    policy_settings = run.manifest("policy").settings["policy"]
+    if settings.start == "all-at-once":
+        trained = run.manifest("policy").settings
+        train_all_at_once(run, settings_of(trained["policy"]), from_json(TrainSettings, trained["train"]))
+    start, made_from = aligned_from(run, settings)
+    policy_settings = run.manifest(start).settings["policy"]
     resolved = {"policy": policy_settings, "align": settings.what()}
     with making(folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed) as needed:
         if needed:
             space = run.space()
-            start, reference = (read_policy(run.folder / "policy", space) for _ in range(2))
+            policy, reference = (read_policy(run.folder / start, space) for _ in range(2))
             align_policy(
                 folder,
-                start,
+                policy,
                 reference,
                 run.data,
                 run.split,

@@ -125,7 +125,7 @@ def do_job(folder: Path, job: Job, run_settings: RunSettings, threads: int, devi
         "objective": job.objective,
         "settings": {axis: getattr(job.settings, axis) for axis in axes},
         "align": job.settings.what(),
-        "made_from": run.hashes("dataset", "split", run.actions, "policy"),
+        "made_from": pipeline.aligned_from(run, job.settings)[1],
         "metrics": {},
     }
     path = folder / "trials" / f"{job.name}.json"
@@ -148,7 +148,7 @@ def do_job(folder: Path, job: Job, run_settings: RunSettings, threads: int, devi
 
 def is_done(folder: Path, job: Job, run: Run, run_settings: RunSettings) -> bool:
     """Whether a job's result is there and fits."""
-    made_from = run.hashes("dataset", "split", run.actions, "policy")
+    made_from = pipeline.aligned_from(run, job.settings)[1]
     if job.kind == "trial":
         path = folder / "trials" / f"{job.name}.json"
         if not path.is_file():

@@ -90,6 +90,9 @@ class AlignSettings:
 
     objective: str = "sage"
     """A row of the table of objectives; `sft` is the control."""
+    start: Literal["all-at-once", "supervised"] = "all-at-once"
+    """The policy that is aligned: RUN/policy-all-at-once, trained on training and reserved events together and made
+    where it is missing, or RUN/policy, which has not seen the events that it is rolled out on."""
     reward: UseAppendAction[tuple[str, ...]] = ()
     """NAME=WEIGHT or NAME*NAME=WEIGHT, once for each reward; without any, those of DEFAULT_REWARDS."""
     reward_module: UseAppendAction[tuple[str, ...]] = ()
