@@ -14,9 +14,8 @@ The algorithm (arXiv 2601.21452, read as docs/alignment.md says), with one item 
                                                   d = max(q, 1 - sg p) / (1 + penalty x (1 - H))     for A < 0
             one step of AdamW on loss + anchor x next-item loss
 
-Nothing of `sagerec.objectives` or `sagerec.training.rounds` is used: a test holds this page's updates equal to those of
-`sagerec align`. What it leaves out: samples, slates of several items, other objectives, validation, checkpoints, ranks.
-
+Without `sagerec.objectives` and `sagerec.training.rounds`; a test holds its updates equal to those of `sagerec align`.
+What it leaves out: samples, slates of several items, other objectives, validation, checkpoints, ranks.
 Shapes: B users of a minibatch, G slates of each, M rewards, N items, Q clusters, F free tokens.
 """
 
@@ -209,6 +208,7 @@ def stage_settings(args: Args) -> AlignSettings:
     """The settings with which `sagerec align` does the same."""
     return AlignSettings(
         reward=tuple(f"{name}={weight}" for name, weight in REWARDS.items()),
+        start="supervised",
         boost=args.boost,
         entropy_penalty=args.penalty,
         slates=args.slates,

@@ -38,6 +38,7 @@ from sagerec.training.settings import AlignSettings, TrainSettings, parse_criter
 from tests.conftest import ENVIRONMENT, SMALL_IDS, SMALL_POLICY, SMALL_TRAIN
 
 QUICK = AlignSettings(
+    start="supervised",
     slates=8,
     batch_users=32,
     round_users=64,
@@ -252,7 +253,7 @@ def test_replay_keeps_what_supervised_training_knew(base_run: Path, tmp_path: Pa
     """The control at a high rate forgets the training sequences; with replay it fits them better, and says so."""
     shutil.copytree(base_run, tmp_path / "run")
     run = open_run(tmp_path / "run")
-    windows = make_windows(run.split.sequences(run.data, "train"), SMALL_POLICY.max_items)
+    windows = make_windows(run.split.sequences(run.data, "train"), SMALL_POLICY.resolved().max_items)
     batch = [torch.from_numpy(x) for x in windows.batch(np.arange(len(windows)))]
     losses = {}
     for weight in (0.0, 1.0):
@@ -270,7 +271,7 @@ def test_replay_keeps_what_supervised_training_knew(base_run: Path, tmp_path: Pa
 
 def test_replay_goes_through_all_sequences_once_an_epoch(base_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = open_run(base_run)
-    windows = make_windows(run.split.sequences(run.data, "train"), SMALL_POLICY.max_items)
+    windows = make_windows(run.split.sequences(run.data, "train"), SMALL_POLICY.resolved().max_items)
     policy, settings, seen = run.policy(device="cpu"), replace(QUICK, replay_weight=1.0), []
     batch = Windows.batch
 
@@ -379,12 +380,12 @@ def test_a_non_finite_gradient_stops_with_the_batch_saved(run: Run) -> None:
     stage = stage_of(run, replace(QUICK, reward=("hit=1", "click=1")).resolved())
     minibatches, _ = rounds.roll_round(stage, [np.arange(8)], 0)
     with torch.no_grad():
-        stage.policy.get_parameter("head").fill_(torch.inf)
+        stage.policy.get_parameter("item_codes.weight").fill_(torch.inf)
     with pytest.raises(TrainingError, match=r"update 3: the loss of sage is nan.*the batch is saved in .*bad-batch-3"):
         rounds.update(stage, minibatches[0], 3, 10)
     stage = stage_of(run, replace(QUICK, reward=("hit=1",), sft_weight=1.0).resolved())
     minibatches, _ = rounds.roll_round(stage, [np.arange(8)], 0)
-    bias = stage.policy.get_parameter("head_bias")
+    bias = stage.policy.get_parameter("content_map.bias")
     bias.register_hook(lambda gradient: gradient * torch.nan)  # type: ignore[no-untyped-call]
     with pytest.raises(TrainingError, match=r"gradient norm nan at update 3; the batch is saved in .*bad-batch-3"):
         rounds.update(stage, minibatches[0], 3, 10)

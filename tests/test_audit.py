@@ -280,7 +280,7 @@ def test_a_run_whose_column_holds_the_past_out_is_refused(store_data: Dataset, t
 def stage_inputs(data: Dataset, split: Split, *parts: Part) -> dict[str, bytes]:
     """Every array that the stages compute with, as bytes, where they are given the events of `parts`."""
     train = split.sequences(data, *parts)
-    windows = make_windows(train, SMALL_POLICY.max_items)
+    windows = make_windows(train, SMALL_POLICY.resolved().max_items)
     matrix = cooccurrence(train, data.n_items, LOG_IDS.window)
     arrays: dict[str, Any] = {f"train.{name}": getattr(train, name) for name in ("items", "offsets", "users", "rows")}
     arrays |= {f"windows.{name}": getattr(windows, name) for name in ("items", "begins", "lengths")}

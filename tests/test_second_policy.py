@@ -112,7 +112,9 @@ def test_titles_are_trained_aligned_evaluated_and_recommended(title_run: Run) ->
     for name in ("policy-sage", "policy-slates"):
         earned = [line["reward/click"] for line in metrics_of(title_run, name)]
         assert np.mean(earned[-3:]) > 1.1 * np.mean(earned[:2]), name
-    assert {finding.stage for finding in audit(title_run)} == {"titles", "policy", "policy-sage", "policy-slates"}
+    assert {finding.stage for finding in audit(title_run)} == {
+        *("titles", "policy", "policy-all-at-once", "policy-sage", "policy-slates")
+    }
     manifest = title_run.manifest("policy").settings["policy"]
     assert manifest == {"kind": "title-table", **to_json(TitleTableSettings())}
     recommender = sagerec.load(title_run.folder, policy="policy-sage")
@@ -142,5 +144,8 @@ def test_a_study_of_titles(store_folder: Path, tmp_path: Path) -> None:
 def test_names_that_are_taken_and_unknown_settings_are_refused() -> None:
     with pytest.raises(SettingsError, match="a policy of the kind 'lazy-decoder' exists"):
         register_policy(PolicyKind("lazy-decoder", TitleTableSettings, TitleTable))
-    with pytest.raises(SettingsError, match="no policy has settings of type int; expected one of LazyDecoderSettings"):
+    with pytest.raises(
+        SettingsError,
+        match="no policy has settings of type int; expected one of ItemScoresSettings, Lazy",
+    ):
         make_policy(small_title_policy(TITLES).space, 3)

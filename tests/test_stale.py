@@ -20,7 +20,9 @@ from sagerec.run.stages import align, audit, diagnose_lists, evaluate, make_acti
 from sagerec.training.settings import AlignSettings
 from tests.conftest import SMALL_IDS, SMALL_POLICY, SMALL_RUN, SMALL_TRAIN
 
-ALIGN = AlignSettings(epochs=1, slates=4, round_users=64, batch_users=32, max_contexts=32, validations=0)
+ALIGN = AlignSettings(
+    start="supervised", epochs=1, slates=4, round_users=64, batch_users=32, max_contexts=32, validations=0
+)
 
 
 @pytest.fixture

@@ -197,7 +197,7 @@ def test_another_seed_gives_other_weights_and_the_same_seed_the_same(store_folde
         state = torch.get_rng_state()
         train(run, SMALL_POLICY, replace(SMALL_TRAIN, seed=seed, epochs=1))
         assert torch.equal(state, torch.get_rng_state()), "training must leave the caller's random state alone"
-        weights.append(load_file(run.folder / "policy" / "model.safetensors")["head"])
+        weights.append(load_file(run.folder / "policy" / "model.safetensors")["item_codes.weight"])
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
 

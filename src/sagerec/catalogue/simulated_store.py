@@ -200,6 +200,11 @@ class SimulatedStore:
     exposures: pl.DataFrame
     """All impressions by user and time: the columns of interactions, and `position` in the slate."""
 
+    def known(self, slates: np.ndarray) -> np.ndarray:
+        """Slates with -1 in the place of items that joined the catalogue after the store was simulated."""
+        found: np.ndarray = np.where(slates < len(self.truth.item_duration_seconds), slates, -1)
+        return found
+
     def expected(
         self,
         users: np.ndarray,
@@ -311,9 +316,12 @@ def _check_range(values: np.ndarray, what: str, low: int, high: int) -> None:
 
 
 def expected_answers(store: SimulatedStore, cases: Cases, lists: np.ndarray) -> dict[str, np.ndarray]:
-    """Expected clicks, likes, dislikes and seconds watched of each list (n, K), summed over its places: (n,) each."""
+    """Expected clicks, likes, dislikes and seconds watched of each list (n, K), summed over its places: (n,) each.
+
+    Items that joined the catalogue after the store was simulated are answered by nobody.
+    """
     last = cases.event_items[cases.rows - 1]
-    found = store.expected(cases.users, lists, last_items=last)
+    found = store.expected(cases.users, store.known(lists), last_items=last)
     answers = {"clicks": found.click, "likes": found.like, "dislikes": found.dislike}
     return {n: v.sum(axis=1) for n, v in (answers | {"watch_seconds": found.watch_seconds}).items()}
 

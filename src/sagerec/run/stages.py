@@ -197,6 +197,8 @@ def align(run: Run, settings: AlignSettings, *, name: str | None = None) -> str:
         raise ArtifactError(f"{reason}: sagerec train")
     if settings.start == "all-at-once":
         trained = run.manifest("policy").settings
+        there = (run.folder / f"policy-{ALL_AT_ONCE}").is_dir()
+        require(there or parallel.n_ranks() == 1, "several processes need the start: sagerec train RUN --all-at-once")
         train_all_at_once(run, settings_of(trained["policy"]), from_json(TrainSettings, trained["train"]))
     start, made_from = aligned_from(run, settings)
     policy_settings = run.manifest(start).settings["policy"]

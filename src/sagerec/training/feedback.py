@@ -80,10 +80,12 @@ class Feedback:
         """Answers (B, G, K) to slates of the cases `index` with histories (B, T) and targets (B,).
 
         From the store, expected values; from the log, what it says of the target, and 0 for every other item. Where a
-        slate has no item (-1), nobody answers: 0.
+        slate has no item (-1), or one that the store does not know, nobody answers: 0.
         """
         found: dict[str, Tensor] = {}
         shape, device = slates.shape, slates.device
+        if self.store is not None:
+            slates = torch.from_numpy(self.store.known(slates.cpu().numpy())).to(device)
         there, slates = slates >= 0, slates.clamp(min=0)
         if self.store is not None:
             flat = slates.cpu().numpy().reshape(-1, shape[2])
