@@ -25,21 +25,21 @@ DETERMINISTIC: tuple[BaselineName, ...] = ("popularity", "item-knn")
 """Rows with nothing random: a second seed would be the same."""
 NOTES: dict[str, str] = {}
 """Row -> what a reader of its figures must know; every table shows it."""
-COMMON_GRID: dict[str, tuple[Any, ...]] = {"learning_rate": (8e-4, 4e-4, 1.6e-3)}
+COMMON_GRID: dict[str, tuple[Any, ...]] = {"learning_rate": (4e-4, 8e-4, 2e-4)}
 """What every objective may choose."""
 OWN_GRID: dict[str, dict[str, tuple[Any, ...]]] = {
-    "sage": {"boost": (4.0, 8.0), "entropy_penalty": (4.0, 2.0)},
-    "sage_paper": {"boost": (1.0, 2.0), "entropy_penalty": (1.0, 0.5)},
-    "gbpo": {"sft_weight": (0.7, 1.4)},
-    "gbpo_decoupled": {"sft_weight": (0.7, 1.4)},
-    "gbpo_raw": {"sft_weight": (0.7, 1.4)},
-    "up_grpo": {"clip_low": (0.2, 0.28), "sft_weight": (0.7, 1.4)},
-    "gdpo": {"clip_high": (0.2, 0.28), "sft_weight": (0.7, 1.4)},
-    "grpo": {"clip_high": (0.2, 0.28), "sft_weight": (0.7, 1.4)},
-    "dapo": {"clip_high": (0.28, 0.4), "sft_weight": (0.7, 1.4)},
-    "gspo": {"clip_high": (4e-4, 4e-2), "sft_weight": (0.7, 1.4)},
-    "cispo": {"cap": (5.0, 2.0), "sft_weight": (0.7, 1.4)},
-    "ecpo": {"clip_high": (0.2, 0.28), "sft_weight": (0.7, 1.4)},
+    "sage": {"policy_weight": (8.0, 4.0), "boost": (4.0, 8.0), "entropy_penalty": (4.0, 2.0)},
+    "sage_paper": {"policy_weight": (8.0, 4.0), "boost": (1.0, 2.0), "entropy_penalty": (1.0, 0.5)},
+    "gbpo": {"policy_weight": (8.0, 4.0)},
+    "gbpo_decoupled": {"policy_weight": (8.0, 4.0)},
+    "gbpo_raw": {"policy_weight": (8.0, 4.0)},
+    "up_grpo": {"clip_low": (0.2, 0.28), "policy_weight": (8.0, 4.0)},
+    "gdpo": {"clip_high": (0.2, 0.28), "policy_weight": (8.0, 4.0)},
+    "grpo": {"clip_high": (0.2, 0.28), "policy_weight": (8.0, 4.0)},
+    "dapo": {"clip_high": (0.28, 0.4), "policy_weight": (8.0, 4.0)},
+    "gspo": {"clip_high": (4e-4, 4e-2), "policy_weight": (8.0, 4.0)},
+    "cispo": {"cap": (5.0, 2.0), "policy_weight": (8.0, 4.0)},
+    "ecpo": {"clip_high": (0.2, 0.28), "policy_weight": (8.0, 4.0)},
 }
 """What an objective may choose of its own; the first values are the defaults."""
 

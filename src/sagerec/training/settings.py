@@ -14,7 +14,7 @@ from sagerec.objectives.table import Objective, find_objective
 from sagerec.training.reward_modules import load_reward_module
 from sagerec.training.tracking import TrackerName, check_trackers
 
-DEFAULT_REWARDS = ("hit=1", "cold*hit=2", "novelty*similarity=0.1", "diversity=0.1")
+DEFAULT_REWARDS = ("hit=3", "cold*hit=6", "novelty*similarity=0.1", "diversity=0.1")
 """Rewards and weights that won on validation (docs/log.md)."""
 CRITERION = ("recall=2", "cold_recall=0.25", "coarse_entropy=0.5")
 """What a validated policy is worth: losing 1 % of Recall costs what 4 % of Entropy or 8 % of Cold-Recall gain."""
@@ -114,7 +114,7 @@ class AlignSettings:
     """See `boost`."""
     k: int = 1
     """Items a slate."""
-    slates: int = 16
+    slates: int = 32
     """Slates a context, G."""
     beam_slates: int | None = None
     """Slates of the G that come from beam search, the others are sampled: with one item a slate all by default, else
@@ -131,7 +131,7 @@ class AlignSettings:
     """Items with at most this many training interactions are cold."""
     history: Literal["auto", "keep", "exclude"] = "auto"
     """Whether items of the history may be recommended; auto excludes them where no training user had one twice."""
-    epochs: int = 2
+    epochs: int = 1
     """Passes over the reserved events."""
     max_contexts: int = 0
     """Reserved events used, drawn by the seed; 0 uses all."""
@@ -141,7 +141,7 @@ class AlignSettings:
     """Contexts of an update."""
     passes: int = 1
     """Times that each round's rollouts are gone through."""
-    learning_rate: float = 8e-4
+    learning_rate: float = 4e-4
     """Highest learning rate of AdamW."""
     weight_decay: float = 0.01
     """Weight decay of the matrices."""
@@ -149,11 +149,11 @@ class AlignSettings:
     """Share of the updates in which the learning rate rises from 0; a cosine to a fiftieth follows."""
     clip_norm: float = 1.0
     """Largest norm of the gradient."""
-    policy_weight: float = 1.0
+    policy_weight: float = 8.0
     """Weight of the policy loss."""
-    sft_weight: float = 0.7
+    sft_weight: float = 0.0
     """Weight of the next-item loss on the reserved events, the anchor."""
-    replay_weight: float = 0.0
+    replay_weight: float = 2.0
     """Weight of the next-item loss on whole sequences of training and reserved events, as many of them beside each
     update as users: the policy keeps the catalogue that it knew, and learns the reserved events in their place."""
     kl_weight: float = 0.0
