@@ -147,9 +147,21 @@ def test_lists_are_the_top_of_the_softmax() -> None:
     torch.testing.assert_close(lists.logprobs, expected.values, rtol=1e-4, atol=1e-4)
 
 
-def test_slates_are_scored_in_one_pass_as_they_are_written() -> None:
-    """`extend` and `follow` against `append` and `step`, three slates of three on a shared history."""
+def test_a_slate_that_is_not_read_is_the_beam_list_written_item_by_item() -> None:
+    """The most probable item, then the most probable of the others, …; the first with its share of the softmax."""
     policy = small_policy()
+    items, lengths = histories()
+    with torch.no_grad():
+        slate = write_slates(policy, items, lengths, k=6, temperature=0.0)
+        expected = scores_of(policy, items, lengths).log_softmax(1)
+    assert torch.equal(slate.items[:, 0], expected.topk(6, dim=1).indices)
+    torch.testing.assert_close(slate.scores()[:, 0, 0], expected.amax(dim=1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("reads_slate", [False, True])
+def test_slates_are_scored_in_one_pass_as_they_are_written(reads_slate: bool) -> None:
+    """`extend` and `follow` against `append` and `step`, three slates of three on a shared history."""
+    policy = small_policy(reads_slate=reads_slate)
     items, lengths = histories()
     torch.manual_seed(3)
     with torch.no_grad():
@@ -161,7 +173,7 @@ def test_slates_are_scored_in_one_pass_as_they_are_written() -> None:
 
 
 def test_appending_to_a_shared_history_equals_encoding_each_slate_anew() -> None:
-    policy = small_policy(encoder_layers=2)
+    policy = small_policy(encoder_layers=2, reads_slate=True)
     items, lengths = histories(batch=4, longest=6)
     slates = torch.randint(0, N, (4, 3, 2), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

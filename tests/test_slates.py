@@ -11,7 +11,7 @@ from sagerec.actions.legal import NO_ITEM
 from sagerec.catalogue.splits import Cases
 from sagerec.decoding.beam import beam_lists, exact_lists
 from sagerec.decoding.cases import distinct_rows, list_cases
-from sagerec.decoding.slates import write_slates
+from sagerec.decoding.slates import slate_logprobs, write_slates
 from sagerec.errors import SettingsError
 from tests.test_policy import N, all_logprobs, histories, small_policy
 
@@ -132,12 +132,22 @@ def test_a_slate_may_be_the_whole_catalogue() -> None:
     assert bool((slates.items.sort(dim=2).values == torch.arange(N)).all())
 
 
-def test_greedy_takes_the_most_probable_code_and_excluded_items_never_appear() -> None:
+def test_greedy_takes_the_most_probable_item_and_excluded_items_never_appear() -> None:
+    """Place by place, against the top of a beam list after history and slate so far."""
     policy = small_policy(seed=4)
     items, lengths = histories(4)
     excluded = torch.arange(0, N, 2).expand(5, -1)
     greedy = write_slates(policy, items, lengths, k=5, temperature=0.0, excluded=excluded)
     assert bool((greedy.items % 2 == 1).all())
+    scored = slate_logprobs(policy, items, lengths, greedy.items, excluded=excluded).tokens
+    torch.testing.assert_close(greedy.tokens.logprobs, scored.logprobs.detach())
+    for user in range(5):
+        whole, out = items[user, : lengths[user]].tolist(), excluded[0].tolist()
+        for item in greedy.items[user, 0].tolist():
+            history = torch.tensor([whole])
+            best = exact_lists(policy, history, torch.tensor([len(whole)]), k=1, excluded=torch.tensor([out]))
+            assert int(best.items[0, 0]) == item
+            whole, out = [*whole, item], [*out, item]
     again = write_slates(policy, items, lengths, k=5, temperature=0.0, excluded=excluded)
     assert torch.equal(greedy.items, again.items)
 

@@ -20,8 +20,12 @@ from torch import Tensor
 from sagerec.actions.groups import group_log_softmax, pad_groups
 from sagerec.actions.legal import NO_ITEM, Barred, bar
 from sagerec.actions.trie import ROOT
+from sagerec.decoding.beam import beam_lists
 from sagerec.errors import SettingsError
 from sagerec.policies.protocol import ContextT, Policy, PrefixT
+
+BEAMS = 20
+"""Beams with which the most probable item is looked for first; twice as many until it is proven."""
 
 
 class FreeTokens(NamedTuple):
@@ -72,7 +76,8 @@ def write_slates(
 ) -> Slates:
     """Write `slates` slates of `k` distinct items for each history (B, T) with lengths (B,).
 
-    `temperature` 0 is greedy: the most probable token at each step. `top_p` below 1 draws only among the most probable
+    `temperature` 0 is greedy: at each place the item that is most probable before any is barred, as in a beam list,
+    found exactly. `top_p` below 1 draws only among the most probable
     tokens that together hold that share; log-probabilities stay those of the whole distribution. `excluded` (B, X)
     items, -1 = none, never appear. An item is the inverse of its distribution function at one of `uniforms` (B, G, K)
     float64 in [0, 1), drawn by `generator` if not given: each token takes what the one before left of it. So a user's
@@ -92,6 +97,9 @@ def write_slates(
         raise SettingsError(
             f"k is {k} with {most} excluded items, and the catalogue has {space.n_sequences}; expected a smaller slate"
         )
+    if temperature == 0:
+        best = _best_items(policy, policy.encode(items, lengths), out, k)[:, None].expand(-1, slates, -1)
+        return Slates(best, slate_logprobs(policy, items, lengths, best, excluded=excluded).tokens)
     if uniforms is None:
         uniforms = torch.rand(batch, slates, k, generator=generator, device=device, dtype=torch.float64)
     context = policy.encode(items, lengths)
@@ -109,6 +117,21 @@ def write_slates(
             barred = barred.with_items(space, found.view(-1, 1))
             context = policy.append(context, written[-1])
     return Slates(torch.stack(written, dim=2), join_tokens(parts))
+
+
+def _best_items(policy: Policy[ContextT, PrefixT], context: ContextT, excluded: Tensor, k: int) -> Tensor:
+    """(B, K) the most probable item after each of B contexts of one slate, then the most probable after that, …"""
+    found = excluded.new_full((len(excluded), 0), NO_ITEM)
+    for place in range(k):
+        beams, out = BEAMS, torch.cat([excluded, found], dim=1)
+        lists = beam_lists(policy, context, len(out), k=1, beams=beams, excluded=out)
+        while not bool(lists.exact.all()) and beams < policy.space.n_sequences:
+            beams *= 2
+            lists = beam_lists(policy, context, len(out), k=1, beams=beams, excluded=out)
+        found = torch.cat([found, lists.items], dim=1)
+        if place + 1 < k:
+            context = policy.append(context, lists.items)
+    return found
 
 
 def join_tokens(parts: list[FreeTokens]) -> FreeTokens:
@@ -139,7 +162,7 @@ def _write_item(
     steps: list[FreeTokens] = []
     while len(states):
         table, first = _legal_table(policy, prefix, states, barred, source, temperature, at_root=not steps)
-        place, left = _draw(table, left, temperature, top_p)
+        place, left = _draw(table, left, top_p)
         free = _has_choice(table)
         steps.append(FreeTokens(table.gather(1, place)[free].flatten(), slot[free].flatten()))
         node = (first[:, None] + place).flatten()
@@ -173,26 +196,26 @@ def _legal_table(
 
     `rows` (R,) says which row of `barred` each state has.
     """
-    trie, scale = policy.space.trie, temperature or 1.0
+    trie = policy.space.trie
     first = trie.first_child[states].long()
     if at_root:
-        logits = policy.root_logits(prefix) / scale
+        logits = policy.root_logits(prefix) / temperature
     else:
         children = trie.children(states)
-        logits, _ = pad_groups(policy.child_logits(prefix, children) / scale, children.parent, len(states), -math.inf)
+        logits, _ = pad_groups(
+            policy.child_logits(prefix, children) / temperature, children.parent, len(states), -math.inf
+        )
     if len(barred.keys):
         logits = logits.index_put(barred.under(rows, states), logits.new_tensor(-math.inf))
     return logits.log_softmax(dim=1), first
 
 
-def _draw(table: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+def _draw(table: Tensor, uniforms: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     """Columns (R, D) drawn from log-probabilities (R, W) at uniforms (R, D), and what is left of these.
 
     The column is the first whose cumulated share exceeds u; what is left is where in that column's share u lies, from
     0 to 1: again uniform, whatever the column.
     """
-    if temperature == 0:
-        return table.argmax(dim=1, keepdim=True).expand(-1, uniforms.shape[1]), uniforms
     shares = table.double().exp()
     if top_p < 1:
         ordered, order = shares.sort(dim=1, descending=True)

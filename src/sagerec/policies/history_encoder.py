@@ -40,6 +40,8 @@ class Context(NamedTuple):
 class HistoryEncoder(Policy[Context, PrefixT]):
     """The half of a policy that reads. Calls: see `sagerec.policies.protocol.Policy`."""
 
+    reads_slate = True
+    """Whether the items of a slate are read as if the user had taken them; else they are only not written again."""
     encoder: nn.ModuleList
     """Layers with the call of `sagerec.policies.layers.Layer`."""
     encoder_norm: nn.LayerNorm
@@ -121,6 +123,8 @@ class HistoryEncoder(Policy[Context, PrefixT]):
 
     def append(self, context: Context, items: Tensor) -> Context:
         """Write one item to each slate; see the protocol."""
+        if not self.reads_slate:
+            return context
         batch, slates = items.shape
         own = torch.eye(slates, dtype=torch.bool, device=items.device).expand(batch, -1, -1)
         visible = torch.cat([context.visible, own], dim=2)
@@ -135,6 +139,8 @@ class HistoryEncoder(Policy[Context, PrefixT]):
     def extend(self, context: Context, slates: Tensor) -> Context:
         """Read whole slates at once; see the protocol. Their items are columns that a mask keeps to their slate."""
         batch, n_slates, places = slates.shape
+        if not self.reads_slate:
+            return context._replace(hidden=context.hidden[:, :1].expand(-1, 1 + n_slates * places, -1))
         order = torch.arange(n_slates * places, device=slates.device)
         own = (order[:, None] // places == order // places) & (order[:, None] >= order)
         seen = context.visible[:, :1].expand(-1, len(order), -1)

@@ -14,7 +14,8 @@ item's training events n_i (logit adjustment, Menon et al. 2021) is 0 while the 
 An item that shares its sequence is scored through the item that stands for them all. Only the root sums over the
 catalogue, at a cost of N x D a state; deeper nodes sum over the items under them.
 
-Shapes: B users, T history items, R states, M children, N leaves (distinct sequences), n the root's children, D width.
+Shapes: B users, T history items, R prefixes of U states, M children, N leaves (distinct sequences), n the root's
+children, D width.
 """
 
 from dataclasses import dataclass
@@ -59,6 +60,9 @@ class ItemScoresSettings:
     """Add a linear map of the item's content vector to its vector."""
     item_embedding: bool = True
     """Add an embedding of the item's own to its vector."""
+    reads_slate: bool = False
+    """Read the items of a slate like a history while writing on; else they are only left out from then on, and the
+    slate of most probable items is the beam list."""
     popularity_tilt: float = 0.4
     """How much less a popular item counts than the log has it: its score less this times log(1 + training events)."""
 
@@ -95,7 +99,9 @@ class Prefix(NamedTuple):
     """R partly written items, all of the same number of codes."""
 
     states: Tensor
-    """(R, D) encoder states."""
+    """(U, D) distinct encoder states."""
+    row: Tensor
+    """(R,) int64 which of them each prefix has."""
     vectors: Tensor
     """(N, D) item vectors in the order of the leaves, with what dropout left of them."""
     bias: Tensor
@@ -116,6 +122,7 @@ class ItemScores(HistoryEncoder[Prefix]):
     def __init__(self, settings: ItemScoresSettings, space: ActionSpace) -> None:
         super().__init__()
         self.settings, self.space, self.max_items = settings, space, settings.max_items
+        self.reads_slate = settings.reads_slate
         self.embed_by(space, settings.width, content=settings.content, item_embedding=settings.item_embedding)
         self.encoder = nn.ModuleList(
             SimilarityLayer(width=settings.width, heads=settings.heads, dropout=settings.dropout)
@@ -145,34 +152,35 @@ class ItemScores(HistoryEncoder[Prefix]):
         """The empty prefix of every state; see the protocol. Dropout is drawn once for all that it is asked."""
         events = torch.zeros(len(self.leaves), device=self.device).index_add(0, self.place, self.popularity)
         vectors = self.dropout(self.item_vectors(self.leaves))
-        return Prefix(context.hidden.flatten(0, 1), vectors, -self.settings.popularity_tilt * events.log1p(), 0)
+        bias = -self.settings.popularity_tilt * events.log1p()
+        users, slates = context.hidden.shape[:2]
+        states = context.hidden.flatten(0, 1) if self.reads_slate else context.hidden[:, 0]
+        row = torch.arange(users * slates, device=self.device)
+        return Prefix(states, row if self.reads_slate else row // slates, vectors, bias, 0)
 
     def step(self, prefix: Prefix, rows: Tensor, tokens: Tensor) -> Prefix:
         """Longer prefixes; see the protocol."""
-        return prefix._replace(states=prefix.states[rows], level=prefix.level + 1)
+        return prefix._replace(row=prefix.row[rows], level=prefix.level + 1)
 
     def follow(self, prefix: Prefix, rows: Tensor, tokens: Tensor, lengths: Tensor) -> list[Prefix]:
         """Whole code sequences at once; see the protocol."""
         longest = int(lengths.max()) if len(lengths) else 0
-        return [
-            prefix._replace(states=prefix.states[rows[lengths >= level]], level=level)
-            for level in range(1, longest + 1)
-        ]
+        return [prefix._replace(row=prefix.row[rows[lengths >= level]], level=level) for level in range(1, longest + 1)]
 
     def root_logits(self, prefix: Prefix) -> Tensor:
         """Logits of the root's children; see the protocol."""
         width, device = len(prefix.vectors), prefix.states.device
         size = max(1, (LARGEST_TABLE if device.type == "cpu" else LARGEST_TABLE_GPU) // width)
         if len(prefix.states) <= size:
-            return self._root_sums(prefix.states, prefix.vectors, prefix.bias)
+            return self._root_sums(prefix.states, prefix.vectors, prefix.bias)[prefix.row]
         parts = [
             checkpoint(self._root_sums, states, prefix.vectors, prefix.bias, use_reentrant=False)
             for states in torch.split(prefix.states, size)
         ]
-        return torch.cat(parts)
+        return torch.cat(parts)[prefix.row]
 
     def _root_sums(self, states: Tensor, vectors: Tensor, bias: Tensor) -> Tensor:
-        """(R, n) float32 log-sum-exp of the scores under each of the root's children: items first, for a child's are
+        """(U, n) float32 log-sum-exp of the scores under each of the root's children: items first, for a child's are
         consecutive rows.
         """
         scores = F.linear(vectors, states).float() + bias[:, None]
@@ -183,13 +191,13 @@ class ItemScores(HistoryEncoder[Prefix]):
 
     def child_logits(self, prefix: Prefix, children: Children) -> Tensor:
         """Logits of legal continuations; see the protocol."""
-        if prefix.level == 0 and len(children.node) == len(prefix.states) * len(self.root_sizes):
+        if prefix.level == 0 and len(children.node) == len(prefix.row) * len(self.root_sizes):
             return self.root_logits(prefix).flatten()
         size = self.space.trie.size[children.node].long()
         child = torch.repeat_interleave(size)
         begin = self.first[children.node] - size.cumsum(0) + size
         place = torch.arange(len(child), device=child.device) + begin[child]
-        states = F.embedding(children.parent[child], prefix.states)
+        states = F.embedding(prefix.row[children.parent[child]], prefix.states)
         scores = (states.float() * F.embedding(place, prefix.vectors).float()).sum(dim=1) + prefix.bias[place]
         return group_logsumexp(scores, child, len(size))
 

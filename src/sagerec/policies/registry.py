@@ -47,6 +47,8 @@ class PolicySettings:
     """Add a linear map of the item's content vector to what it is known by (on)."""
     item_embedding: bool | None = None
     """Add an embedding of the item's own (item-scores on, lazy-decoder off)."""
+    reads_slate: bool | None = None
+    """Read the items of a slate like a history while writing on, else only leave them out (item-scores off)."""
     popularity_tilt: float | None = None
     """How much less a popular item counts than the log has it: its score less this times log(1 + training events)
     (item-scores 0.4)."""
