@@ -5,11 +5,12 @@ reads for item i, with the softmax over the whole catalogue (Klenitskiy and Vasi
 code embeddings, a linear map of its content and an embedding of its own, so that what items share is learnt once; and
 the softmax is written code by code: a child v of a trie node has the logit
 
-    log sum_{i under v} exp(s_i - tau log(1 + n_i)),
+    log sum_{i under v} exp(s_i - tau log(1 + min(n_i, n_max))),
 
 normalised over the node's legal children. Along an item's way the sums telescope to its share of the softmax: one
 proper distribution over the trie, the same in lists, slates, rollouts and losses. The popularity tilt tau with the
-item's training events n_i (logit adjustment, Menon et al. 2021) is 0 while the supervised stage trains.
+item's training events n_i (logit adjustment, Menon et al. 2021) is 0 while the supervised stage trains; it evens out
+how often rare items occur, of which a handful of events says little, and leaves the others as the log has them.
 
 An item that shares its sequence is scored through the item that stands for them all. Only the root sums over the
 catalogue, at a cost of N x D a state; deeper nodes sum over the items under them.
@@ -63,11 +64,14 @@ class ItemScoresSettings:
     reads_slate: bool = False
     """Read the items of a slate like a history while writing on; else they are only left out from then on, and the
     slate of most probable items is the beam list."""
-    popularity_tilt: float = 0.4
-    """How much less a popular item counts than the log has it: its score less this times log(1 + training events)."""
+    popularity_tilt: float = 1.0
+    """How much more rare items count than the log has them: every score is less this times log(1 + the item's training
+    events, at most `tilt_events`)."""
+    tilt_events: int = 10
+    """Training events from which on an item is not rare."""
 
     def __post_init__(self) -> None:
-        check_shape(self, encoder_layers=at_least(1, 128), popularity_tilt=between(0, 10))
+        check_shape(self, encoder_layers=at_least(1, 128), popularity_tilt=between(0, 10), tilt_events=at_least(0))
 
 
 def leaf_order(trie: Trie) -> tuple[Tensor, Tensor]:
@@ -152,7 +156,7 @@ class ItemScores(HistoryEncoder[Prefix]):
         """The empty prefix of every state; see the protocol. Dropout is drawn once for all that it is asked."""
         events = torch.zeros(len(self.leaves), device=self.device).index_add(0, self.place, self.popularity)
         vectors = self.dropout(self.item_vectors(self.leaves))
-        bias = -self.settings.popularity_tilt * events.log1p()
+        bias = -self.settings.popularity_tilt * events.clamp(max=self.settings.tilt_events).log1p()
         users, slates = context.hidden.shape[:2]
         states = context.hidden.flatten(0, 1) if self.reads_slate else context.hidden[:, 0]
         row = torch.arange(users * slates, device=self.device)

@@ -50,8 +50,10 @@ class PolicySettings:
     reads_slate: bool | None = None
     """Read the items of a slate like a history while writing on, else only leave them out (item-scores off)."""
     popularity_tilt: float | None = None
-    """How much less a popular item counts than the log has it: its score less this times log(1 + training events)
-    (item-scores 0.4)."""
+    """How much more rare items count than the log has them: every score is less this times log(1 + the item's training
+    events, at most `tilt_events`) (item-scores 1)."""
+    tilt_events: int | None = None
+    """Training events from which on an item is not rare (item-scores 10)."""
 
     def __post_init__(self) -> None:
         check_fields(self)

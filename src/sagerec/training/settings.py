@@ -36,7 +36,7 @@ class TrainSettings:
 
     epochs: int = 20
     """Passes over the training sequences, at most."""
-    batch_size: int = 256
+    batch_size: int = 128
     """Sequences a step."""
     learning_rate: float = 2e-3
     """Highest learning rate of AdamW."""
