@@ -15,12 +15,12 @@ The algorithm (arXiv 2601.21452, read as docs/alignment.md says), with one item 
             one step of AdamW on loss + anchor x next-item loss
 
 Without `sagerec.objectives` and `sagerec.training.rounds`; a test holds its updates equal to those of `sagerec align`.
-What it leaves out: samples, slates of several items, other objectives, validation, checkpoints, ranks.
+It leaves out samples, slates of several items, other objectives, replay, validation, checkpoints, ranks.
 Shapes: B users of a minibatch, G slates of each, M rewards, N items, Q clusters, F free tokens.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +41,7 @@ from sagerec.run.folder import Run
 from sagerec.training.batches import shuffled_batches
 from sagerec.training.settings import AlignSettings, TrainSettings
 
-REWARDS = {"click": 1.0, "like": 1.0, "dislike": -1.0}
-EPS = 1e-4
+REWARDS, EPS = {"click": 1.0, "like": 1.0, "dislike": -1.0}, 1e-4
 
 
 @dataclass(frozen=True)
@@ -218,6 +217,8 @@ def stage_settings(args: Args) -> AlignSettings:
         batch_users=args.batch_users,
         learning_rate=args.learning_rate,
         sft_weight=args.anchor,
+        policy_weight=1,
+        replay_weight=0,
         validations=0,
         history="exclude",
         device="cpu",
@@ -230,9 +231,8 @@ def main(args: Args) -> None:
     if not (args.out / "store").is_dir():
         write_store(args.out / "store", simulate(StoreSettings(users=args.users)))
     run = stages.prepare(args.out / "store", args.out / "run", SplitSettings(reserve="event"))
-    settings = stages.RunSettings()
-    stages.make_actions(run, settings.ids)
-    stages.train(run, settings.policy, replace(TrainSettings(), epochs=args.supervised_epochs, batch_size=32))
+    stages.make_actions(run, stages.RunSettings().ids)
+    stages.train(run, stages.RunSettings().policy, TrainSettings(epochs=args.supervised_epochs, batch_size=32))
     store, policy = run.store(), run.policy(device="cpu")
     assert store is not None
     rows = {"supervised": answers_on_test(run, store, policy)}

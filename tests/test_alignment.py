@@ -44,6 +44,9 @@ QUICK = AlignSettings(
     round_users=64,
     epochs=2,
     learning_rate=2e-3,
+    policy_weight=1.0,
+    sft_weight=0.7,
+    replay_weight=0.0,
     validations=2,
     checkpoint_every=1,
     device="cpu",
@@ -328,7 +331,7 @@ def test_rollouts_of_another_seed_hold_other_slates(run: Run) -> None:
     cases = run.split.cases(run.data, "align")
     found = []
     for seed in (0, 0, 1):
-        stage = stage_of(run, AlignSettings(reward=("hit=1",), beam_slates=8, device="cpu", seed=seed).resolved())
+        stage = stage_of(run, AlignSettings(reward=("hit=1",), slates=16, beam_slates=8, device="cpu", seed=seed).resolved())
         made, _ = rounds.roll_round(stage, [np.arange(len(cases))], 0)
         found.append(made[0].rollouts.slates[:, :, 0])  # type: ignore[union-attr]
     assert torch.equal(found[0], found[1])
@@ -407,7 +410,7 @@ def test_what_cannot_be_aligned_is_refused(run: Run, small_run: Run, tmp_path: P
     unread: list[tuple[dict[str, Any], str]] = [
         ({"objective": "grpo", "boost": 4.0}, "--boost is not read by objective grpo; leave it out"),
         ({"objective": "sage", "cap": 2.0}, "--cap is not read by objective sage; leave it out"),
-        ({"top_p": 0.9, "beam_slates": 16}, "all slates come from beam search"),
+        ({"top_p": 0.9, "beam_slates": 32}, "all slates come from beam search"),
         ({"slates": 1}, "slates is 1, and sage compares the slates of a context"),
     ]
     for settings, message in unread:
