@@ -134,7 +134,7 @@ def test_a_hostile_value_is_refused_by_name_or_within_range(value: object) -> No
         (["run", "x", "--out", "y", "--train.epochs", "0"], "--train.epochs is 0; expected at least 1"),
         (
             ["run", "x", "--out", "y", "--policy.width=30"],
-            "--policy.width is 30; expected a multiple of twice the 4 heads",
+            "--policy.width is 30; expected a multiple of twice the 2 heads",
         ),
         (["recommend", "r", "--history", "a", "-k", "0"], "-k is 0; expected at least 1"),
         (["align", "r", "--reward", "hti=1"], "unknown reward 'hti'; expected some of hit, rank"),

@@ -169,7 +169,7 @@ NUMBERS: dict[str, Any] = {
     **{"round_users": 99, "batch_users": 33, "passes": 2, "learning_rate": 1e-3, "weight_decay": 0.2, "seed": 3},
     **{"warmup_share": 0.1, "clip_norm": 2.0, "policy_weight": 0.5, "sft_weight": 0.4, "replay_weight": 0.3},
     **{"kl_weight": 0.2, "entropy_weight": 0.1, "validations": 3, "validation_users": 77, "criterion": ("recall=1",)},
-    **{"reward": ("hit=2",), "reward_module": ("mine.rewards",)},
+    **{"reward": ("hit=2",), "reward_module": ("mine.rewards",), "start": "supervised"},
 }
 BESIDE: dict[str, dict[str, Any]] = {"top_p": {"beam_slates": 2}, "credit": {"k": 3}}
 """What a setting needs beside it."""
