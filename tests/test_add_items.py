@@ -119,13 +119,17 @@ def test_new_items_take_the_nearest_codes_in_use(small_run: Run, grown: Run) -> 
 
 
 def test_items_that_look_alike_get_the_vectors_of_their_likes(small_run: Run, grown: Run) -> None:
-    """Text and categories of items 0-5, to half precision; nothing of the log; and nothing at all for the blank one."""
+    """Text and categories of items 0-5, to half precision; of the log what their likes have; the blank one nothing."""
     blocks = small_run.manifest("semantic_ids").sizes["blocks"]
     assert list(blocks) == ["text", "categories", "collaborative"]
     words = blocks["text"] + blocks["categories"]
     vectors = semantic_ids(grown).vectors
     assert vectors[200:206, :words] == pytest.approx(vectors[:6, :words], abs=2e-3)
-    assert (vectors[200:, words:] == 0).all()
+    alike = np.zeros_like(vectors[200:])
+    alike[:, :words] = vectors[200:, :words]
+    expected = fill_collaborative(alike, semantic_ids(small_run).vectors, blocks)
+    assert np.array_equal(vectors[200:], expected)
+    assert (expected[:6, words:] != 0).any(axis=1).all()
     assert (vectors[206] == 0).all()
 
 

@@ -331,7 +331,9 @@ def test_rollouts_of_another_seed_hold_other_slates(run: Run) -> None:
     cases = run.split.cases(run.data, "align")
     found = []
     for seed in (0, 0, 1):
-        stage = stage_of(run, AlignSettings(reward=("hit=1",), slates=16, beam_slates=8, device="cpu", seed=seed).resolved())
+        stage = stage_of(
+            run, AlignSettings(reward=("hit=1",), slates=16, beam_slates=8, device="cpu", seed=seed).resolved()
+        )
         made, _ = rounds.roll_round(stage, [np.arange(len(cases))], 0)
         found.append(made[0].rollouts.slates[:, :, 0])  # type: ignore[union-attr]
     assert torch.equal(found[0], found[1])

@@ -51,3 +51,25 @@ def test_the_command_line_trains_it_beside_the_policy(run: Run, small_run: Run) 
     with pytest.raises(SettingsError, match=r"the split reserves no event.*--split.reserve event"):
         train_all_at_once(small_run, SMALL_POLICY, SMALL_TRAIN)
     assert set(Path(small_run.folder).iterdir()) == before
+
+
+def test_an_alignment_starts_from_it_and_makes_it_where_it_does_not_fit(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the settings of RUN/policy but for the device; several processes do not make it side by side."""
+    settings = replace(QUICK, start="all-at-once", epochs=1, max_contexts=32, validations=0)
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(SettingsError, match="several processes need the policy that they start from"):
+            align(run, settings)
+    assert not (run.folder / "policy-all-at-once").exists()
+    name = align(run, settings)
+    made = run.manifest("policy-all-at-once")
+    assert run.manifest(name).made_from["policy-all-at-once"] == made.content_hash
+    train_all_at_once(run, SMALL_POLICY, replace(SMALL_TRAIN, device="auto"))
+    elsewhere = run.manifest("policy-all-at-once").content_hash
+    align(run, settings)
+    assert run.manifest("policy-all-at-once").content_hash == elsewhere, "made on another device, it serves"
+    train_all_at_once(run, SMALL_POLICY, replace(SMALL_TRAIN, epochs=1))
+    align(run, settings)
+    assert run.manifest("policy-all-at-once").settings["train"]["epochs"] == SMALL_TRAIN.epochs

@@ -220,14 +220,14 @@ def test_a_sum_of_far_lower_scores_stays_finite() -> None:
     assert found.tolist() == [[0.0, pytest.approx(math.log(1e-30))]]
 
 
-def test_new_items_begin_without_an_embedding_and_without_events() -> None:
+def test_new_items_begin_without_an_embedding_and_are_not_rare() -> None:
     before = np.array([[0, 0], [0, 1], [1, 0]])
     after = np.array([[0, 0], [0, 1], [1, 0], [0, 2], [0, 3]])
     shape = ItemScoresSettings(width=4, content=False)
     small, large = (ItemScores(shape, make_space(codes)) for codes in (before, after))
     small.count(torch.tensor([3.0, 2.0, 1.0]))
     large.load_weights(small.state_dict())
-    assert large.popularity.tolist() == [3, 2, 1, 0, 0]
+    assert large.popularity.tolist() == [3, 2, 1, 3, 3]
     assert large.item_embedding is not None
     assert large.item_embedding.weight[3:].eq(0).all()
     assert grow_weights(small.state_dict(), large)["item_codes.weight"].shape == (6, 4)

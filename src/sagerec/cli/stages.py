@@ -145,7 +145,7 @@ class Train:
 
 @dataclass(frozen=True)
 class Align:
-    """Align the supervised policy of a run with several rewards, on events that it has not seen. A killed one resumes.
+    """Align a supervised policy of a run with several rewards, on the reserved events. A killed one resumes.
 
     Example: sagerec align RUN --objective sage --reward hit=1 --reward cold*hit=0.5
     """

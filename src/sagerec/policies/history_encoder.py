@@ -20,8 +20,6 @@ from sagerec.policies.protocol import Policy, PrefixT
 
 CODE_ROWS = ("item_codes.weight", "prefix_codes.weight", "head", "head_bias")
 """Weights with a row a code, level after level."""
-ITEM_ROWS = ("item_embedding.weight", "popularity")
-"""Weights with a row an item."""
 
 
 class Context(NamedTuple):
@@ -158,13 +156,16 @@ def grow_weights(weights: dict[str, Tensor], policy: HistoryEncoder[Any]) -> dic
 
     Codes in use stay and only the last level gets more of them. A last code that no item had in training takes the
     row of the last one that some item had: both stand for the least popular of items that collide. An item's own row
-    that was never trained is zeros.
+    that was never trained is zeros. New items count as often taken as any: they are unknown, and not rare.
     """
     grown = dict(weights)
     more_codes = sum(policy.level_sizes) - len(weights["item_codes.weight"])
     for name in weights.keys() & set(CODE_ROWS):
         grown[name] = torch.cat([weights[name], weights[name][-1:].expand(more_codes, *weights[name].shape[1:])])
-    for name in weights.keys() & set(ITEM_ROWS):
+    if (name := "item_embedding.weight") in weights:
         more_items = policy.space.n_items - len(weights[name])
-        grown[name] = torch.cat([weights[name], weights[name].new_zeros(more_items, *weights[name].shape[1:])])
+        grown[name] = torch.cat([weights[name], weights[name].new_zeros(more_items, weights[name].shape[1])])
+    if (name := "popularity") in weights:
+        more_items = policy.space.n_items - len(weights[name])
+        grown[name] = torch.cat([weights[name], weights[name].max().expand(more_items)])
     return grown

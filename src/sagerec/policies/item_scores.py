@@ -8,9 +8,10 @@ the softmax is written code by code: a child v of a trie node has the logit
     log sum_{i under v} exp(s_i - tau log(1 + min(n_i, n_max))),
 
 normalised over the node's legal children. Along an item's way the sums telescope to its share of the softmax: one
-proper distribution over the trie, the same in lists, slates, rollouts and losses. The popularity tilt tau with the
-item's training events n_i (logit adjustment, Menon et al. 2021) is 0 while the supervised stage trains; it evens out
-how often rare items occur, of which a handful of events says little, and leaves the others as the log has them.
+proper distribution over the trie, the same in lists, slates, rollouts and the policy loss. The popularity tilt tau with
+the item's training events n_i (logit adjustment, Menon et al. 2021) is 0 in the next-item loss, which learns the log as
+it is; it evens out how often rare items occur, of which a handful of events says little, and leaves the others as the
+log has them.
 
 An item that shares its sequence is scored through the item that stands for them all. Only the root sums over the
 catalogue, at a cost of N x D a state; deeper nodes sum over the items under them.
@@ -36,7 +37,7 @@ from sagerec.policies.layers import FastDropout, SimilarityLayer, check_shape
 from sagerec.policies.softmax import full_softmax_loss
 
 LARGEST_TABLE, LARGEST_TABLE_GPU = 2**22, 2**26
-"""Scores that are held at a time."""
+"""Numbers that are held at a time: scores, or parts of products."""
 ENCODED_ROWS = 64
 """Sequences that training encodes at a time, of like length, so that little is padded."""
 FLOOR = 1e-30
@@ -171,10 +172,13 @@ class ItemScores(HistoryEncoder[Prefix]):
         longest = int(lengths.max()) if len(lengths) else 0
         return [prefix._replace(row=prefix.row[rows[lengths >= level]], level=level) for level in range(1, longest + 1)]
 
+    @property
+    def _largest_table(self) -> int:
+        return LARGEST_TABLE if self.device.type == "cpu" else LARGEST_TABLE_GPU
+
     def root_logits(self, prefix: Prefix) -> Tensor:
         """Logits of the root's children; see the protocol."""
-        width, device = len(prefix.vectors), prefix.states.device
-        size = max(1, (LARGEST_TABLE if device.type == "cpu" else LARGEST_TABLE_GPU) // width)
+        size = max(1, self._largest_table // len(prefix.vectors))
         if len(prefix.states) <= size:
             return self._root_sums(prefix.states, prefix.vectors, prefix.bias)[prefix.row]
         parts = [
@@ -197,12 +201,28 @@ class ItemScores(HistoryEncoder[Prefix]):
         """Logits of legal continuations; see the protocol."""
         if prefix.level == 0 and len(children.node) == len(prefix.row) * len(self.root_sizes):
             return self.root_logits(prefix).flatten()
-        size = self.space.trie.size[children.node].long()
+        size, state = self.space.trie.size[children.node].long(), prefix.row[children.parent]
+        piece = (size.cumsum(0) - 1) * prefix.vectors.shape[1] // self._largest_table
+        pieces = torch.bincount(piece).tolist()
+        given = (prefix.states, prefix.vectors, prefix.bias)
+        parts = zip(*(torch.split(x, pieces) for x in (self.first[children.node], size, state)), strict=True)
+        if len(pieces) == 1:
+            return self._sums_under(*given, *next(parts))
+        # A piece without children is of one with more items than the table holds.
+        return torch.cat(
+            [checkpoint(self._sums_under, *given, *part, use_reentrant=False) for part in parts if len(part[0])]
+        )
+
+    def _sums_under(
+        self, states: Tensor, vectors: Tensor, bias: Tensor, first: Tensor, size: Tensor, state: Tensor
+    ) -> Tensor:
+        """(M,) float32 log-sum-exp of the scores of items at places first (M,) … first + size (M,) - 1 after states
+        `state` (M,).
+        """
         child = torch.repeat_interleave(size)
-        begin = self.first[children.node] - size.cumsum(0) + size
-        place = torch.arange(len(child), device=child.device) + begin[child]
-        states = F.embedding(prefix.row[children.parent[child]], prefix.states)
-        scores = (states.float() * F.embedding(place, prefix.vectors).float()).sum(dim=1) + prefix.bias[place]
+        place = torch.arange(len(child), device=child.device) + (first - size.cumsum(0) + size)[child]
+        own = F.embedding(state[child], states).float()
+        scores = (own * F.embedding(place, vectors).float()).sum(dim=1) + bias[place]
         return group_logsumexp(scores, child, len(size))
 
     def next_item_loss(self, items: Tensor, targets: Tensor, counted: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 from sagerec.evaluation.tests import NO_DIFFERENCE, ONE_SEED
 from sagerec.run.folder import ALL_AT_ONCE
-from sagerec.study.design import CONTROL, OURS, START
+from sagerec.study.design import CONTROL, OURS
 
 LABELS = {
     "recall": "Recall",
@@ -159,6 +159,6 @@ def by_criterion(record: Mapping[str, Any]) -> str:
     place = next((i for i, row in enumerate(ordered, start=1) if row["name"] == OURS), None)
     stands = "" if place is None else f" {OURS} {'wins' if best == OURS else f'is number {place}'} by it."
     return (
-        f"By the criterion that chose on validation ({', '.join(named)}, each relative to {START}), on test: {order}."
+        f"By the criterion that chose on validation ({', '.join(named)}, each relative to the start), on test: {order}."
         f"{stands} No test was made of it."
     )

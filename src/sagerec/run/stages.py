@@ -185,6 +185,17 @@ def aligned_from(run: Run, settings: AlignSettings) -> tuple[str, dict[str, str]
     return start, run.hashes("dataset", "split", run.actions, start)
 
 
+def _has_all_at_once(run: Run) -> bool:
+    """Whether RUN/policy-all-at-once is of what the run holds, with the settings of RUN/policy but for where it ran."""
+    name = f"policy-{ALL_AT_ONCE}"
+    if not (run.folder / name).is_dir() or run.stale(name) is not None:
+        return False
+    wanted, there = (run.manifest(each) for each in ("policy", name))
+    elsewhere = dict.fromkeys(("device", "track"))
+    trained = [each.settings["train"] | elsewhere for each in (wanted, there)]
+    return bool(trained[0] == trained[1] and wanted.settings["policy"] == there.settings["policy"])
+
+
 def align(run: Run, settings: AlignSettings, *, name: str | None = None) -> str:
     """The alignment stage of a run, to RUN/policy-NAME (the objective's name, if not given).
 
@@ -195,11 +206,14 @@ def align(run: Run, settings: AlignSettings, *, name: str | None = None) -> str:
     folder = run.folder / f"policy-{check_aligned_name(name or settings.objective)}"
     if (reason := run.stale("policy")) is not None:
         raise ArtifactError(f"{reason}: sagerec train")
-    if settings.start == "all-at-once":
+    if settings.start == "all-at-once" and not _has_all_at_once(run):
+        require(
+            parallel.launched() == 1,
+            "several processes need the policy that they start from: sagerec train RUN --all-at-once",
+        )
         trained = run.manifest("policy").settings
-        there = (run.folder / f"policy-{ALL_AT_ONCE}").is_dir()
-        require(there or parallel.n_ranks() == 1, "several processes need the start: sagerec train RUN --all-at-once")
-        train_all_at_once(run, settings_of(trained["policy"]), from_json(TrainSettings, trained["train"]))
+        how = replace(from_json(TrainSettings, trained["train"]), device=settings.device, track=())
+        train_all_at_once(run, settings_of(trained["policy"]), how)
     start, made_from = aligned_from(run, settings)
     policy_settings = run.manifest(start).settings["policy"]
     resolved = {"policy": policy_settings, "align": settings.what()}

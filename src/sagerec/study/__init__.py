@@ -9,9 +9,9 @@
 Each seed has Semantic IDs and unaligned policies of its own, from which its alignments start. On seed 0, each objective
 has the same number of trials over its own settings, the first those that all share (which were found on sage:
 docs/log.md), all with the same events, rewards, rollouts and budget; the settings that win by the criterion on
-validation run with every seed and are evaluated on test. The control `sft`, which learns the reserved events after the
-others, and the reference `all-at-once`, which learns them together, are always there: an alignment that does not beat
-both has added nothing. What is compared is named before anything runs (`design.comparisons`).
+validation run with every seed and are evaluated on test. The control `sft`, supervised training that goes on, and the
+reference `all-at-once`, which learns training and reserved events together, are always there: an alignment that does
+not beat both has added nothing. What is compared is named before anything runs (`design.comparisons`).
 
 Every trial and row is a job that is skipped where its result is there, so a study that was stopped goes on; jobs run in
 parallel processes. Baselines learn from the same events, SASRec with as many trials.

@@ -17,7 +17,7 @@ from sagerec.training.settings import OF_A_ROW, AlignSettings, TrainSettings
 STUDY, RUN = "study.json", "run"
 CONTROL, START, OURS = "sft", "supervised", "sage"
 REFERENCES = (CONTROL, ALL_AT_ONCE)
-"""What every row is compared with: the reserved events learnt after the others, and together with them."""
+"""What every row is compared with: supervised training that goes on, and all events at once."""
 RIVALS = ("gbpo", "gbpo_decoupled", "gdpo", "sage_paper")
 """What sage is compared with beside them."""
 ABLATIONS = ("sage_no_boost", "sage_no_penalty", "sage_coupled", "sage_token", "sage_bound")

@@ -97,7 +97,8 @@ def describe_study(
     kinds = {CONTROL: "control", START: "start", ALL_AT_ONCE: "reference"} | dict.fromkeys(study.baselines, "baseline")
     kinds |= dict.fromkeys(study.ablation_rows, "ablation")
     weights = parse_criterion(aligned.criterion)
-    starts = [dict(zip(found[START].by_seed, v, strict=True)) for v in seed_by_seed(found[START].by_seed)]
+    start = found[START if aligned.start == "supervised" else ALL_AT_ONCE].by_seed
+    starts = [dict(zip(start, v, strict=True)) for v in seed_by_seed(start)]
     rows: dict[str, dict[str, Any]] = {}
     for name, measured in found.items():
         rows[name] = {
@@ -159,8 +160,8 @@ def criterion_on_test(
 ) -> dict[str, Any]:
     """The criterion by which validation chooses, on test: its mean over the seeds and each seed's.
 
-    sum_m weight_m x metric_m / metric_m of the seed's own supervised start (`criterion_value`), or of the one that all
-    share; a metric that no case counts for is 0, as on validation.
+    sum_m weight_m x metric_m / metric_m of what the seed's alignments start from (`criterion_value`), or of the one
+    that all share; a metric that no case counts for is 0, as on validation.
     """
 
     def named(values: dict[str, float]) -> dict[str, float]:

@@ -5,13 +5,13 @@
         rewards                        <- what each slate earns
         advantages                     <- per reward and group, then over the whole round
         for each minibatch, several times over: one step of AdamW on
-            policy_loss + sft_weight x next-item loss + kl_weight x KL(policy || start) - entropy_weight x entropy
+            policy_weight x policy loss + sft_weight x next-item loss + replay_weight x that of whole sequences
+            + kl_weight x KL(policy || start) - entropy_weight x entropy
     every few rounds: validate, keep the best by the stated criterion
 
 Departures from the paper: rollouts serve several updates (old log-probabilities are stored), for at a ratio of 1 no
-bound acts; the reserved events are those that supervised training has not seen; dropout is off in rollouts and policy
-loss, so that the ratio is that of two policies and not of two masks. The control `sft` runs the same rounds and
-minibatches with the next-item loss alone.
+bound acts; dropout is off in rollouts and policy loss, so that the ratio is that of two policies and not of two masks.
+The control `sft` runs the same rounds and minibatches with next-item losses alone.
 
 A killed run resumes to the same weights, bit for bit on a CPU: what is drawn in a round hangs on seed and round alone.
 
@@ -123,8 +123,7 @@ def align_policy(
     cases = split.cases(data, "align")
     if len(cases) == 0:
         raise SettingsError(
-            "the split reserves no event for alignment, which needs events that supervised training has not seen; "
-            "make the run with --split.reserve event (or users)"
+            "the split reserves no event for alignment; make the run with --split.reserve event (or users)"
         )
     if settings.max_contexts:
         cases = cases.sample(settings.max_contexts, np.random.default_rng(settings.seed))

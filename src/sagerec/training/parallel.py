@@ -38,6 +38,11 @@ def n_ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def launched() -> int:
+    """Processes that torchrun started, whether they have met or not; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def own_share(n: int) -> slice:
     """Which of n rows belong to this rank: every n_ranks-th."""
     return slice(rank(), n, n_ranks())

@@ -134,7 +134,7 @@ class AlignSettings:
     epochs: int = 1
     """Passes over the reserved events."""
     max_contexts: int = 0
-    """Reserved events used, drawn by the seed; 0 uses all."""
+    """Reserved events that are rolled out, drawn by the seed; 0 takes all. The replay has all of them."""
     round_users: int = 512
     """Contexts that are rolled out at a time, for round_users / batch_users x passes updates, the staleness."""
     batch_users: int = 128

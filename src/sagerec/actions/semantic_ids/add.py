@@ -4,7 +4,7 @@ A new item is embedded by the saved projections (its co-occurrence block is zero
 that block is taken from the items most alike in the others, or it would stand among the items that nobody takes. It
 gets the nearest centroid at each level among the codes in use and, where IDs are unique, the next free last code of the
 items that it collides with. So only the last level can grow, and a policy trained before serves on
-(`policies.lazy_decoder`).
+(`policies.history_encoder`).
 
 Shapes: N items, n of them new, D dimensions, L codes per item.
 """
@@ -110,9 +110,9 @@ def code_new_items(folder: Path, data: Dataset) -> Addition:
     manifest, ids = read_manifest(folder, "semantic_ids"), read_semantic_ids(folder)
     settings, n_old, levels = from_json(SemanticIdSettings, manifest.settings), len(ids.codes), len(ids.codebooks)
     vectors = new_item_vectors(folder, replace(data, items=data.items[n_old:]), settings, manifest.sizes["blocks"])
-    coded = fill_collaborative(vectors, ids.vectors, manifest.sizes["blocks"])
+    coded = filled = fill_collaborative(vectors, ids.vectors, manifest.sizes["blocks"])
     if settings.quantiser == "rq-vae":
-        coded = encode(load_rq_vae(read_tensors(folder / NETWORK)), torch.from_numpy(coded)).numpy()
+        coded = encode(load_rq_vae(read_tensors(folder / NETWORK)), torch.from_numpy(filled)).numpy()
     chosen, left = nearest_codes(coded, ids.codebooks, [np.unique(column) for column in ids.codes.T[:levels]])
     prefixes = np.concatenate([ids.codes[:, :levels], chosen])
     # Ranked in the order of arrival, a new item comes after all that share its codes: the next free last code.
@@ -128,7 +128,7 @@ def code_new_items(folder: Path, data: Dataset) -> Addition:
     _, inverse, counts = np.unique(prefixes, axis=0, return_inverse=True, return_counts=True)
     return Addition(
         codes=codes,
-        vectors=np.concatenate([ids.vectors, vectors]),
+        vectors=np.concatenate([ids.vectors, filled]),
         trie=trie,
         items=len(vectors),
         collisions=int((counts[inverse.reshape(-1)[n_old:]] > 1).sum()),
