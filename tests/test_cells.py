@@ -66,7 +66,7 @@ def test_the_best_by_the_criterion_is_named() -> None:
         "settings": {"align": {"criterion": ["recall=2"]}},
     }
     assert cells.by_criterion(record) == (
-        "By the criterion that chose on validation (recall=2, each relative to supervised), on test: sage 3.250, "
+        "By the criterion that chose on validation (recall=2, each relative to the start), on test: sage 3.250, "
         "sft 3.000 (one seed). sage wins by it. No test was made of it."
     )
 
