@@ -20,7 +20,7 @@ from sagerec.policies.history_encoder import grow_weights
 from sagerec.policies.item_scores import ItemScores, ItemScoresSettings, leaf_order
 from sagerec.policies.lazy_decoder import LazyDecoderSettings
 from sagerec.policies.registry import PolicySettings, describe_policy
-from tests.test_policy import N, histories
+from tests.test_policy import N, assert_append_equals_encoding_anew, histories
 
 
 def small_space(*, variable_length: bool = False, shared: bool = False) -> ActionSpace:
@@ -174,18 +174,7 @@ def test_slates_are_scored_in_one_pass_as_they_are_written(reads_slate: bool) ->
 
 
 def test_appending_to_a_shared_history_equals_encoding_each_slate_anew() -> None:
-    policy = small_policy(encoder_layers=2, reads_slate=True)
-    items, lengths = histories(batch=4, longest=6)
-    slates = torch.randint(0, N, (4, 3, 2), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        context = policy.encode(items, lengths, slates=3)
-        for place in range(2):
-            context = policy.append(context, slates[:, :, place])
-        for user in range(4):
-            for slate in range(3):
-                whole = torch.cat([items[user, : lengths[user]], slates[user, slate]])[None]
-                alone = policy.encode(whole, torch.tensor([whole.shape[1]])).hidden[0, 0]
-                torch.testing.assert_close(context.hidden[user, slate], alone, rtol=1e-4, atol=1e-5)
+    assert_append_equals_encoding_anew(small_policy(encoder_layers=2, reads_slate=True))
 
 
 def test_later_items_and_padding_change_nothing_and_the_order_does() -> None:

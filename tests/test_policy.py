@@ -11,6 +11,7 @@ from sagerec.actions.semantic_ids.quantisers import separate
 from sagerec.actions.space import make_space
 from sagerec.actions.trie import ROOT
 from sagerec.errors import SettingsError
+from sagerec.policies.history_encoder import HistoryEncoder
 from sagerec.policies.layers import FastDropout
 from sagerec.policies.lazy_decoder import LazyDecoder, LazyDecoderSettings
 
@@ -79,9 +80,8 @@ def test_order_of_the_history_matters() -> None:
     assert not torch.allclose(one, two, atol=1e-3)
 
 
-def test_appending_to_a_shared_history_equals_encoding_each_slate_anew() -> None:
+def assert_append_equals_encoding_anew(policy: HistoryEncoder[Any]) -> None:
     """G slates of two items on one cached history against B * G full encodings: the slow twin of `append`."""
-    policy = small_policy()
     items, lengths = histories(batch=4, longest=6)
     slates = torch.randint(0, N, (4, 3, 2), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -93,6 +93,10 @@ def test_appending_to_a_shared_history_equals_encoding_each_slate_anew() -> None
                 whole = torch.cat([items[user, : lengths[user]], slates[user, slate]])[None]
                 alone = policy.encode(whole, torch.tensor([whole.shape[1]])).hidden[0, 0]
                 torch.testing.assert_close(context.hidden[user, slate], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_appending_to_a_shared_history_equals_encoding_each_slate_anew() -> None:
+    assert_append_equals_encoding_anew(small_policy())
 
 
 @pytest.mark.parametrize("variable_length", [False, True])

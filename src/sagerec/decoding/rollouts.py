@@ -15,12 +15,10 @@ from torch import Tensor
 from sagerec.actions.legal import NO_ITEM
 from sagerec.config import above, at_least, between, check_fields, require
 from sagerec.decoding.beam import beam_lists
-from sagerec.decoding.slates import FreeTokens, Slates, join_tokens, slate_logprobs, write_slates
+from sagerec.decoding.slates import LEAST_BEAMS, FreeTokens, Slates, join_tokens, slate_logprobs, write_slates
 from sagerec.errors import SettingsError
 from sagerec.policies.protocol import ContextT, Policy, PrefixT
 
-LEAST_BEAMS = 20
-"""Beams of a beam list, at least."""
 MOST = 10_000
 """Items of a slate, and slates of a context, at most."""
 

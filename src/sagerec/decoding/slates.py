@@ -24,8 +24,8 @@ from sagerec.decoding.beam import beam_lists
 from sagerec.errors import SettingsError
 from sagerec.policies.protocol import ContextT, Policy, PrefixT
 
-BEAMS = 20
-"""Beams with which the most probable item is looked for first; twice as many until it is proven."""
+LEAST_BEAMS = 20
+"""Beams of a beam list, at least."""
 
 
 class FreeTokens(NamedTuple):
@@ -123,7 +123,7 @@ def _best_items(policy: Policy[ContextT, PrefixT], context: ContextT, excluded: 
     """(B, K) the most probable item after each of B contexts of one slate, then the most probable after that, …"""
     found = excluded.new_full((len(excluded), 0), NO_ITEM)
     for place in range(k):
-        beams, out = BEAMS, torch.cat([excluded, found], dim=1)
+        beams, out = LEAST_BEAMS, torch.cat([excluded, found], dim=1)
         lists = beam_lists(policy, context, len(out), k=1, beams=beams, excluded=out)
         while not bool(lists.exact.all()) and beams < policy.space.n_sequences:
             beams *= 2

@@ -230,9 +230,11 @@ class ItemScores(HistoryEncoder[Prefix]):
         together, for batches hold rows of any.
         """
         vectors = self.item_vectors(torch.arange(self.space.n_items, device=items.device))
-        lengths, states, wanted = counted.sum(dim=1), [], []
+        # A row is read as far as its last counted place.
+        lengths = (counted * torch.arange(1, items.shape[1] + 1, device=items.device)).amax(dim=1)
+        states, wanted = [], []
         for rows in torch.split(lengths.argsort(stable=True), ENCODED_ROWS):
-            longest = int((counted[rows] * torch.arange(1, items.shape[1] + 1, device=items.device)).max())
+            longest = int(lengths[rows].max())
             places = counted[rows, :longest]
             encoded, _ = self.encode_embedded(self.dropout(F.embedding(items[rows, :longest], vectors)))
             states.append(encoded[places])

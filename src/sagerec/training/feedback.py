@@ -80,15 +80,13 @@ class Feedback:
         """Answers (B, G, K) to slates of the cases `index` with histories (B, T) and targets (B,).
 
         From the store, expected values; from the log, what it says of the target, and 0 for every other item. Where a
-        slate has no item (-1), or one that the store does not know, nobody answers: 0.
+        slate has no item (-1), nobody answers: 0; nor does the store for an item that it does not know.
         """
         found: dict[str, Tensor] = {}
         shape, device = slates.shape, slates.device
-        if self.store is not None:
-            slates = torch.from_numpy(self.store.known(slates.cpu().numpy())).to(device)
         there, slates = slates >= 0, slates.clamp(min=0)
         if self.store is not None:
-            flat = slates.cpu().numpy().reshape(-1, shape[2])
+            flat = self.store.known(slates.cpu().numpy().reshape(-1, shape[2]))
             users = self.cases.users[index].repeat(shape[1])
             last = history[np.arange(len(index)), lengths - 1].repeat(shape[1])
             expected = self.store.expected(users, flat, last_items=last)

@@ -1,8 +1,8 @@
 """New items into an artefact of Semantic IDs: the codes of the older items stay, and the trie grows.
 
-A new item is embedded by the saved projections (its co-occurrence block is zero: it has no events). To find its codes
-that block is taken from the items most alike in the others, or it would stand among the items that nobody takes. It
-gets the nearest centroid at each level among the codes in use and, where IDs are unique, the next free last code of the
+A new item is embedded by the saved projections; having no events, it takes its co-occurrence block from the items most
+alike in the other blocks, or it would stand among the items that nobody takes, by its codes and by its vector. It gets
+the nearest centroid at each level among the codes in use and, where IDs are unique, the next free last code of the
 items that it collides with. So only the last level can grow, and a policy trained before serves on
 (`policies.history_encoder`).
 
