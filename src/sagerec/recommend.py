@@ -74,5 +74,5 @@ class Recommender:
 def load(run: str | Path, *, policy: str = "policy", device: str = "auto") -> Recommender:
     """Load the recommender of a run folder. Raises: ArtifactError."""
     opened = open_run(run)
-    titles = opened.data.titles(range(opened.data.n_items))
-    return Recommender(opened.policy(policy, device=device), opened.data.item_ids, titles)
+    loaded, titles = opened.policy(policy, device=device), opened.data.titles(range(opened.data.n_items))
+    return Recommender(loaded, opened.data.item_ids, loaded.space.titles(titles))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from sagerec.actions import titles
 from sagerec.actions.semantic_ids import build
 from sagerec.actions.semantic_ids.add import Addition, code_new_items, write_addition
 from sagerec.actions.semantic_ids.build import SemanticIdSettings, build_semantic_ids, read_semantic_ids
@@ -60,7 +61,8 @@ KINDS: dict[str, ActionKind] = {
         build.inputs,
         code_new_items,
         write_addition,
-    )
+    ),
+    titles.KIND: ActionKind(titles.KIND, titles.TitleSettings, titles.build_titles, titles.read_titles, titles.inputs),
 }
 
 

@@ -137,6 +137,10 @@ class ActionSpace:
         tokens: np.ndarray = self.trie.token[self.nodes[self.offsets[:-1]].long()].cpu().numpy().astype(np.int64)
         return tokens
 
+    def titles(self, given: list[str]) -> list[str]:
+        """(N,) titles as lists show them, of those that the items have; a space that writes titles has its own."""
+        return given
+
     def centroids(self) -> tuple[np.ndarray, np.ndarray]:
         """Points (C, D) that stand for groups of items, and the group (N,) of each item; coarse clusters join them."""
         if self.vectors is None:

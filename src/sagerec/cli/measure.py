@@ -1,8 +1,8 @@
 """Commands that evaluate, compare, audit and show."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich.table import Table
@@ -45,6 +45,8 @@ class Compare:
     """Study folder to write."""
     study: Annotated[StudySettings, FLAT] = field(default_factory=StudySettings)
     """What is compared."""
+    actions: Literal["semantic-id", "text"] | None = None
+    """What items are written as, in place of --run.actions: semantic-id, a few codes; text, their titles."""
     align: AlignSettings = field(default_factory=AlignSettings)
     """What all alignments share."""
     run: RunSettings = field(default_factory=RunSettings)
@@ -55,7 +57,8 @@ class Compare:
     """How it is trained."""
 
     def __call__(self) -> None:
-        settings = CompareSettings(self.study, self.run, self.align, self.sasrec, self.sasrec_train)
+        run = self.run if self.actions is None else replace(self.run, actions=self.actions)
+        settings = CompareSettings(self.study, run, self.align, self.sasrec, self.sasrec_train)
         print_study(run_study(self.dataset, self.out, settings))
 
 

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from sagerec.actions.registry import ActionSettings
+from sagerec.actions.titles import TitleSettings
 from sagerec.baselines.tuning import BaselineName, evaluate_baseline
+from sagerec.catalogue.dataset import read_dataset
 from sagerec.catalogue.splits import SplitSettings
 from sagerec.cli.arguments import FLAT, Folder
 from sagerec.cli.tables import (
@@ -16,6 +18,7 @@ from sagerec.cli.tables import (
     print_reports,
 )
 from sagerec.policies.registry import PolicySettings
+from sagerec.policies.small_lm import SmallLMSettings, new_language_model
 from sagerec.recommend import load
 from sagerec.report.training_plots import write_plots
 from sagerec.run import stages as pipeline
@@ -77,20 +80,50 @@ class Prepare:
 
 @dataclass(frozen=True)
 class Ids:
-    """Make the Semantic IDs of a run.
+    """Make the Semantic IDs of a run, or its titles as a language model writes them.
 
     Example: sagerec ids RUN --quantiser balanced-kmeans --codebook-size 256
+    Example: sagerec ids RUN --actions text --model LM
     """
 
     run: Folder
     """Run folder."""
     ids: Annotated[ActionSettings, FLAT] = field(default_factory=ActionSettings)
     """How items become codes."""
+    actions: Literal["semantic-id", "text"] = "semantic-id"
+    """What items are written as: semantic-id, a few codes; text, their titles."""
+    model: str = ""
+    """For text: folder or hub name of the language model whose tokenizer writes them."""
+    text: TitleSettings = field(default_factory=TitleSettings)
+    """How titles become tokens."""
 
     def __call__(self) -> None:
         run = open_run(self.run)
-        pipeline.make_actions(run, self.ids)
+        pipeline.make_actions(run, pipeline.action_settings(self.actions, self.ids, self.text, self.model))
         print_ids(run)
+
+
+@dataclass(frozen=True)
+class LmNew:
+    """Make a small language model for a catalogue: a tokenizer of its words, and random weights.
+
+    Example: sagerec lm new --dataset DATASET --out LM --parameters 5M
+    """
+
+    dataset: Path
+    """Dataset folder (interactions.parquet, items.parquet)."""
+    out: Path
+    """Folder to write, as Hugging Face has it."""
+    small: Annotated[SmallLMSettings, FLAT] = field(default_factory=SmallLMSettings)
+    """How large."""
+
+    def __call__(self) -> None:
+        sizes = new_language_model(self.out, read_dataset(self.dataset).texts(), self.small)
+        console.print(
+            f"{sizes['parameters']:,} weights, {sizes['vocabulary']:,} tokens, width {sizes['width']}, "
+            f"{sizes['layers']} layers",
+            highlight=False,
+        )
 
 
 @dataclass(frozen=True)

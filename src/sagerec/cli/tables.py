@@ -33,8 +33,17 @@ def print_description(name: str, figures: dict[str, Any]) -> None:
 
 
 def print_ids(run: Run) -> None:
-    """How good the Semantic IDs are."""
-    sizes = run.manifest("semantic_ids").sizes
+    """How good the Semantic IDs are, or what titles were made of."""
+    sizes = run.manifest(run.actions).sizes
+    if run.actions != "semantic_ids":
+        console.print(
+            f"titles: {sizes['items']:,} of {sizes['tokens_per_title']:.1f} tokens on average, at most "
+            f"{sizes['longest']}; {sizes['empty_replaced']:,} without a title, {sizes['cut']:,} cut, "
+            f"{sizes['numbered']:,} numbered to be told apart; "
+            f"trie {sizes['trie_bytes'] / 1e6:.1f} MB",
+            highlight=False,
+        )
+        return
     console.print(
         f"Semantic IDs: {sizes['distinct_ids']:,} for {sizes['items']:,} items, level sizes {sizes['level_sizes']}; "
         f"before the last code {sizes['collision_rate']:.1%} of items collide, perplexity "

@@ -37,6 +37,7 @@ def list_cases(
     order = np.argsort(cases.rows - cases.starts, kind="stable")
     training = policy.training
     policy.eval()
+    batch_size = min(batch_size, policy.most_users)
     for begin in range(0, len(cases), batch_size):
         index = order[begin : begin + batch_size]
         history, length = cases.histories(index, policy.max_items)

@@ -22,7 +22,7 @@ from sagerec.actions.legal import NO_ITEM, Barred, bar
 from sagerec.actions.trie import ROOT
 from sagerec.decoding.beam import beam_lists
 from sagerec.errors import SettingsError
-from sagerec.policies.protocol import ContextT, Policy, PrefixT
+from sagerec.policies.protocol import ContextT, Policy, PrefixT, states_before
 
 LEAST_BEAMS = 20
 """Beams of a beam list, at least."""
@@ -247,27 +247,22 @@ def slate_logprobs(
     stored. Each history is encoded once, the first token's distribution is computed once for all G slates, and the
     rest of all items is read in one pass. `context` is what `policy.encode` says of the histories, where it is known.
     """
-    batch, n_slates, k = slates.shape
+    batch, _, k = slates.shape
     space, device = policy.space, slates.device
     trie = space.trie
-    context = policy.encode(items, lengths) if context is None else context
     out = torch.full((batch, 0), NO_ITEM, device=device) if excluded is None else excluded
-    user = torch.arange(batch, device=device)[:, None, None]
-    source = user.expand(-1, n_slates, 1)  # the row of `begin` that each place is decoded from
     if k > 1:
-        context = policy.extend(context, slates[:, :, :-1])
-        states_per_user = 1 + n_slates * (k - 1)
-        later = 1 + torch.arange(n_slates * (k - 1), device=device).view(1, n_slates, k - 1)
-        source = torch.cat([source * states_per_user, user * states_per_user + later], dim=2)
         # Before place p of a slate, its first p items are used.
         used = torch.ones(k - 1, k - 1, dtype=torch.bool, device=device).tril()
         before = slates[:, :, None, :-1].masked_fill(~used, NO_ITEM).flatten(1, 2)
         before = torch.cat([before.new_full((batch, 1, k - 1), NO_ITEM), before], dim=1)
-        history = out[:, None].expand(-1, states_per_user, -1)
-        out = torch.cat([history, before], dim=2).flatten(0, 1)
-    prefix, barred = policy.begin(context), bar(space, out)
-    source = source.flatten()
-    paths = space.paths(slates.flatten())
+        out = torch.cat([out[:, None].expand(-1, before.shape[1], -1), before], dim=2).flatten(0, 1)
+    barred, source, paths = bar(space, out), states_before(slates).flatten(), space.paths(slates.flatten())
+    # Tokens that must be read: those before the last place where the trie leaves a choice.
+    chosen = ((paths.depth > 0) & space.has_choice(paths.parent)).nonzero()[:, 0]
+    reach = torch.zeros(len(source), dtype=torch.int64, device=device)
+    reach = reach.scatter_reduce(0, paths.owner[chosen], paths.depth[chosen], "amax")
+    prefix, prefixes = policy.read_slates(items, lengths, slates, reach, context=context)
     root = torch.full((len(out),), ROOT, device=device)
     rows = torch.arange(len(out), device=device)
     table, first = _legal_table(policy, prefix, root, barred, rows, temperature, at_root=True)
@@ -277,23 +272,16 @@ def slate_logprobs(
     )
     free = torch.zeros(len(paths.node), dtype=torch.bool, device=device)
     free[firsts] = _has_choice(table)[source]
-    chosen = ((paths.depth > 0) & space.has_choice(paths.parent)).nonzero()[:, 0]
-    if len(chosen):
-        # Tokens that must be read: those before the last place where the trie leaves a choice.
-        reach = torch.zeros(len(source), dtype=torch.int64, device=device)
-        reach = reach.scatter_reduce(0, paths.owner[chosen], paths.depth[chosen], "amax")
-        read = paths.depth < reach[paths.owner]
-        prefixes = policy.follow(prefix, source, trie.token[paths.node[read]].long(), reach)
-        for depth, grown in enumerate(prefixes, start=1):
-            row = (reach >= depth).cumsum(0) - 1  # of each item among the prefixes of this depth
-            at = chosen[paths.depth[chosen] == depth]
-            owner, states = paths.owner[at], paths.parent[at]
-            children = trie.children(states)
-            children = children.select(barred.leaves_free(source[owner], states, children))
-            logits = policy.child_logits(grown, children.of_rows(row[owner])) / temperature
-            steps = group_log_softmax(logits, children.parent, len(at))
-            taken = children.node == paths.node[at][children.parent]
-            logprobs = logprobs.index_put((at,), steps[taken])
-            free[at] = torch.bincount(children.parent, minlength=len(at)) > 1
+    for depth, grown in enumerate(prefixes, start=1):
+        row = (reach >= depth).cumsum(0) - 1  # of each item among the prefixes of this depth
+        at = chosen[paths.depth[chosen] == depth]
+        owner, states = paths.owner[at], paths.parent[at]
+        children = trie.children(states)
+        children = children.select(barred.leaves_free(source[owner], states, children))
+        logits = policy.child_logits(grown, children.of_rows(row[owner])) / temperature
+        steps = group_log_softmax(logits, children.parent, len(at))
+        taken = children.node == paths.node[at][children.parent]
+        logprobs = logprobs.index_put((at,), steps[taken])
+        free[at] = torch.bincount(children.parent, minlength=len(at)) > 1
     entropy = -(table.exp() * table.clamp(min=torch.finfo(table.dtype).min)).sum(dim=1).mean()
     return SlateLogprobs(FreeTokens(logprobs[free], paths.owner[free]), entropy)

@@ -6,7 +6,7 @@ alignment, evaluation and serving speak to a policy through this page and nothin
 Shapes: B users, G slates of each user, K places, T history items, R prefixes (rows), M legal continuations.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Generic, Self, TypeAlias, TypeVar
 
 import torch
@@ -36,12 +36,20 @@ class Policy(nn.Module, Generic[ContextT, PrefixT]):
         self.space = self.space.to(device)
         return self.to(device)
 
+    @property
+    def most_users(self) -> int:
+        """Users whose lists are written at a time, at most."""
+        return 512
+
     def layers(self) -> Iterable[nn.Module]:
         """Modules that `torch.compile` may compile each for itself."""
         return ()
 
     def count(self, events: Tensor) -> None:
         """Take how many training events (N,) float32 each item has, before training; most policies need not know."""
+
+    def describe(self, titles: Sequence[str]) -> None:
+        """Take the titles (N,) of the items, before training; most policies need not know."""
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """Take trained weights; where items were added to the space since, they are grown. Raises: RuntimeError."""
@@ -81,6 +89,22 @@ class Policy(nn.Module, Generic[ContextT, PrefixT]):
         """
         raise NotImplementedError
 
+    def read_slates(
+        self, items: Tensor, lengths: Tensor, slates: Tensor, reach: Tensor, *, context: ContextT | None = None
+    ) -> tuple[PrefixT, list[PrefixT]]:
+        """All that the loss asks of given slates (B, G, K), with gradient: the empty prefixes of the states of
+        `extend`, and the prefixes of `follow` of the first `reach` (B G K,) tokens of each item, after `states_before`.
+
+        `context` is what `encode` says of the histories, where it is known. A policy that reads all of it in one pass
+        overrides this. They can only be asked for logits.
+        """
+        context = self.encode(items, lengths) if context is None else context
+        if slates.shape[2] > 1:
+            context = self.extend(context, slates[:, :, :-1])
+        prefix, paths = self.begin(context), self.space.paths(slates.flatten())
+        tokens = self.space.trie.token[paths.node[paths.depth < reach[paths.owner]]].long()
+        return prefix, self.follow(prefix, states_before(slates).flatten(), tokens, reach)
+
     def root_logits(self, prefix: PrefixT) -> Tensor:
         """(R, n) float32 logits of the root's n children after empty prefixes."""
         raise NotImplementedError
@@ -96,6 +120,14 @@ class Policy(nn.Module, Generic[ContextT, PrefixT]):
         Args: items, targets (B, T) item indices; counted (B, T) bool. Each token is normalised over the legal ones.
         """
         raise NotImplementedError
+
+
+def states_before(slates: Tensor) -> Tensor:
+    """(B, G, K) the state of `extend` after which each item of slates (B, G, K) is written."""
+    batch, n_slates, k = slates.shape
+    user = torch.arange(batch, device=slates.device)[:, None, None] * (1 + n_slates * (k - 1))
+    later = 1 + torch.arange(n_slates * (k - 1), device=slates.device).view(1, n_slates, k - 1)
+    return torch.cat([user.expand(-1, n_slates, 1), user + later], dim=2)
 
 
 AnyPolicy: TypeAlias = Policy[Any, Any]

@@ -6,17 +6,20 @@ A policy of one's own is one more `PolicyKind`, given to `register_policy`; noth
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tyro.conf import arg
 
 from sagerec.actions.space import ActionSpace
 from sagerec.artifacts import read_manifest
 from sagerec.config import check_fields, from_json, to_json
 from sagerec.errors import ArtifactError, SettingsError
+from sagerec.policies.causal_lm import CausalLM, CausalLMSettings
 from sagerec.policies.item_scores import ItemScores, ItemScoresSettings
+from sagerec.policies.language import LanguageModel, hash_model, make_language, read_language
 from sagerec.policies.lazy_decoder import LazyDecoder, LazyDecoderSettings
 from sagerec.policies.protocol import AnyPolicy
 
@@ -27,8 +30,11 @@ WEIGHTS = "model.safetensors"
 class PolicySettings:
     """A policy, as the command line offers it: its kind, and of its shape what is not to be the kind's own."""
 
-    kind: Literal["item-scores", "lazy-decoder"] = "item-scores"
-    """item-scores: codes by the scores of the items under them; lazy-decoder: codes by a decoder of their own."""
+    kind: Annotated[Literal["item-scores", "lazy-decoder", "causal-lm"], arg(aliases=["--policy"])] = "item-scores"
+    """item-scores: codes by the scores of the items under them; lazy-decoder: codes by a decoder of their own;
+    causal-lm: a language model writes codes or titles."""
+    model: Annotated[str | None, arg(aliases=["--model"])] = None
+    """Folder or hub name of the language model (causal-lm); for titles, the one whose tokenizer wrote them."""
     width: int | None = None
     """Width of every layer (128)."""
     encoder_layers: int | None = None
@@ -40,9 +46,9 @@ class PolicySettings:
     expansion: int | None = None
     """Width of the feed-forward layers over that of the others (lazy-decoder 4)."""
     dropout: float | None = None
-    """Dropout, rounded to 1/256 (item-scores 0.4, lazy-decoder 0.2)."""
+    """Dropout, rounded to 1/256 (item-scores 0.4, lazy-decoder 0.2, causal-lm 0: on embeddings and final states)."""
     max_items: int | None = None
-    """History items read, the latest ones (50)."""
+    """History items read, the latest ones (50, causal-lm 20)."""
     content: bool | None = None
     """Add a linear map of the item's content vector to what it is known by (on)."""
     item_embedding: bool | None = None
@@ -54,6 +60,21 @@ class PolicySettings:
     events, at most `tilt_events`) (item-scores 1)."""
     tilt_events: int | None = None
     """Training events from which on an item is not rare (item-scores 10)."""
+    instruction: str | None = None
+    """What a language model reads before every history, in its chat template where it has one (none)."""
+    max_tokens: int | None = None
+    """Tokens of instruction, history and next item together (causal-lm 512); old items are dropped whole."""
+    micro_tokens: int | None = None
+    """Tokens that a training step of a language model computes at a time (16384)."""
+    recompute: bool | None = None
+    """Compute each such piece again in the backward pass, for memory (off)."""
+    train: Literal["all", "lora", "new-tokens"] | None = None
+    """What of a language model is trained: all; lora, adapters that are merged when saved; new-tokens, the rows of
+    Semantic IDs (all)."""
+    lora_rank: int | None = None
+    """Rank of the adapters (16)."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of a language model's weights (float32)."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -69,6 +90,10 @@ class PolicySettings:
         return kind.settings(**given)
 
 
+def _save_weights(folder: Path, policy: AnyPolicy) -> None:
+    save_file({name: value.contiguous().cpu() for name, value in policy.state_dict().items()}, folder / WEIGHTS)
+
+
 @dataclass(frozen=True, slots=True)
 class PolicyKind:
     """A kind of policy."""
@@ -79,11 +104,38 @@ class PolicyKind:
     """The dataclass of its shape."""
     make: Callable[[Any, ActionSpace], AnyPolicy]
     """A fresh policy of such settings over a space, its weights drawn from torch's global generator."""
+    read: Callable[[Path, Any, ActionSpace], AnyPolicy] | None = None
+    """Reads a trained one of such settings from a folder; None: a fresh one takes the weights."""
+    save: Callable[[Path, Any], None] = _save_weights
+    """Writes a trained one to a folder."""
+    inputs: Callable[[Any], dict[str, str]] = lambda settings: {}
+    """Name -> content hash of what such settings name beside the run."""
+
+
+def _causal_lm(settings: CausalLMSettings, space: ActionSpace, language: LanguageModel | None = None) -> CausalLM:
+    """A causal-lm policy of its settings' model, or of one that was read."""
+    if language is None:
+        language = make_language(settings.model, space, instruction=settings.instruction, dtype=settings.dtype)
+    return CausalLM(settings, space, language)
+
+
+def _read_causal_lm(folder: Path, settings: CausalLMSettings, space: ActionSpace) -> CausalLM:
+    return _causal_lm(
+        settings, space, read_language(folder, space, instruction=settings.instruction, dtype=settings.dtype)
+    )
 
 
 KINDS: dict[str, PolicyKind] = {
     "item-scores": PolicyKind("item-scores", ItemScoresSettings, ItemScores),
     "lazy-decoder": PolicyKind("lazy-decoder", LazyDecoderSettings, LazyDecoder),
+    "causal-lm": PolicyKind(
+        "causal-lm",
+        CausalLMSettings,
+        _causal_lm,
+        _read_causal_lm,
+        lambda folder, policy: policy.language.save(folder),
+        lambda settings: hash_model(settings.model),
+    ),
 }
 
 
@@ -129,9 +181,16 @@ def make_policy(space: ActionSpace, settings: Any) -> AnyPolicy:
     return kind_of(settings).make(settings, space)
 
 
+def inputs(settings: Any) -> dict[str, str]:
+    """Name -> content hash of what a policy is made from beside what the run holds."""
+    settings = resolve(settings)
+    return kind_of(settings).inputs(settings)
+
+
 def write_weights(folder: Path, policy: AnyPolicy) -> None:
     """Save the weights in `folder`."""
-    save_file({name: value.contiguous().cpu() for name, value in policy.state_dict().items()}, folder / WEIGHTS)
+    own = [kind.save for kind in KINDS.values() if type(getattr(policy, "settings", None)) is kind.settings]
+    (own[0] if own else _save_weights)(folder, policy)
 
 
 def read_policy(folder: Path, space: ActionSpace) -> AnyPolicy:
@@ -146,10 +205,13 @@ def read_policy(folder: Path, space: ActionSpace) -> AnyPolicy:
         settings = settings_of(manifest.settings["policy"])
     except SettingsError as error:
         raise ArtifactError(f"{folder}: {error}") from error
-    with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced at once
-        policy = make_policy(space, settings)
+    kind = kind_of(settings)
     try:
+        if kind.read is not None:
+            return kind.read(folder, settings, space).eval()
+        with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced at once
+            policy = make_policy(space, settings)
         policy.load_weights(load_file(folder / WEIGHTS))
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError, SettingsError) as error:
         raise ArtifactError(f"{folder / WEIGHTS} cannot be read ({error}); train the policy again") from error
     return policy.eval()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -18,6 +18,7 @@ import polars as pl
 from sagerec import artifacts
 from sagerec.actions.registry import KINDS, ActionSettings, kind_of
 from sagerec.actions.space import ActionSpace
+from sagerec.actions.titles import TitleSettings
 from sagerec.catalogue.audit import EVENTS_USED, Finding, audit_order, audit_stage, read_events_used
 from sagerec.catalogue.dataset import INTERACTIONS, ITEMS, SOURCE, files_in, has_manifest, read_dataset
 from sagerec.catalogue.splits import Cases, Part, SplitSettings, learnt_counts, make_split, read_split, write_split
@@ -34,6 +35,7 @@ from sagerec.evaluation.evaluate import (
 )
 from sagerec.files import locked
 from sagerec.policies.registry import PolicySettings, describe_policy, read_policy, settings_of
+from sagerec.policies.registry import inputs as policy_inputs
 from sagerec.progress import progress_bar
 from sagerec.run.folder import ALL_AT_ONCE, Run, check_aligned_name, check_name
 from sagerec.training import parallel
@@ -61,14 +63,28 @@ class RunSettings:
 
     split: SplitSettings = field(default_factory=SplitSettings)
     """How the log is divided."""
+    actions: Literal["semantic-id", "text"] = "semantic-id"
+    """What items are written as: semantic-id, a few codes; text, their titles, by a language model."""
     ids: ActionSettings = field(default_factory=ActionSettings)
     """How items become codes."""
+    text: TitleSettings = field(default_factory=TitleSettings)
+    """How titles become tokens."""
     policy: PolicySettings = field(default_factory=PolicySettings)
     """Shape of the policy."""
     train: TrainSettings = field(default_factory=TrainSettings)
     """How the policy is trained."""
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
     """What is measured."""
+
+    @property
+    def space(self) -> Any:
+        """Settings of the action space."""
+        return action_settings(self.actions, self.ids, self.text, self.policy.model)
+
+
+def action_settings(actions: str, ids: ActionSettings, text: TitleSettings, model: str | None) -> Any:
+    """The settings of an action space; titles are written by the policy's model unless they name another."""
+    return ids if actions == "semantic-id" else replace(text, model=text.model or model or "")
 
 
 def prepare(dataset: Path, out: Path, settings: SplitSettings) -> Run:
@@ -144,7 +160,7 @@ def is_trained(run: Run, name: str, policy_settings: Any, settings: TrainSetting
     reason = artifacts.misfit(
         run.folder / name,
         "policy",
-        made_from=run.hashes("dataset", "split", run.actions),
+        made_from=run.hashes("dataset", "split", run.actions) | policy_inputs(policy_settings),
         settings=_resolved(policy_settings, settings),
         seed=settings.seed,
         grown_from=run.grown_from("dataset", run.actions),
@@ -168,12 +184,16 @@ def _train(
 ) -> None:
     """Train a policy into `folder` on the events of `parts`, unless one that fits is there."""
     resolved, older = _resolved(policy_settings, settings), run.grown_from("dataset", run.actions)
+    made_from = made_from | policy_inputs(policy_settings)
     with making(
         folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed, grown_from=older
     ) as needed:
         if needed:
             events = run.split.sequences(run.data, *parts)
-            train_policy(folder, run.space(), events, validation, policy_settings, settings, made_from=made_from)
+            titles = run.data.titles(range(run.data.n_items))
+            train_policy(
+                folder, run.space(), events, validation, policy_settings, settings, made_from=made_from, titles=titles
+            )
 
 
 def aligned_from(run: Run, settings: AlignSettings) -> tuple[str, dict[str, str]]:
@@ -370,7 +390,7 @@ def audit(run: Run) -> list[Finding]:
 def run_all(dataset: Path, out: Path, settings: RunSettings, *, with_refit: bool = False) -> list[dict[str, Any]]:
     """All stages of a run; returns the reports, the policy's first."""
     run = prepare(dataset, out, settings.split)
-    make_actions(run, settings.ids)
+    make_actions(run, settings.space)
     train(run, settings.policy, settings.train)
     if with_refit:
         refit(run, settings.policy, settings.train)

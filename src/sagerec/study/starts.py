@@ -35,7 +35,8 @@ class Start:
 def seeded(settings: RunSettings, seed: int) -> RunSettings:
     """The settings of a seed's run: other Semantic IDs and another training, the same split."""
     ids = replace(settings.ids, seed=settings.ids.seed + seed)
-    return replace(settings, ids=ids, train=replace(settings.train, seed=settings.train.seed + seed))
+    text = replace(settings.text, seed=settings.text.seed + seed)
+    return replace(settings, ids=ids, text=text, train=replace(settings.train, seed=settings.train.seed + seed))
 
 
 def make_runs(dataset: Path, folder: Path, settings: RunSettings, study: StudySettings) -> list[Run]:
@@ -59,7 +60,7 @@ def _prepare(dataset: Path, out: Path, settings: RunSettings) -> Run:
     run = pipeline.prepare(dataset, out, settings.split)
     if run.split.counts()["align"] == 0:
         raise SettingsError("the log marks no event for alignment; add 'align' to its split column, or drop the column")
-    pipeline.make_actions(run, settings.ids)
+    pipeline.make_actions(run, settings.space)
     require(
         run.space().is_unique,
         "items share Semantic IDs, which the study's tests cannot tell apart; use --run.ids.unique",

@@ -34,6 +34,9 @@ from sagerec.study.starts import POLICIES, make_runs
 from sagerec.training.alignment import criterion_value
 from sagerec.training.settings import parse_criterion
 
+STAGES = ("split", "ids", "text", "policy", "train", "evaluate")
+"""Whose settings a study saves."""
+
 
 def run_study(dataset: Path, folder: Path, settings: CompareSettings) -> dict[str, Any]:
     """Do the whole study, or what is left of it; writes and returns STUDY/study.json.
@@ -143,9 +146,10 @@ def describe_study(
         "settings": {
             "study": to_json(study),
             "align": to_json(aligned) | {"reward_module": aligned.reward_sources},
+            "actions": run_settings.actions,
             "sasrec": to_json(settings.sasrec),
             "sasrec_train": to_json(settings.sasrec_train),
-            **{name: to_json(getattr(run_settings, name)) for name in ("split", "ids", "policy", "train", "evaluate")},
+            **{name: to_json(getattr(run_settings, name)) for name in STAGES},
         },
         "hashes": run.hashes("dataset", "split", run.actions, *POLICIES)
         | {own.folder.name: own.hashes(own.actions, *POLICIES) for own in runs[1:]},

@@ -76,9 +76,10 @@ def learning_rate_at(step: int, total: int, highest: float, warmup_share: float,
 
 
 def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (betas 0.9, 0.98); vectors such as biases and norms do not decay."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    """AdamW (betas 0.9, 0.98); vectors such as biases and norms do not decay, nor what a policy marks `no_decay`."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim >= 2 and not getattr(p, "no_decay", False)]
+    vectors = [p for p in trained if p.ndim < 2 or getattr(p, "no_decay", False)]
     groups = [
         {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},

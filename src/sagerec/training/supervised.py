@@ -4,6 +4,7 @@ Validation targets choose the epoch and are never trained on; the rows of the lo
 """
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,12 @@ def train_policy(
     settings: TrainSettings,
     *,
     made_from: dict[str, str],
+    titles: Sequence[str] = (),
 ) -> AnyPolicy:
     """Run the stage and write its artefact to `folder`; work in progress stands in `folder` + `.training`.
 
     `train` must hold training events only (audited). `validation` None, or `validate_every` 0, keeps the last weights.
+    `titles` (N,) of the items are told to a policy that reads them.
 
     Raises: TrainingError for a non-finite loss (the batch is saved) or nothing to train on.
     """
@@ -51,6 +54,8 @@ def train_policy(
         policy = make_policy(space, policy_settings).move(choose_device(settings.device))
         counts = np.bincount(train.items, minlength=space.n_items)
         policy.count(torch.from_numpy(counts).float())
+        if titles:
+            policy.describe(titles)
         cases = validation_sample(validation, settings)
         exclude = not train.has_repeats()
         summary = fit(

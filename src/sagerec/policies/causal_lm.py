@@ -1,0 +1,424 @@
+"""A Hugging Face causal language model as a policy: items are written as titles, or as Semantic IDs in its vocabulary.
+
+The model reads an instruction and then the history, one item after another as its own tokens, and what comes next is
+the next item: a history, a slate and a training sequence are one kind of text. Logits are computed only after prefixes
+where the trie leaves a choice and only for the legal tokens, over which they are normalised; never a row of the whole
+vocabulary. Old history is dropped item by item where it does not fit.
+
+What is read is a state: keys and values of a user's columns, and which of them each state sees (`packing`). A context
+is read once for its beams and slates, in writing and in the loss; slates that begin alike share what they begin with.
+What cannot be read so is refused by name: attention windows and rotary scalings that hang on the length, positions that
+cannot be given.
+
+Shapes: B users, G slates of each, K places, R states, S columns, M tokens, V vocabulary, D width.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from sagerec.actions.groups import group_log_softmax
+from sagerec.actions.space import ActionSpace, Paths
+from sagerec.actions.trie import ROOT, Children
+from sagerec.config import at_least, between, check_fields
+from sagerec.errors import SettingsError
+from sagerec.policies.language import LanguageModel
+from sagerec.policies.layers import FastDropout
+from sagerec.policies.packing import Rows, Tree, chains, lay_out, mask, table, ways
+from sagerec.policies.protocol import Policy, states_before
+
+KeyValues = tuple[tuple[Tensor, Tensor], ...]
+"""Per layer, keys and values (B, H, S, D/H)."""
+DENSE = 16
+"""Below this many products for each logit wanted, a matrix product is faster than a gather."""
+LARGEST = 2**24
+"""Numbers of a gather that are held at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class CausalLMSettings:
+    """Which language model, and how it reads."""
+
+    model: str = ""
+    """Folder or hub name of the model; for titles, where not given, the one whose tokenizer wrote them."""
+    instruction: str = ""
+    """What it reads before every history, in the tokenizer's chat template where it has one."""
+    max_items: int = 20
+    """History items read, the latest ones."""
+    max_tokens: int = 512
+    """Tokens of instruction, history and next item together, at most: old items are dropped whole."""
+    dropout: float = 0.0
+    """Dropout on token embeddings and final states, rounded to 1/256, beside what the model has of its own."""
+    micro_tokens: int = 16384
+    """Tokens, padding included, that a training step computes at a time."""
+    recompute: bool = False
+    """Compute each such piece again in the backward pass: memory for one piece, for a third more work."""
+    train: Literal["all", "lora", "new-tokens"] = "all"
+    """What is trained: all; lora, adapters that are merged when saved; new-tokens, the rows of Semantic IDs."""
+    lora_rank: int = 16
+    """Rank of the adapters."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights."""
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self,
+            max_items=at_least(1, 10_000),
+            max_tokens=at_least(8, 10**6),
+            dropout=between(0, 1, below=True),
+            micro_tokens=at_least(64),
+            lora_rank=at_least(1, 4096),
+        )
+
+
+class States(NamedTuple):
+    """R places in the text of B users, at which something may be written. A context is one, and so is a prefix."""
+
+    read: KeyValues
+    """What was read of each user, S columns."""
+    user: Tensor
+    """(R,) int64 whose it is; ascending."""
+    seen: Tensor
+    """(R, S) bool: the columns that the next token sees."""
+    position: Tensor
+    """(R,) int64 position of the next token."""
+    hidden: Tensor
+    """(R, D) the model's output at the last token."""
+    level: int
+    """Tokens of the present item written so far."""
+
+    @property
+    def n_users(self) -> int:
+        return int(self.read[0][0].shape[0])
+
+    def users(self, some: Tensor) -> "States":
+        """Those users (b,), where each has one state."""
+        return self.of(some)._replace(
+            read=tuple((key[some], value[some]) for key, value in self.read),
+            user=torch.arange(len(some), device=some.device),
+        )
+
+    def of(self, rows: Tensor) -> "States":
+        """Those rows (R',)."""
+        return self._replace(
+            user=self.user[rows], seen=self.seen[rows], position=self.position[rows], hidden=self.hidden[rows]
+        )
+
+
+class SlateTree(NamedTuple):
+    """What is read of slates: the whole of all items but the last, and of each the tokens that its logits hang on."""
+
+    tree: Tree
+    """After one state a user."""
+    states: Tensor
+    """(B (1 + G (K - 1)),) the token at which each state stands that begins an item, -1 for the context's end."""
+    prefixes: Tensor
+    """(F,) the token at which each prefix stands, item after item."""
+
+
+def slate_tree(space: ActionSpace, base: Tensor, slates: Tensor, reach: Tensor) -> SlateTree:
+    """The tree of slates (B, G, K), of whose items (B G K) `reach` tokens are asked for; what is shared stands once.
+
+    `base` (L,) is the vocabulary id of each depth's token 0.
+    """
+    batch, n_slates, k = slates.shape
+    paths = space.paths(slates.flatten())
+    place = torch.arange(slates.numel(), device=slates.device) % k
+    wanted = paths.depth < reach[paths.owner]
+    kept = (wanted | (place < k - 1)[paths.owner]).nonzero()[:, 0]
+    state = states_before(slates).flatten()
+    owner, depth, node = paths.owner[kept], paths.depth[kept], paths.node[kept]
+    # Tokens after one state along one way of the trie are one token.
+    key, index = torch.unique(state[owner] * space.trie.n_nodes + node, return_inverse=True)
+    count = torch.bincount(owner, minlength=slates.numel())
+    last = index[(count.cumsum(0) - 1).clamp(min=0)] if len(index) else index.new_zeros(slates.numel())
+    # Before the first token of an item stands the last one of the item before it in the slate.
+    before = torch.where(depth > 0, index.roll(1), torch.where(place[owner] > 0, last[(owner - 1).clamp(min=0)], -1))
+    length = (space.offsets[slates + 1] - space.offsets[slates]).flatten(0, 1)
+    begin = (length.cumsum(1) - length).flatten()
+    tree = Tree(
+        torch.empty_like(key).index_put((index,), space.trie.token[node].long() + base[depth]),
+        torch.empty_like(key).index_put((index,), owner // (n_slates * k)),
+        torch.empty_like(key).index_put((index,), before),
+        torch.empty_like(key).index_put((index,), begin[owner] + depth),
+    )
+    states = torch.full((batch, 1 + n_slates * (k - 1)), -1, device=slates.device)
+    states[:, 1:] = last.view(batch, n_slates, k)[:, :, :-1].flatten(1)
+    return SlateTree(tree, states.flatten(), index[wanted[kept]])
+
+
+class CausalLM(Policy[States, States]):
+    """The policy. Calls: see `sagerec.policies.protocol.Policy`."""
+
+    base: Tensor
+    prefix: Tensor
+    root_tokens: Tensor
+
+    def __init__(self, settings: CausalLMSettings, space: ActionSpace, language: LanguageModel) -> None:
+        super().__init__()
+        self.settings, self.space, self.max_items = settings, space, settings.max_items
+        language.choose_trained(settings.train, settings.lora_rank)
+        self.language, self.lm = language, language.model
+        self.dropout = FastDropout(settings.dropout)
+        self.register_buffer("base", language.base, persistent=False)
+        self.register_buffer("prefix", language.prefix, persistent=False)
+        root = space.trie.children(torch.full((1,), ROOT, device=space.device)).token
+        self.register_buffer("root_tokens", root + language.base[0], persistent=False)
+        self.budget = min(settings.max_tokens, language.max_positions) - len(self.prefix) - space.longest
+        if self.budget < space.longest:
+            raise SettingsError(
+                f"max_tokens is {settings.max_tokens}, and the model reads {language.max_positions}; expected at least "
+                f"{len(self.prefix) + 2 * space.longest}: the instruction and two of the longest items"
+            )
+        language.tie(self)
+
+    @property
+    def most_users(self) -> int:
+        """Users that are read at a time."""
+        return max(
+            1, self.settings.micro_tokens // (len(self.prefix) + min(self.budget, self.max_items * self.space.longest))
+        )
+
+    def describe(self, titles: Sequence[str]) -> None:
+        """Begin the tokens of Semantic IDs with what the titles of their items are made of."""
+        if self.language.new_tokens:
+            token, count = self._tokens(torch.arange(self.space.n_items, device=self.space.device))
+            self.language.begin_with_titles(torch.split(token.cpu(), count.tolist()), titles)
+
+    # What is read
+
+    def _tokens(self, items: Tensor) -> tuple[Tensor, Tensor]:
+        """Vocabulary ids (F,) of items (n,), one after another, and how many each has (n,)."""
+        paths = self.space.paths(items)
+        token = self.space.trie.token[paths.node].long() + self.base[paths.depth]
+        return token, torch.bincount(paths.owner, minlength=len(items))
+
+    def _text(self, items: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Instruction and histories (B, T) with lengths (B,) as tokens (M,) user by user; each one's user (M,), and
+        place (M,) in the history, -1 in the instruction. The oldest items that do not fit are left out.
+        """
+        batch, device = len(items), items.device
+        there = torch.arange(items.shape[1], device=device) < lengths[:, None]
+        sizes = torch.where(there, self.space.offsets[items + 1] - self.space.offsets[items], 0)
+        there &= sizes.flip(1).cumsum(1).flip(1) <= self.budget
+        user, place = there.nonzero(as_tuple=True)
+        token, count = self._tokens(items[user, place])
+        head = len(self.prefix)
+        users = torch.cat([torch.arange(batch, device=device).repeat_interleave(head), user.repeat_interleave(count)])
+        order = users.argsort(stable=True)
+        places = torch.cat([torch.full((batch * head,), -1, device=device), place.repeat_interleave(count)])
+        return torch.cat([self.prefix.repeat(batch), token])[order], users[order], places[order]
+
+    def _forward(
+        self, rows: Rows, tokens: Tensor, position: Tensor, seen: Tensor | None, read: KeyValues
+    ) -> tuple[Tensor, KeyValues]:
+        """Outputs (M, D) of tokens (M,) at positions (M,), and all that was read; `seen` as of the language model."""
+        embedded = self.dropout(self.language.embedding()(table(tokens, rows)))
+        hidden, read = self.language.forward(embedded, table(position, rows), seen, read)
+        return self.dropout(hidden[rows.user, rows.slot]), read
+
+    def _read(self, states: States, tree: Tree) -> tuple[Tensor, KeyValues, Tensor]:
+        """Read a tree after states: outputs (M, D), all that was read, and what each token sees (M, S + Q)."""
+        rows = lay_out(states.user[tree.anchor], states.n_users)
+        own, before = ways(tree, rows), states.seen[tree.anchor]
+        position = states.position[tree.anchor] + tree.depth
+        if len(position) and int(position.max()) >= self.language.max_positions:
+            raise SettingsError(
+                f"history and slate have {int(position.max()) + 1} tokens, and the model reads "
+                f"{self.language.max_positions}; expected a lower max_tokens or k"
+            )
+        hidden, read = self._forward(rows, tree.token, position, mask(before, own, rows), states.read)
+        return hidden, read, torch.cat([before, own], dim=1)
+
+    def encode(self, items: Tensor, lengths: Tensor, *, slates: int = 1) -> States:
+        """Read histories; see the protocol."""
+        token, user, _ = self._text(items, lengths)
+        rows = lay_out(user, len(items))
+        hidden, read = self._forward(rows, token, rows.slot, None, ())
+        count = torch.bincount(user, minlength=len(items))
+        every = torch.arange(len(items), device=items.device)
+        seen = torch.arange(rows.width, device=items.device) < count[:, None]
+        states = States(read, every, seen, count, hidden[count.cumsum(0) - 1], 0)
+        return states if slates == 1 else states.of(every.repeat_interleave(slates))
+
+    def _grown(self, states: States, tree: Tree, last: Tensor, level: int) -> States:
+        """The states after tokens `last` (R',) of a tree."""
+        hidden, read, seen = self._read(states, tree)
+        anchor = tree.anchor[last]
+        position = states.position[anchor] + tree.depth[last] + 1
+        return States(read, states.user[anchor], seen[last], position, hidden[last], level)
+
+    def append(self, context: States, items: Tensor) -> States:
+        """Write an item to each slate; see the protocol."""
+        token, count = self._tokens(items.flatten())
+        tree = chains(token, torch.arange(items.numel(), device=items.device), count)
+        return self._grown(context, tree, count.cumsum(0) - 1, 0)
+
+    def begin(self, context: States) -> States:
+        """The empty prefix of every state; see the protocol."""
+        return context
+
+    def step(self, prefix: States, rows: Tensor, tokens: Tensor) -> States:
+        """Longer prefixes; see the protocol."""
+        tree = chains(tokens + self.base[prefix.level], rows, torch.ones_like(rows))
+        return self._grown(prefix, tree, torch.arange(len(rows), device=rows.device), prefix.level + 1)
+
+    def extend(self, context: States, slates: Tensor) -> States:
+        """Read whole slates; see the protocol."""
+        whole = torch.cat([slates, slates[:, :, :1]], dim=2)  # of the last item nothing is read
+        tree, at, _ = slate_tree(self.space, self.base, whole, whole.new_zeros(whole.numel()))
+        hidden, read, seen = self._read(context, tree)
+        user = torch.arange(len(slates), device=slates.device).repeat_interleave(len(at) // len(slates))
+        old = context.of(user)
+        first = at < 0
+        old_seen = F.pad(old.seen, (0, seen.shape[1] - old.seen.shape[1]))
+        return States(
+            read,
+            user,
+            torch.where(first[:, None], old_seen, seen[at]),
+            torch.where(first, old.position, old.position + tree.depth[at] + 1),
+            torch.where(first[:, None], old.hidden, hidden[at]),
+            0,
+        )
+
+    def follow(self, prefix: States, rows: Tensor, tokens: Tensor, lengths: Tensor) -> list[States]:
+        """Read token sequences; see the protocol."""
+        if not len(tokens):
+            return []
+        tree = chains(tokens, rows, lengths)
+        hidden, _, _ = self._read(prefix, tree._replace(token=tokens + self.base[tree.depth]))
+        return self._by_level(prefix, hidden, lengths)
+
+    @staticmethod
+    def _by_level(states: States, hidden: Tensor, lengths: Tensor) -> list[States]:
+        """Prefixes of 1, 2, … tokens, of outputs (F,) item after item; they can only be asked for logits."""
+        begin, found = lengths.cumsum(0) - lengths, []
+        for level in range(1, int(lengths.max()) + 1 if len(lengths) else 1):
+            longer = (lengths >= level).nonzero()[:, 0]
+            found.append(states._replace(hidden=hidden[begin[longer] + level - 1], level=level))
+        return found
+
+    def read_slates(
+        self, items: Tensor, lengths: Tensor, slates: Tensor, reach: Tensor, *, context: States | None = None
+    ) -> tuple[States, list[States]]:
+        """Read slates after their histories at once; see the protocol."""
+        users = torch.arange(len(items), device=items.device)
+        reach = reach.view(slates.shape)
+        sizes = (self.space.offsets[slates + 1] - self.space.offsets[slates]).flatten(1).sum(dim=1)
+        size = max(1, self.settings.micro_tokens // (int(sizes.max()) + self.budget))
+        starts, prefixes = [], []
+        for own in torch.split(users, size):
+
+            def compute(items: Tensor, lengths: Tensor, slates: Tensor, reach: Tensor, own: Tensor = own) -> Any:
+                states = self.encode(items, lengths) if context is None else context.users(own)
+                tree, at, wanted = slate_tree(self.space, self.base, slates, reach.flatten())
+                if not len(tree.token):
+                    return states.hidden, states.hidden[:0]
+                hidden, _, _ = self._read(states, tree)
+                before = states.hidden.repeat_interleave(len(at) // len(items), dim=0)
+                return torch.where((at < 0)[:, None], before, hidden[at]), hidden[wanted]
+
+            start, found = self._piecewise(compute, items[own], lengths[own], slates[own], reach[own])
+            starts.append(start)
+            prefixes.append(found)
+        # What was read of the pieces is not kept: these can only be asked for logits.
+        begun = States((), users, users[:, None] >= 0, users, torch.cat(starts), 0)
+        return begun, self._by_level(begun, torch.cat(prefixes), reach.flatten())
+
+    def _piecewise(self, compute: Callable[..., Any], *given: Tensor) -> Any:
+        """A piece's result, computed again in the backward pass where the settings say so."""
+        if self.settings.recompute and torch.is_grad_enabled():
+            return checkpoint(compute, *given, use_reentrant=False)
+        return compute(*given)
+
+    # Logits
+
+    def root_logits(self, prefix: States) -> Tensor:
+        """Logits of the root's children; see the protocol."""
+        return self._root_logits(prefix.hidden)
+
+    def _root_logits(self, hidden: Tensor) -> Tensor:
+        """(R, n) float32 logits of the root's n tokens after outputs (R, D)."""
+        weight, bias = self.language.head()
+        some = None if bias is None else bias[self.root_tokens]
+        return self.language.cap(F.linear(hidden, weight[self.root_tokens], some).float())
+
+    def child_logits(self, prefix: States, children: Children) -> Tensor:
+        """Logits of legal continuations; see the protocol."""
+        if prefix.level == 0 and len(children.node) == len(prefix.hidden) * len(self.root_tokens):
+            return self.root_logits(prefix).flatten()
+        return self._logits(prefix.hidden, children.parent, children.token + self.base[prefix.level])
+
+    def _logits(self, hidden: Tensor, row: Tensor, token: Tensor) -> Tensor:
+        """(M,) float32 logits of vocabulary ids (M,) after outputs (R, D) of rows (M,)."""
+        weight, bias = self.language.head()
+        distinct, place = torch.unique(token, return_inverse=True)
+        if len(hidden) * len(distinct) <= DENSE * len(token):
+            found = F.linear(hidden, weight[distinct])[row, place].float()
+        else:
+            size = max(1, LARGEST // hidden.shape[1])
+            parts = zip(torch.split(row, size), torch.split(token, size), strict=True)
+            found = torch.cat([(hidden[r].float() * F.embedding(t, weight).float()).sum(dim=1) for r, t in parts])
+        return self.language.cap(found if bias is None else found + bias[token])
+
+    # Training
+
+    def next_item_loss(self, items: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
+        """Mean negative log-probability of targets; see the protocol. The target of a place must be the item after it,
+        for a row is one text; places whose items do not fit do not count.
+        """
+        places = torch.arange(items.shape[1], device=items.device)
+        follows = counted[:, :-1] & (counted[:, 1:].flip(1).cumsum(1).flip(1) > 0)
+        assert bool((targets[:, :-1] == items[:, 1:])[follows].all()), "a row of training is one text"
+        ends = (counted * (places + 1)).amax(dim=1)
+        rows = (ends > 0).nonzero()[:, 0]
+        last = targets.gather(1, (ends - 1).clamp(min=0)[:, None])
+        whole = F.pad(items, (0, 1)).scatter(1, ends[:, None], last)
+        there = F.pad(places, (0, 1), value=items.shape[1]) <= ends[:, None]
+        width = torch.where(there, self.space.offsets[whole + 1] - self.space.offsets[whole], 0).sum(dim=1)
+        total, n_targets = torch.zeros((), device=items.device), 0
+        for own in self._pieces(rows, width[rows] + len(self.prefix)):
+            loss, n = self._piecewise(self._text_loss, whole[own], ends[own] + 1, counted[own])
+            total, n_targets = total + loss, n_targets + n
+        return total / max(n_targets, 1)
+
+    def _pieces(self, rows: Tensor, widths: Tensor) -> list[Tensor]:
+        """Rows (n,) that are `widths` (n,) tokens wide, in pieces of like width that `micro_tokens` bear."""
+        order, pieces, at = widths.argsort(stable=True, descending=True), [], 0
+        while at < len(order):
+            size = max(1, self.settings.micro_tokens // int(widths[order[at]]))
+            pieces.append(rows[order[at : at + size]])
+            at += size
+        return pieces
+
+    def _text_loss(self, items: Tensor, lengths: Tensor, counted: Tensor) -> tuple[Tensor, int]:
+        """Sum of -log P over counted targets of texts (B, T + 1), and their number; place t has the target t + 1."""
+        token, user, place = self._text(items, lengths)
+        rows = lay_out(user, len(items))
+        hidden, _ = self._forward(rows, token, rows.slot, None, ())
+        # Of each text the oldest item that fits is context alone.
+        oldest = torch.full((len(items),), items.shape[1], device=items.device)
+        oldest = oldest.scatter_reduce(0, user, place.masked_fill(place < 0, items.shape[1]), "amin")
+        wanted = (place > oldest[user]) & counted[user, (place - 1).clamp(min=0)]
+        owner = torch.unique_consecutive(torch.stack([user[wanted], place[wanted]]), dim=1)
+        paths = self.space.paths(items[owner[0], owner[1]])
+        return self._choices_loss(hidden[wanted.nonzero()[:, 0] - 1], paths), owner.shape[1]
+
+    def _choices_loss(self, hidden: Tensor, paths: Paths) -> Tensor:
+        """Sum of -log P of the tokens of paths (F,) after outputs (F, D), each among the legal ones."""
+        trie = self.space.trie
+        begins = (paths.depth == 0).nonzero()[:, 0]
+        logits = self._root_logits(hidden[begins])
+        loss = F.cross_entropy(logits, paths.node[begins] - trie.first_child[ROOT], reduction="sum")
+        deeper = ((paths.depth > 0) & self.space.has_choice(paths.parent)).nonzero()[:, 0]
+        if not len(deeper):
+            return loss
+        children = trie.children(paths.parent[deeper])
+        token = children.token + self.base[paths.depth[deeper]][children.parent]
+        steps = group_log_softmax(self._logits(hidden[deeper], children.parent, token), children.parent, len(deeper))
+        return loss - steps[children.node == paths.node[deeper][children.parent]].sum()
