@@ -4,6 +4,7 @@ Shapes: n cases, K places, X history items.
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,13 +25,15 @@ def list_cases(
     widen: bool = True,
     exclude_history: bool = False,
     greedy_slates: bool = False,
+    free: Literal["", "exact", "nearest"] = "",
     batch_size: int = 512,
     on_batch: Callable[[int], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The list of each case: items (n, K) int64, -1 = none, and whether it is proven exact (n,) bool.
 
-    Beam lists by default; with `greedy_slates` the list is one greedy autoregressive slate. `exclude_history` leaves
-    out what the user had. `on_batch` is told the number of cases done after each batch.
+    Beam lists by default; with `greedy_slates` the list is one greedy autoregressive slate, with `free` what is
+    written without the trie, matched so. `exclude_history` leaves out what the user had, unless that is free.
+    `on_batch` is told the number of cases done after each batch.
     """
     lists = np.full((len(cases), k), NO_ITEM, dtype=np.int64)
     exact = np.zeros(len(cases), dtype=bool)
@@ -46,7 +49,10 @@ def list_cases(
         excluded = None
         if exclude_history:
             excluded = torch.from_numpy(cases.taken(index)).to(policy.device)
-        if greedy_slates:
+        if free:
+            found_freely = policy.write_freely(items, lengths, k=k, beams=beams, nearest=free == "nearest")
+            lists[index] = found_freely.cpu().numpy()
+        elif greedy_slates:
             slates = write_slates(policy, items, lengths, k=k, temperature=0.0, excluded=excluded)
             lists[index] = slates.items[:, 0].cpu().numpy()
         else:

@@ -64,6 +64,9 @@ class CausalLMSettings:
     """Rank of the adapters."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights."""
+    free_weight: float = 0.0
+    """Weight of a next-token loss over the whole vocabulary beside the one over legal tokens, in nats an item: without
+    it the model knows nothing of what is no item, and cannot write without the trie."""
 
     def __post_init__(self) -> None:
         check_fields(
@@ -73,6 +76,7 @@ class CausalLMSettings:
             dropout=between(0, 1, below=True),
             micro_tokens=at_least(64),
             lora_rank=at_least(1, 4096),
+            free_weight=at_least(0),
         )
 
 
@@ -176,6 +180,7 @@ class CausalLM(Policy[States, States]):
                 f"{len(self.prefix) + 2 * space.longest}: the instruction and two of the longest items"
             )
         language.tie(self)
+        self._readings: dict[Any, int] = {}
 
     @property
     def most_users(self) -> int:
@@ -366,6 +371,76 @@ class CausalLM(Policy[States, States]):
             found = torch.cat([(hidden[r].float() * F.embedding(t, weight).float()).sum(dim=1) for r, t in parts])
         return self.language.cap(found if bias is None else found + bias[token])
 
+    # Writing without the trie
+
+    @torch.no_grad()
+    def write_freely(self, items: Tensor, lengths: Tensor, *, k: int, beams: int, nearest: bool = False) -> Tensor:
+        """Beam search over the whole vocabulary; see the protocol. A text is an item where it reads as its title does
+        (`titles.normalise`), or is the ID; with `nearest`, any other one is the item whose tokens' mean embedding is
+        nearest by cosine.
+        """
+        beams, n_users = max(beams, k), len(items)
+        states = self.encode(items, lengths)
+        live = torch.zeros(n_users, 1, device=items.device)  # log-probability of each beam, -inf where it is none
+        texts: list[list[list[int]]] = [[[]] for _ in range(n_users)]
+        done: list[list[tuple[float, list[int]]]] = [[] for _ in range(n_users)]
+        for _ in range(self.space.longest):
+            vocabulary = self._vocabulary_logprobs(states.hidden)
+            total = (live.flatten()[:, None] + vocabulary).view(n_users, -1)
+            best, place = total.topk(min(beams, total.shape[1]), dim=1)
+            row, token = place // vocabulary.shape[1], place % vocabulary.shape[1]
+            longer = []
+            for user, (scores, rows, tokens) in enumerate(
+                zip(best.tolist(), row.tolist(), token.tolist(), strict=True)
+            ):
+                longer.append([[*texts[user][r], t] for r, t in zip(rows, tokens, strict=True)])
+                ended = [i for i, text in enumerate(longer[-1]) if self.language.ends(text, self.base)]
+                done[user] += [(scores[i], longer[-1][i]) for i in ended if scores[i] > -torch.inf]
+                best[user, ended] = -torch.inf
+                done[user] = sorted(done[user], key=lambda found: -found[0])[:k]
+            enough = [len(found) == k and found[-1][0] >= float(best[u].max()) for u, found in enumerate(done)]
+            if all(enough):
+                break
+            source = (row + torch.arange(n_users, device=items.device)[:, None] * live.shape[1]).flatten()
+            tree = chains(token.flatten(), source, torch.ones_like(source))
+            states = self._grown(states, tree, torch.arange(len(source), device=items.device), states.level + 1)
+            live, texts = best, longer
+        found = torch.full((n_users, k), -1, device=items.device)
+        for user, ended_texts in enumerate(done):
+            for rank, (_, text) in enumerate(ended_texts):
+                found[user, rank] = self._item_of(text, nearest=nearest)
+        return found
+
+    def _vocabulary_logprobs(self, hidden: Tensor) -> Tensor:
+        """(R, V) log-probabilities of every token after outputs (R, D)."""
+        weight, bias = self.language.head()
+        return self.language.cap(F.linear(hidden, weight, bias).float()).log_softmax(dim=1)
+
+    def _item_of(self, text: list[int], *, nearest: bool) -> int:
+        """The item that a text is, -1 where it is none."""
+        known = self._known()
+        item = known.get(self.language.reading(text), -1)
+        if item < 0 and nearest:
+            mean = F.normalize(self.language.embedding().weight[torch.tensor(text)].float().mean(dim=0), dim=0)
+            item = int((self._mean_embeddings() @ mean).argmax())
+        return item
+
+    def _known(self) -> dict[Any, int]:
+        """Reading -> item, of every item."""
+        if not self._readings:
+            token, count = self._tokens(torch.arange(self.space.n_items, device=self.device))
+            for item, text in enumerate(torch.split(token.cpu(), count.tolist())):
+                self._readings.setdefault(self.language.reading(text.tolist()), item)
+        return self._readings
+
+    def _mean_embeddings(self) -> Tensor:
+        """(N, D) mean embedding of each item's tokens, of length 1."""
+        token, count = self._tokens(torch.arange(self.space.n_items, device=self.device))
+        owner = torch.repeat_interleave(count)
+        weight = self.language.embedding().weight.float()
+        total = weight.new_zeros(len(count), weight.shape[1]).index_add(0, owner, weight[token])
+        return F.normalize(total, dim=1)
+
     # Training
 
     def next_item_loss(self, items: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
@@ -407,7 +482,24 @@ class CausalLM(Policy[States, States]):
         wanted = (place > oldest[user]) & counted[user, (place - 1).clamp(min=0)]
         owner = torch.unique_consecutive(torch.stack([user[wanted], place[wanted]]), dim=1)
         paths = self.space.paths(items[owner[0], owner[1]])
-        return self._choices_loss(hidden[wanted.nonzero()[:, 0] - 1], paths), owner.shape[1]
+        outputs = hidden[wanted.nonzero()[:, 0] - 1]
+        loss = self._choices_loss(outputs, paths)
+        if self.settings.free_weight:
+            loss = loss + self.settings.free_weight * self._vocabulary_loss(outputs, token[wanted])
+        return loss, owner.shape[1]
+
+    def _vocabulary_loss(self, hidden: Tensor, token: Tensor) -> Tensor:
+        """Sum of -log P of tokens (M,) among all after outputs (M, D), some rows at a time."""
+
+        def part(hidden: Tensor, token: Tensor) -> Tensor:
+            return F.nll_loss(self._vocabulary_logprobs(hidden), token, reduction="sum")
+
+        size = max(1, LARGEST // 4 // self.language.head()[0].shape[0])
+        parts = zip(torch.split(hidden, size), torch.split(token, size), strict=True)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for own in parts:
+            total = total + (checkpoint(part, *own, use_reentrant=False) if torch.is_grad_enabled() else part(*own))
+        return total
 
     def _choices_loss(self, hidden: Tensor, paths: Paths) -> Tensor:
         """Sum of -log P of the tokens of paths (F,) after outputs (F, D), each among the legal ones."""

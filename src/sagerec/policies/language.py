@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sagerec.actions.space import ActionSpace
-from sagerec.actions.titles import Titles, load_tokenizer
+from sagerec.actions.titles import Titles, load_tokenizer, normalise
 from sagerec.artifacts import hash_folder
 from sagerec.errors import MissingExtraError, SettingsError
 
@@ -39,6 +39,7 @@ class LanguageModel:
         self.max_positions = readable_positions(self.config)
         self.backbone: Any = getattr(self.model, self.model.base_model_prefix)
         self.cache_name = _cache_name(self.backbone)
+        self.end = space.end if isinstance(space, Titles) else None
         self.new_tokens: list[int] = []
         if isinstance(space, Titles):
             _check_tokenizer(tokenizer, space)
@@ -75,6 +76,16 @@ class LanguageModel:
         sizes_before = torch.tensor([0, *sizes]).cumsum(0)[:-1]
         found: Tensor = sizes_before + numbers[0]
         return found
+
+    def ends(self, text: list[int], base: Tensor) -> bool:
+        """Whether a text of vocabulary ids is a whole item: a title that is ended, or a code of every level."""
+        return text[-1] == self.end if self.end is not None else len(text) == len(base)
+
+    def reading(self, text: list[int]) -> Any:
+        """What texts of vocabulary ids are compared by: how titles read, or the tokens of IDs."""
+        if self.end is None:
+            return tuple(text)
+        return normalise(self.tokenizer.decode([t for t in text if t != self.end], skip_special_tokens=True))
 
     def embedding(self) -> Any:
         """The module that embeds tokens."""

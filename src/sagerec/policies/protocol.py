@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sagerec.actions.space import ActionSpace
 from sagerec.actions.trie import Children
+from sagerec.errors import SettingsError
 
 ContextT = TypeVar("ContextT")
 PrefixT = TypeVar("PrefixT")
@@ -112,6 +113,14 @@ class Policy(nn.Module, Generic[ContextT, PrefixT]):
     def child_logits(self, prefix: PrefixT, children: Children) -> Tensor:
         """(M,) float32 logits of legal continuations of the prefix rows; the caller normalises over the legal ones."""
         raise NotImplementedError
+
+    def write_freely(self, items: Tensor, lengths: Tensor, *, k: int, beams: int, nearest: bool = False) -> Tensor:
+        """(B, K) what beam search writes after histories (B, T) without the trie, best first: items, -1 for a text that
+        is none; the same may stand twice. With `nearest` every text is taken for the item that is most like it.
+
+        Raises: SettingsError where the policy writes nothing else than items.
+        """
+        raise SettingsError("this policy writes nothing else than items; expected lists beam or slate")
 
     def next_item_loss(self, items: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
         """Mean over counted places of -log P(target | items up to it) in nats an item, with gradient; of P as it is

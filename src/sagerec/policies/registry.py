@@ -75,6 +75,8 @@ class PolicySettings:
     """Rank of the adapters (16)."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of a language model's weights (float32)."""
+    free_weight: float | None = None
+    """Weight of a language model's next-token loss over the whole vocabulary beside the one over legal tokens (0)."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -43,7 +43,7 @@ class SmallLMSettings:
 
     def __post_init__(self) -> None:
         check_fields(self, vocabulary=between(300, 10**6), positions=at_least(64, 10**6))
-        require(self.count >= 1, "unreachable")
+        require(self.count > 0, f"parameters is {self.parameters!r}; expected 10K to 10B, such as 5M")
 
     @property
     def count(self) -> int:
@@ -55,14 +55,14 @@ class SmallLMSettings:
 
 
 def shape_of(parameters: int, vocabulary: int) -> tuple[int, int]:
-    """(D, L) with V D + 11 L D^2 nearest to the number of weights, of a layer for every 48 of the width, at least 2."""
+    """(D, L) with V D + 11 L D^2 nearest to the number of weights, with a layer for about 48 of the width."""
 
-    def weights(width: int, layers: int) -> int:
-        return vocabulary * width + PER_LAYER * layers * width**2
+    def misfit(width: int, layers: int) -> float:
+        return abs(math.log((vocabulary * width + PER_LAYER * layers * width**2) / parameters))
 
     widths = range(HEAD_WIDTH, 2**14, HEAD_WIDTH)
-    options = [(width, layers) for width in widths for layers in {max(2, round(width / LAYER_WIDTH)), 2, 3, 4}]
-    return min(options, key=lambda o: (abs(math.log(weights(*o) / parameters)), abs(o[1] - o[0] / LAYER_WIDTH)))
+    options = {(width, max(2, round(width / LAYER_WIDTH) + more)) for width in widths for more in (-1, 0, 1)}
+    return min(sorted(options), key=lambda option: misfit(*option))
 
 
 def train_tokenizer(texts: Sequence[str], size: int) -> Any:

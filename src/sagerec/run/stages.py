@@ -276,6 +276,7 @@ def evaluate(run: Run, settings: EvaluateSettings, *, name: str = "policy", devi
                 widen=settings.exact,
                 exclude_history=excludes_history(run.split.sequences(run.data, "train"), settings),
                 greedy_slates=settings.lists == "slate",
+                free=settings.free_match if settings.lists == "free" else "",
                 on_batch=bar.update,
             )
         return found, float(exact.mean())
@@ -321,7 +322,7 @@ def report_lists(
         )
         train_events = run.split.sequences(run.data, "train")
         report |= {
-            "history_excluded": excludes_history(train_events, settings),
+            "history_excluded": settings.lists != "free" and excludes_history(train_events, settings),
             "proven_exact": exact,
             "made_from": made_from,
             "versions": artifacts.package_versions(),
