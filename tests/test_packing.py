@@ -23,7 +23,9 @@ def test_by_hand() -> None:
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 100)), min_size=1, max_size=20), st.integers(0, 9))
 def test_ways_equal_following_the_parents(drawn: list[tuple[int, int]], seed: int) -> None:
-    parent, depth, anchor = [], [], []
+    parent: list[int] = []
+    depth: list[int] = []
+    anchor: list[int] = []
     for i, (state, choice) in enumerate(drawn):
         before = [j for j in range(i) if anchor[j] == state]
         parent.append(-1 if not before or choice % 3 == 0 else before[choice % len(before)])
