@@ -56,6 +56,16 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
     return load_module
 
 
+@needs_transformers
+def test_text_runs(tmp_path: Path) -> None:
+    """60 titles for lists and loss, 500 in the trie; each with its peer."""
+    results = run_quick("text", tmp_path)["results"]
+    assert set(results["lists"]) == {"ours", "generate"}
+    assert all(row["users_per_second"] > 0 for row in results["lists"].values())
+    assert set(results["loss"]) == {"ours", "naive copies"}
+    assert [row["titles"] for row in results["trie"]] == [500]
+
+
 def test_trie_runs(tmp_path: Path) -> None:
     """2,000 items: 1 root, at most 256 nodes of depth 1, and 2,000 leaves among the nodes."""
     record = run_quick("trie", tmp_path)
