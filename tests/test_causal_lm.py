@@ -21,6 +21,7 @@ from sagerec.decoding.beam import exact_lists
 from sagerec.decoding.slates import slate_logprobs, write_slates
 from sagerec.errors import SettingsError
 from sagerec.policies.causal_lm import CausalLM, CausalLMSettings
+from sagerec.policies.free_writing import Readings
 from sagerec.policies.language import make_language, read_language, readable_positions
 from sagerec.policies.protocol import Policy
 from tests.language_models import LAYOUTS, config_of, save_model
@@ -204,11 +205,12 @@ def test_free_writing_is_beam_search_over_the_vocabulary(models: Path) -> None:
 def test_free_texts_are_matched_as_they_read(models: Path) -> None:
     policy = policy_of(models / "qwen3")
     end, tokenizer = titles(models / "qwen3").end, policy.language.tokenizer
-    assert policy._item_of([*tokenizer("RED  Soap")["input_ids"], end], nearest=False) == 0
-    assert policy._item_of([*tokenizer("red soa")["input_ids"], end], nearest=False) == -1
+    readings = Readings(policy)
+    assert readings.item_of([*tokenizer("RED  Soap")["input_ids"], end], nearest=False) == 0
+    assert readings.item_of([*tokenizer("red soa")["input_ids"], end], nearest=False) == -1
     text = [*policy.space.sequence(8)[:-1], *policy.space.sequence(8)]
-    assert policy._item_of(text, nearest=False) == -1
-    assert policy._item_of(text, nearest=True) == 8
+    assert readings.item_of(text, nearest=False) == -1
+    assert readings.item_of(text, nearest=True) == 8
 
 
 def test_new_tokens_begin_as_the_words_of_their_items(models: Path) -> None:

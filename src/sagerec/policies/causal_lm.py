@@ -27,6 +27,7 @@ from sagerec.actions.space import ActionSpace, Paths
 from sagerec.actions.trie import ROOT, Children
 from sagerec.config import at_least, between, check_fields
 from sagerec.errors import SettingsError
+from sagerec.policies.free_writing import Readings, search_freely
 from sagerec.policies.language import LanguageModel
 from sagerec.policies.layers import FastDropout
 from sagerec.policies.packing import Rows, Tree, chains, lay_out, mask, table, ways
@@ -180,7 +181,7 @@ class CausalLM(Policy[States, States]):
                 f"{len(self.prefix) + 2 * space.longest}: the instruction and two of the longest items"
             )
         language.tie(self)
-        self._readings: dict[Any, int] = {}
+        self._readings: Readings | None = None
 
     @property
     def most_users(self) -> int:
@@ -192,8 +193,7 @@ class CausalLM(Policy[States, States]):
     def describe(self, titles: Sequence[str]) -> None:
         """Begin the tokens of Semantic IDs with what the titles of their items are made of."""
         if self.language.new_tokens:
-            token, count = self._tokens(torch.arange(self.space.n_items, device=self.space.device))
-            self.language.begin_with_titles(torch.split(token.cpu(), count.tolist()), titles)
+            self.language.begin_with_titles([torch.tensor(own) for own in self.item_tokens()], titles)
 
     # What is read
 
@@ -270,8 +270,7 @@ class CausalLM(Policy[States, States]):
 
     def step(self, prefix: States, rows: Tensor, tokens: Tensor) -> States:
         """Longer prefixes; see the protocol."""
-        tree = chains(tokens + self.base[prefix.level], rows, torch.ones_like(rows))
-        return self._grown(prefix, tree, torch.arange(len(rows), device=rows.device), prefix.level + 1)
+        return self.read_tokens(prefix, rows, tokens + self.base[prefix.level])
 
     def extend(self, context: States, slates: Tensor) -> States:
         """Read whole slates; see the protocol."""
@@ -371,75 +370,28 @@ class CausalLM(Policy[States, States]):
             found = torch.cat([(hidden[r].float() * F.embedding(t, weight).float()).sum(dim=1) for r, t in parts])
         return self.language.cap(found if bias is None else found + bias[token])
 
-    # Writing without the trie
-
-    @torch.no_grad()
     def write_freely(self, items: Tensor, lengths: Tensor, *, k: int, beams: int, nearest: bool = False) -> Tensor:
-        """Beam search over the whole vocabulary; see the protocol. A text is an item where it reads as its title does
-        (`titles.normalise`), or is the ID; with `nearest`, any other one is the item whose tokens' mean embedding is
-        nearest by cosine.
-        """
-        beams, n_users = max(beams, k), len(items)
-        states = self.encode(items, lengths)
-        live = torch.zeros(n_users, 1, device=items.device)  # log-probability of each beam, -inf where it is none
-        texts: list[list[list[int]]] = [[[]] for _ in range(n_users)]
-        done: list[list[tuple[float, list[int]]]] = [[] for _ in range(n_users)]
-        for _ in range(self.space.longest):
-            vocabulary = self._vocabulary_logprobs(states.hidden)
-            total = (live.flatten()[:, None] + vocabulary).view(n_users, -1)
-            best, place = total.topk(min(beams, total.shape[1]), dim=1)
-            row, token = place // vocabulary.shape[1], place % vocabulary.shape[1]
-            longer = []
-            for user, (scores, rows, tokens) in enumerate(
-                zip(best.tolist(), row.tolist(), token.tolist(), strict=True)
-            ):
-                longer.append([[*texts[user][r], t] for r, t in zip(rows, tokens, strict=True)])
-                ended = [i for i, text in enumerate(longer[-1]) if self.language.ends(text, self.base)]
-                done[user] += [(scores[i], longer[-1][i]) for i in ended if scores[i] > -torch.inf]
-                best[user, ended] = -torch.inf
-                done[user] = sorted(done[user], key=lambda found: -found[0])[:k]
-            enough = [len(found) == k and found[-1][0] >= float(best[u].max()) for u, found in enumerate(done)]
-            if all(enough):
-                break
-            source = (row + torch.arange(n_users, device=items.device)[:, None] * live.shape[1]).flatten()
-            tree = chains(token.flatten(), source, torch.ones_like(source))
-            states = self._grown(states, tree, torch.arange(len(source), device=items.device), states.level + 1)
-            live, texts = best, longer
-        found = torch.full((n_users, k), -1, device=items.device)
-        for user, ended_texts in enumerate(done):
-            for rank, (_, text) in enumerate(ended_texts):
-                found[user, rank] = self._item_of(text, nearest=nearest)
-        return found
+        """Beam search over the whole vocabulary; see the protocol and `free_writing`."""
+        if self._readings is None:
+            self._readings = Readings(self)
+        texts = search_freely(self, items, lengths, k=k, beams=beams)
+        found = [[self._readings.item_of(text, nearest=nearest) for text in own] for own in texts]
+        return torch.tensor([own + [-1] * (k - len(own)) for own in found], device=items.device)
 
-    def _vocabulary_logprobs(self, hidden: Tensor) -> Tensor:
+    def read_tokens(self, states: States, rows: Tensor, tokens: Tensor) -> States:
+        """States of rows (R',), each after one more token (R',) of the vocabulary."""
+        tree = chains(tokens, rows, torch.ones_like(rows))
+        return self._grown(states, tree, torch.arange(len(rows), device=rows.device), states.level + 1)
+
+    def vocabulary_logprobs(self, hidden: Tensor) -> Tensor:
         """(R, V) log-probabilities of every token after outputs (R, D)."""
         weight, bias = self.language.head()
         return self.language.cap(F.linear(hidden, weight, bias).float()).log_softmax(dim=1)
 
-    def _item_of(self, text: list[int], *, nearest: bool) -> int:
-        """The item that a text is, -1 where it is none."""
-        known = self._known()
-        item = known.get(self.language.reading(text), -1)
-        if item < 0 and nearest:
-            mean = F.normalize(self.language.embedding().weight[torch.tensor(text)].float().mean(dim=0), dim=0)
-            item = int((self._mean_embeddings() @ mean).argmax())
-        return item
-
-    def _known(self) -> dict[Any, int]:
-        """Reading -> item, of every item."""
-        if not self._readings:
-            token, count = self._tokens(torch.arange(self.space.n_items, device=self.device))
-            for item, text in enumerate(torch.split(token.cpu(), count.tolist())):
-                self._readings.setdefault(self.language.reading(text.tolist()), item)
-        return self._readings
-
-    def _mean_embeddings(self) -> Tensor:
-        """(N, D) mean embedding of each item's tokens, of length 1."""
-        token, count = self._tokens(torch.arange(self.space.n_items, device=self.device))
-        owner = torch.repeat_interleave(count)
-        weight = self.language.embedding().weight.float()
-        total = weight.new_zeros(len(count), weight.shape[1]).index_add(0, owner, weight[token])
-        return F.normalize(total, dim=1)
+    def item_tokens(self) -> list[list[int]]:
+        """Vocabulary ids of every item."""
+        token, count = self._tokens(torch.arange(self.space.n_items, device=self.space.device))
+        return [own.tolist() for own in torch.split(token.cpu(), count.tolist())]
 
     # Training
 
@@ -492,7 +444,7 @@ class CausalLM(Policy[States, States]):
         """Sum of -log P of tokens (M,) among all after outputs (M, D), some rows at a time."""
 
         def part(hidden: Tensor, token: Tensor) -> Tensor:
-            return F.nll_loss(self._vocabulary_logprobs(hidden), token, reduction="sum")
+            return F.nll_loss(self.vocabulary_logprobs(hidden), token, reduction="sum")
 
         size = max(1, LARGEST // 4 // self.language.head()[0].shape[0])
         parts = zip(torch.split(hidden, size), torch.split(token, size), strict=True)

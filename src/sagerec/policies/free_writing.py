@@ -1,0 +1,73 @@
+"""Writing without the trie: beam search over a language model's whole vocabulary, and which item a text is.
+
+What a peer without constrained decoding does: some of what is written is no item, or stands twice. A text is an item
+where it reads as its title does (case, unicode forms and white space aside), or is its Semantic ID; or, if asked for,
+the item whose tokens' mean embedding is nearest to the text's by cosine.
+
+Shapes: B users, W beams, V vocabulary, D width, N items.
+"""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from sagerec.policies.causal_lm import CausalLM
+
+
+@torch.no_grad()
+def search_freely(policy: "CausalLM", items: Tensor, lengths: Tensor, *, k: int, beams: int) -> list[list[list[int]]]:
+    """At most K texts of vocabulary ids for each history (B, T) with lengths (B,), the most probable first.
+
+    One beam search, of texts no longer than the longest item; one that has not ended by then is none.
+    """
+    n_users, beams = len(items), max(beams, k)
+    states = policy.encode(items, lengths)
+    live = torch.zeros(n_users, 1, device=items.device)  # log-probability of each beam, -inf where it has ended
+    texts: list[list[list[int]]] = [[[]] for _ in range(n_users)]
+    done: list[list[tuple[float, list[int]]]] = [[] for _ in range(n_users)]
+    for _ in range(policy.space.longest):
+        logprobs = policy.vocabulary_logprobs(states.hidden)
+        total = (live.flatten()[:, None] + logprobs).view(n_users, -1)
+        best, place = total.topk(min(beams, total.shape[1]), dim=1)
+        row, token = place // logprobs.shape[1], place % logprobs.shape[1]
+        rows, tokens = row.tolist(), token.tolist()
+        texts = [[[*own[r], t] for r, t in zip(rows[u], tokens[u], strict=True)] for u, own in enumerate(texts)]
+        enough = True
+        for user, scores in enumerate(best.tolist()):
+            ended = [i for i, text in enumerate(texts[user]) if policy.language.ends(text, policy.base)]
+            done[user] += [(scores[i], texts[user][i]) for i in ended if scores[i] > -math.inf]
+            done[user] = sorted(done[user], key=lambda found: -found[0])[:k]
+            best[user, ended] = -math.inf
+            # Log-probabilities only fall: no live beam can still reach the list.
+            enough &= len(done[user]) == k and done[user][-1][0] >= float(best[user].max())
+        if enough:
+            break
+        source = (row + torch.arange(n_users, device=row.device)[:, None] * live.shape[1]).flatten()
+        states, live = policy.read_tokens(states, source, token.flatten()), best
+    return [[text for _, text in own] for own in done]
+
+
+class Readings:
+    """What the items of a policy read like."""
+
+    def __init__(self, policy: "CausalLM") -> None:
+        self.language, tokens = policy.language, policy.item_tokens()
+        self.known: dict[Any, int] = {}
+        for item, text in enumerate(tokens):
+            self.known.setdefault(self.language.reading(text), item)
+        with torch.no_grad():
+            self.means = torch.stack([self._mean(text) for text in tokens])
+
+    def _mean(self, text: list[int]) -> Tensor:
+        """(D,) mean embedding of a text, of length 1."""
+        weight = self.language.embedding().weight
+        return F.normalize(weight[torch.tensor(text, device=weight.device)].float().mean(dim=0), dim=0)
+
+    def item_of(self, text: list[int], *, nearest: bool) -> int:
+        """The item that a text of vocabulary ids is, -1 where it is none."""
+        item = self.known.get(self.language.reading(text), -1)
+        return int((self.means @ self._mean(text)).argmax()) if item < 0 and nearest else item
