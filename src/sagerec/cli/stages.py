@@ -20,6 +20,7 @@ from sagerec.cli.tables import (
 from sagerec.policies.registry import PolicySettings
 from sagerec.policies.small_lm import SmallLMSettings, new_language_model
 from sagerec.recommend import load
+from sagerec.report.model_card import export_model
 from sagerec.report.training_plots import write_plots
 from sagerec.run import stages as pipeline
 from sagerec.run.additions import add_items
@@ -149,6 +150,24 @@ class IdsAdd:
 
 
 @dataclass(frozen=True)
+class LmExport:
+    """Copy a language-model policy of a run, with a model card, to a folder that Hugging Face and engines load.
+
+    Example: sagerec lm export RUN --policy policy-sage --out MODEL
+    """
+
+    run: Folder
+    """Run folder."""
+    out: Path
+    """Folder to write."""
+    policy: str = "policy"
+    """Which policy of the run."""
+
+    def __call__(self) -> None:
+        console.print(str(export_model(open_run(self.run), self.policy, self.out)), highlight=False)
+
+
+@dataclass(frozen=True)
 class Train:
     """Train the policy of a run on its training events. A killed training resumes.
 
@@ -166,9 +185,14 @@ class Train:
     all_at_once: bool = False
     """Also train a policy on the training and the reserved events together: RUN/policy-all-at-once, which an alignment
     must beat."""
+    zero_shot: bool = False
+    """Only write the language model as it comes, RUN/policy-zero-shot, to be evaluated beside what training makes."""
 
     def __call__(self) -> None:
         run = open_run(self.run)
+        if self.zero_shot:
+            pipeline.zero_shot(run, self.policy)
+            return
         pipeline.train(run, self.policy, self.train)
         if self.all_at_once:
             pipeline.train_all_at_once(run, self.policy, self.train)

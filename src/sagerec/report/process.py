@@ -15,7 +15,7 @@ from sagerec.report.records import Figure, Table
 from sagerec.report.training_plots import Log, draw_panel, panel_table, panels_of, smoothing
 from sagerec.run.folder import ALL_AT_ONCE
 
-STAGES = ("dataset", "split", "semantic_ids", "policy", f"policy-{ALL_AT_ONCE}", "policy-refit", "sasrec")
+STAGES = ("dataset", "split", "semantic_ids", "text", "policy", f"policy-{ALL_AT_ONCE}", "policy-refit", "sasrec")
 
 
 def manifests_of(material: Material) -> dict[str, Manifest]:

@@ -2,9 +2,10 @@
 
 RUN/dataset        the log and the catalogue, copied, so that a run needs nothing else
 RUN/split          the part of every event
-RUN/semantic_ids   codes, vectors, trie
+RUN/semantic_ids   codes, vectors, trie       (RUN/text: titles as tokens, trie)
 RUN/policy         the supervised policy      (RUN/policy-refit: with the validation event, for deployment)
 RUN/policy-all-at-once   trained on train and align events together, the reference that alignment must beat
+RUN/policy-zero-shot     a language model as it comes
 RUN/policy-NAME    an aligned policy
 RUN/sasrec         the trained baseline, if asked for
 RUN/evaluation*.json   one report a row: the policy's is evaluation.json
@@ -34,7 +35,9 @@ NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 """What an artefact of a run may be called: one component of a path."""
 ALL_AT_ONCE = "all-at-once"
 """What the policy is called that learnt the reserved events together with the training events."""
-RESERVED = ("supervised", "refit", ALL_AT_ONCE, "sasrec", "sasrec-refit", "popularity", "item-knn", *PARTS)
+ZERO_SHOT = "zero-shot"
+"""What a language model is called as it comes, trained on nothing of the run."""
+RESERVED = ("supervised", "refit", ALL_AT_ONCE, ZERO_SHOT, "sasrec", "sasrec-refit", "popularity", "item-knn", *PARTS)
 """What an aligned policy is not called: its reports would be those of something else."""
 
 
@@ -137,8 +140,8 @@ class Run:
 
     def aligned(self) -> list[str]:
         """Names of the aligned policies."""
-        found = (p.name for p in self.folder.glob("policy-*") if (p / artifacts.MANIFEST).is_file())
-        return sorted(name for name in found if name not in ("policy-refit", f"policy-{ALL_AT_ONCE}"))
+        found = {p.name for p in self.folder.glob("policy-*") if (p / artifacts.MANIFEST).is_file()}
+        return sorted(found - {"policy-refit", f"policy-{ALL_AT_ONCE}", f"policy-{ZERO_SHOT}"})
 
     def store(self) -> SimulatedStore | None:
         """The simulated store that the dataset is, None where it is none."""

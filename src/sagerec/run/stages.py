@@ -19,7 +19,14 @@ from sagerec import artifacts
 from sagerec.actions.registry import KINDS, ActionSettings, kind_of
 from sagerec.actions.space import ActionSpace
 from sagerec.actions.titles import TitleSettings
-from sagerec.catalogue.audit import EVENTS_USED, Finding, audit_order, audit_stage, read_events_used
+from sagerec.catalogue.audit import (
+    EVENTS_USED,
+    Finding,
+    audit_order,
+    audit_stage,
+    read_events_used,
+    write_events_used,
+)
 from sagerec.catalogue.dataset import INTERACTIONS, ITEMS, SOURCE, files_in, has_manifest, read_dataset
 from sagerec.catalogue.splits import Cases, Part, SplitSettings, learnt_counts, make_split, read_split, write_split
 from sagerec.config import from_json, require, to_json
@@ -34,10 +41,17 @@ from sagerec.evaluation.evaluate import (
     write_evaluation,
 )
 from sagerec.files import locked
-from sagerec.policies.registry import PolicySettings, describe_policy, read_policy, settings_of
+from sagerec.policies.registry import (
+    PolicySettings,
+    describe_policy,
+    make_policy,
+    read_policy,
+    settings_of,
+    write_weights,
+)
 from sagerec.policies.registry import inputs as policy_inputs
 from sagerec.progress import progress_bar
-from sagerec.run.folder import ALL_AT_ONCE, Run, check_aligned_name, check_name
+from sagerec.run.folder import ALL_AT_ONCE, ZERO_SHOT, Run, check_aligned_name, check_name
 from sagerec.training import parallel
 from sagerec.training.alignment import align_policy
 from sagerec.training.checkpoints import discard_finished
@@ -145,6 +159,28 @@ def train_all_at_once(run: Run, policy_settings: Any, settings: TrainSettings) -
     folder, made_from = run.folder / f"policy-{ALL_AT_ONCE}", run.hashes("dataset", "split", run.actions)
     parts: tuple[Part, ...] = ("train", "align")
     _train(run, folder, policy_settings, settings, parts, run.split.cases(run.data, "valid"), made_from)
+
+
+def zero_shot(run: Run, policy_settings: Any) -> None:
+    """Write a policy as it comes, trained on nothing of the run, to be measured beside what training makes of it.
+
+    Raises: SettingsError for a kind whose fresh weights are random.
+    """
+    require(
+        bool(policy_inputs(policy_settings)), "only a model that comes with weights has zero shots; expected causal-lm"
+    )
+    made_from = run.hashes("dataset", "split", run.actions) | policy_inputs(policy_settings)
+    folder, resolved = run.folder / f"policy-{ZERO_SHOT}", {"policy": describe_policy(policy_settings)}
+    with making(folder, "policy", made_from=made_from, settings=resolved) as needed:
+        if needed:
+            policy = make_policy(run.space(), policy_settings)
+            policy.describe(run.data.titles(range(run.data.n_items)))
+            sizes = {"parameters": sum(p.numel() for p in policy.parameters()), "seconds": 0.0}
+            with artifacts.write_artifact(
+                folder, "policy", made_from=made_from, settings=resolved, sizes=sizes
+            ) as fresh:
+                write_weights(fresh, policy)
+                write_events_used(fresh, np.zeros(0, dtype=np.int64))
 
 
 def refit(run: Run, policy_settings: Any, settings: TrainSettings) -> None:
