@@ -23,6 +23,7 @@ from sagerec.errors import SettingsError
 from sagerec.policies.causal_lm import CausalLM, CausalLMSettings
 from sagerec.policies.free_writing import Readings
 from sagerec.policies.language import make_language, read_language, readable_positions
+from sagerec.policies.language_tasks import tasks_loss
 from sagerec.policies.protocol import Policy
 from tests.language_models import LAYOUTS, config_of, save_model
 
@@ -221,6 +222,40 @@ def test_new_tokens_begin_as_the_words_of_their_items(models: Path) -> None:
     pieces = [t for i in owners for t in tokenizer(TITLES[i], add_special_tokens=False)["input_ids"]]
     torch.testing.assert_close(weight[first + 1], weight[torch.tensor(pieces)].mean(dim=0), rtol=1e-4, atol=1e-6)
     assert tokenizer.convert_ids_to_tokens([first, first + 3, first + 6]) == ["<a_0>", "<b_0>", "<c_1>"]
+
+
+def test_tasks_tie_codes_to_words(models: Path) -> None:
+    """One row with one target: title -> ID, ID -> title and titles -> ID, each by a plain pass of the model."""
+    policy = policy_of(models / "qwen3", codes=True, title_weight=0.5)
+    items, targets, counted = torch.tensor([[0, 3]]), torch.tensor([[3, 5]]), torch.tensor([[False, True]])
+    tokenizer, plain = policy.language.tokenizer, policy.language.plain()
+    tokens = policy.item_tokens()
+
+    def words(text: str) -> list[int]:
+        found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return found
+
+    def logprob(given: list[int], said: list[int], *, legal: bool) -> float:
+        text = [*policy.prefix.tolist(), *given]
+        rows = plain(torch.tensor([[*text, *said]])).logits[0].float()
+        total = 0.0
+        for place, token in enumerate(said):
+            row = rows[len(text) + place - 1]
+            among = sorted({own[place] for own in tokens if own[:place] == said[:place]}) if legal else range(len(row))
+            total += float(row[list(among)].log_softmax(0)[list(among).index(token)].detach())
+        return total
+
+    expected = -np.mean(
+        [
+            logprob(words(f"ID of:\n{TITLES[5]}\n"), tokens[5], legal=True),
+            logprob([*words("Title of:\n"), *tokens[5], *words("\n")], words(f"{TITLES[5]}\n"), legal=False),
+            logprob(words(f"After:\n{TITLES[0]}\n{TITLES[3]}\n"), tokens[5], legal=True),
+        ]
+    )
+    assert float(tasks_loss(policy, items, targets, counted).detach()) == pytest.approx(expected, abs=1e-3)
+    alone = policy.next_item_loss(items, targets, counted)
+    together = policy.train().next_item_loss(items, targets, counted)
+    assert float((together - alone).detach()) == pytest.approx(0.5 * expected, abs=1e-3)
 
 
 @pytest.mark.parametrize("train", ["all", "lora", "new-tokens"])

@@ -29,6 +29,7 @@ from sagerec.config import at_least, between, check_fields
 from sagerec.errors import SettingsError
 from sagerec.policies.free_writing import Readings, search_freely
 from sagerec.policies.language import LanguageModel
+from sagerec.policies.language_tasks import tasks_loss
 from sagerec.policies.layers import FastDropout
 from sagerec.policies.packing import Rows, Tree, chains, lay_out, mask, table, ways
 from sagerec.policies.protocol import Policy, states_before
@@ -65,6 +66,8 @@ class CausalLMSettings:
     """Rank of the adapters."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights."""
+    title_weight: float = 0.0
+    """For Semantic IDs: weight of what ties codes to words (`language_tasks`), in nats an ID or title."""
     free_weight: float = 0.0
     """Weight of a next-token loss over the whole vocabulary beside the one over legal tokens, in nats an item: without
     it the model knows nothing of what is no item, and cannot write without the trie."""
@@ -78,6 +81,7 @@ class CausalLMSettings:
             micro_tokens=at_least(64),
             lora_rank=at_least(1, 4096),
             free_weight=at_least(0),
+            title_weight=at_least(0),
         )
 
 
@@ -182,6 +186,7 @@ class CausalLM(Policy[States, States]):
             )
         language.tie(self)
         self._readings: Readings | None = None
+        self.title_tokens: list[list[int]] = []
 
     @property
     def most_users(self) -> int:
@@ -191,7 +196,9 @@ class CausalLM(Policy[States, States]):
         )
 
     def describe(self, titles: Sequence[str]) -> None:
-        """Begin the tokens of Semantic IDs with what the titles of their items are made of."""
+        """Begin the tokens of Semantic IDs with what the titles of their items are made of; learn these beside them."""
+        if self.settings.title_weight:
+            self.title_tokens = self.language.tokenizer(list(titles), add_special_tokens=False)["input_ids"]
         if self.language.new_tokens:
             self.language.begin_with_titles([torch.tensor(own) for own in self.item_tokens()], titles)
 
@@ -412,7 +419,14 @@ class CausalLM(Policy[States, States]):
         for own in self._pieces(rows, width[rows] + len(self.prefix)):
             loss, n = self._piecewise(self._text_loss, whole[own], ends[own] + 1, counted[own])
             total, n_targets = total + loss, n_targets + n
-        return total / max(n_targets, 1)
+        loss = total / max(n_targets, 1)
+        if self.training and self.title_tokens:
+            loss = loss + self.settings.title_weight * tasks_loss(self, items, targets, counted)
+        return loss
+
+    def outputs(self, token: Tensor, rows: Rows) -> Tensor:
+        """Outputs (M, D) of texts of tokens (M,), each text a row, read from the beginning."""
+        return self._forward(rows, token, rows.slot, None, ())[0]
 
     def _pieces(self, rows: Tensor, widths: Tensor) -> list[Tensor]:
         """Rows (n,) that are `widths` (n,) tokens wide, in pieces of like width that `micro_tokens` bear."""
@@ -426,8 +440,7 @@ class CausalLM(Policy[States, States]):
     def _text_loss(self, items: Tensor, lengths: Tensor, counted: Tensor) -> tuple[Tensor, int]:
         """Sum of -log P over counted targets of texts (B, T + 1), and their number; place t has the target t + 1."""
         token, user, place = self._text(items, lengths)
-        rows = lay_out(user, len(items))
-        hidden, _ = self._forward(rows, token, rows.slot, None, ())
+        hidden = self.outputs(token, lay_out(user, len(items)))
         # Of each text the oldest item that fits is context alone.
         oldest = torch.full((len(items),), items.shape[1], device=items.device)
         oldest = oldest.scatter_reduce(0, user, place.masked_fill(place < 0, items.shape[1]), "amin")
@@ -435,12 +448,12 @@ class CausalLM(Policy[States, States]):
         owner = torch.unique_consecutive(torch.stack([user[wanted], place[wanted]]), dim=1)
         paths = self.space.paths(items[owner[0], owner[1]])
         outputs = hidden[wanted.nonzero()[:, 0] - 1]
-        loss = self._choices_loss(outputs, paths)
+        loss = self.choices_loss(outputs, paths)
         if self.settings.free_weight:
-            loss = loss + self.settings.free_weight * self._vocabulary_loss(outputs, token[wanted])
+            loss = loss + self.settings.free_weight * self.vocabulary_loss(outputs, token[wanted])
         return loss, owner.shape[1]
 
-    def _vocabulary_loss(self, hidden: Tensor, token: Tensor) -> Tensor:
+    def vocabulary_loss(self, hidden: Tensor, token: Tensor) -> Tensor:
         """Sum of -log P of tokens (M,) among all after outputs (M, D), some rows at a time."""
 
         def part(hidden: Tensor, token: Tensor) -> Tensor:
@@ -453,7 +466,7 @@ class CausalLM(Policy[States, States]):
             total = total + (checkpoint(part, *own, use_reentrant=False) if torch.is_grad_enabled() else part(*own))
         return total
 
-    def _choices_loss(self, hidden: Tensor, paths: Paths) -> Tensor:
+    def choices_loss(self, hidden: Tensor, paths: Paths) -> Tensor:
         """Sum of -log P of the tokens of paths (F,) after outputs (F, D), each among the legal ones."""
         trie = self.space.trie
         begins = (paths.depth == 0).nonzero()[:, 0]

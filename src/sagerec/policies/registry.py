@@ -75,6 +75,8 @@ class PolicySettings:
     """Rank of the adapters (16)."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of a language model's weights (float32)."""
+    title_weight: float | None = None
+    """For Semantic IDs in a language model: weight of title -> ID, ID -> title, titles -> next ID (0)."""
     free_weight: float | None = None
     """Weight of a language model's next-token loss over the whole vocabulary beside the one over legal tokens (0)."""
 
