@@ -22,7 +22,16 @@ from sagerec.cli.tables import print_study
 from sagerec.errors import SettingsError
 from sagerec.evaluation.evaluate import EvaluateSettings
 from sagerec.evaluation.per_case import Values, Yardstick, make_yardstick
-from sagerec.evaluation.tests import Measured, differences, holm, judge, measure, seed_variances, summarise
+from sagerec.evaluation.tests import (
+    Measured,
+    block_variances,
+    differences,
+    holm,
+    judge,
+    measure,
+    seed_variances,
+    summarise,
+)
 from sagerec.files import read_record, write_record
 from sagerec.objectives.table import OBJECTIVES
 from sagerec.report.cells import how_computed
@@ -183,6 +192,62 @@ def test_seeds_that_scatter_widen_the_interval_by_hand() -> None:
     both = differences(system((0.1, 0.3), uneven), b, pooled, seed=0)["recall@10"]
     reach = stats.t.ppf(0.975, 2.3834) * 0.0218367**0.5
     assert both["high"] - both["difference"] == pytest.approx(reach, abs=1e-4)
+
+
+def rows_of_seeds(values: np.ndarray, shape: np.ndarray) -> list[Measured]:
+    """Systems with Recall `values` (R, S); every case of a seed is alike but for `shape` (n,)."""
+    n = len(shape)
+    return [
+        Measured(
+            (np.zeros((n, 1)),) * len(own),
+            np.arange(n),
+            1,
+            {"recall@10": Values(own.mean() + shape, np.arange(n), np.arange(n))},
+            {"recall@10": own},
+        )
+        for own in values
+    ]
+
+
+def test_seeds_are_blocks_where_rows_share_a_start_by_hand() -> None:
+    """Rows of seeds .1, .3 and .2, .5: means .2, .35 of rows, .15, .4 of seeds, .275 of all; residuals +-.025.
+
+    v = 4 x .025^2 / 1 = .0025 on one degree, in place of (.02 + .045) / 2 = .0325 on two.
+    """
+    a, b = rows_of_seeds(np.array([[0.1, 0.3], [0.2, 0.5]]), np.zeros(50))
+    blocks, pooled = block_variances([a, b]), seed_variances([a, b])
+    assert blocks["recall@10"].variance == pytest.approx(0.0025)
+    assert pooled["recall@10"].variance == pytest.approx(0.0325)
+    assert (blocks["recall@10"].degrees, pooled["recall@10"].degrees) == (1, 2)
+    found = differences(a, b, pooled, seed=0, blocks=blocks)["recall@10"]
+    reach = stats.t.ppf(0.975, 1) * 0.0025**0.5
+    assert found["high"] - found["difference"] == pytest.approx(reach)
+    fixed = replace(b, is_random=False)
+    without = differences(a, fixed, pooled, seed=0, blocks=blocks)["recall@10"]
+    assert without == differences(a, fixed, pooled, seed=0)["recall@10"]
+    assert block_variances([a]) == {}
+
+
+def test_blocks_call_few_true_hypotheses_false_where_starts_differ_much() -> None:
+    """400 studies of 5 rows and 3 seeds: seeds differ by .1, rows of a seed by .01, and no row is better.
+
+    At .05 some 20 of 400 comparisons may be called different (8 to 34 with probability .998); pooled within rows, none,
+    and a difference of .05 is found by blocks alone.
+    """
+    rng, shape = np.random.default_rng(0), np.zeros(30)
+    called: list[list[bool]] = []
+    for _ in range(400):
+        values = 0.5 + 0.1 * rng.standard_normal(3) + 0.01 * rng.standard_normal((5, 3))
+        values[4] += 0.05
+        rows = rows_of_seeds(values, shape)
+        pooled, ways = seed_variances(rows), (block_variances(rows), None)
+        tests = [differences(rows[i], rows[1], pooled, seed=0, blocks=blocks) for i in (0, 4) for blocks in ways]
+        called.append([test["recall@10"]["p_value"] < 0.05 for test in tests])
+    by_blocks, by_pool, found, missed = np.sum(called, axis=0).tolist()
+    assert 8 <= by_blocks <= 34
+    assert by_pool <= 2
+    assert found > 390
+    assert missed < 60
 
 
 def test_comparisons_are_named_before_and_no_pair_stands_twice() -> None:

@@ -37,11 +37,10 @@ class EvaluateSettings:
     """Part whose events are the targets."""
     k: tuple[int, ...] = (5, 10, 20)
     """Places of the list that count, each a column of the report."""
-    lists: Literal["beam", "slate", "free"] = "beam"
+    lists: Literal["beam", "slate", "free", "free-nearest"] = "beam"
     """beam: the K most probable next items; slate: K items written one after another, greedily; free: beam search over
-    the whole vocabulary of a language model, which may write what is no item."""
-    free_match: Literal["exact", "nearest"] = "exact"
-    """What a free text is taken for: exact, the item whose title reads the same, or none; nearest, the most similar."""
+    the whole vocabulary of a language model, which may write what is no item; free-nearest: what is none is taken for
+    the most similar item."""
     beams: int = 50
     """Beams of the first pass."""
     exact: bool = True
@@ -114,7 +113,7 @@ def evaluate_lists(
     values = {name: interval(found) for name, found in table.items()}
     for k in settings.k:
         for name, statistic in (("coverage", metrics.coverage_at), ("gini", metrics.gini_at)):
-            if name == "gini" and settings.lists == "free":  # no exposure, no Gini
+            if name == "gini" and settings.lists.startswith("free"):  # no exposure, no Gini
                 continue
             at_k = partial(statistic, n_items=data.n_items, k=k)
             values[f"{name}@{k}"] = asdict(intervals.jackknife(at_k, lists, cases.users, rng=rng).interval())

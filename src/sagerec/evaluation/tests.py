@@ -122,14 +122,39 @@ def seed_variances(found: Sequence[Measured]) -> dict[str, SeedVariance]:
     return pooled
 
 
+def block_variances(found: Sequence[Measured]) -> dict[str, SeedVariance]:
+    """What is left of the variance over seeds where the rows of a seed share a start: a seed is a block.
+
+    v = sum_is (y_is - y_i - y_s + y)^2 / ((R - 1)(S - 1)), over the R random rows of S seeds each (randomised blocks):
+    what the start of a seed does to both of two rows cancels in their difference. Without two such rows there is none.
+    """
+    several = [m for m in found if m.is_random and m.seeds > 1]
+    if len(several) < 2 or len({m.seeds for m in several}) > 1:
+        return {}
+    left = {}
+    for name in several[0].by_seed:
+        values = np.stack([m.by_seed[name] for m in several])
+        residual = values - values.mean(axis=1, keepdims=True) - values.mean(axis=0) + values.mean()
+        degrees = (values.shape[0] - 1) * (values.shape[1] - 1)
+        left[name] = SeedVariance(float((residual**2).sum()) / degrees, degrees)
+    return left
+
+
 def differences(
-    a: Measured, b: Measured, seeds: dict[str, SeedVariance], *, seed: int, confidence: float = 0.95
+    a: Measured,
+    b: Measured,
+    seeds: dict[str, SeedVariance],
+    *,
+    seed: int,
+    blocks: dict[str, SeedVariance] | None = None,
+    confidence: float = 0.95,
 ) -> dict[str, dict[str, Any]]:
     """Each metric of `a` less that of `b`, with its interval and, where both have several seeds, a two-sided p.
 
     SE^2 = SE_users^2 + (1 / S_a + 1 / S_b) v: SE_users of the paired differences of the seeds' means over users
     (`mean_over_users`; the jackknife for coverage), v the pooled variance over seeds; the part of a system with nothing
     random is 0. Student's t with Satterthwaite's degrees of freedom, of U - 1 (groups - 1) and of the pooled seeds'.
+    Where the rows of a seed share a start, `blocks` (`block_variances`) stands in the place of v between random rows.
 
     Where one side is a random system of one seed, the interval is over users alone (`covers`), `p_value` is None and
     the verdict says `one seed`. A metric whose cases are of one user is left out: it has no error to compare with.
@@ -146,6 +171,8 @@ def differences(
                 continue
             estimate = intervals.mean_over_users(paired.values, paired.users)
         if tested:
+            if a.is_random and b.is_random and blocks:
+                drawn = blocks[name]
             estimate = estimate.widened(a.seed_error(drawn.variance) + b.seed_error(drawn.variance), drawn.degrees)
         ends = estimate.interval(confidence)
         found[name] = {"difference": estimate.value, "low": ends.low, "high": ends.high}

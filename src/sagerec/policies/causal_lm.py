@@ -187,6 +187,7 @@ class CausalLM(Policy[States, States]):
         language.tie(self)
         self._readings: Readings | None = None
         self.title_tokens: list[list[int]] = []
+        self._written: list[list[int]] = []
 
     @property
     def most_users(self) -> int:
@@ -397,8 +398,10 @@ class CausalLM(Policy[States, States]):
 
     def item_tokens(self) -> list[list[int]]:
         """Vocabulary ids of every item."""
-        token, count = self._tokens(torch.arange(self.space.n_items, device=self.space.device))
-        return [own.tolist() for own in torch.split(token.cpu(), count.tolist())]
+        if not self._written:
+            token, count = self._tokens(torch.arange(self.space.n_items, device=self.space.device))
+            self._written = [own.tolist() for own in torch.split(token.cpu(), count.tolist())]
+        return self._written
 
     # Training
 

@@ -71,6 +71,10 @@ ALIGNED_SEES: tuple[Part, ...] = ("train", "align")
 """What an aligned policy may see: the reserved events, and the training events before them as histories."""
 
 
+FREE: dict[str, Literal["exact", "nearest"]] = {"free": "exact", "free-nearest": "nearest"}
+"""Lists that are written without the trie -> what a text is taken for."""
+
+
 @dataclass(frozen=True, slots=True)
 class RunSettings:
     """Settings of every stage of `sagerec run`."""
@@ -312,7 +316,7 @@ def evaluate(run: Run, settings: EvaluateSettings, *, name: str = "policy", devi
                 widen=settings.exact,
                 exclude_history=excludes_history(run.split.sequences(run.data, "train"), settings),
                 greedy_slates=settings.lists == "slate",
-                free=settings.free_match if settings.lists == "free" else "",
+                free=FREE.get(settings.lists, ""),
                 on_batch=bar.update,
             )
         return found, float(exact.mean())
@@ -358,7 +362,7 @@ def report_lists(
         )
         train_events = run.split.sequences(run.data, "train")
         report |= {
-            "history_excluded": settings.lists != "free" and excludes_history(train_events, settings),
+            "history_excluded": settings.lists not in FREE and excludes_history(train_events, settings),
             "proven_exact": exact,
             "made_from": made_from,
             "versions": artifacts.package_versions(),

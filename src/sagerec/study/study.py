@@ -15,7 +15,7 @@ from sagerec import artifacts
 from sagerec.baselines.tuning import evaluate_baseline, sasrec_trials
 from sagerec.config import to_json
 from sagerec.evaluation.per_case import make_yardstick
-from sagerec.evaluation.tests import differences, judge, measure, seed_variances, summarise
+from sagerec.evaluation.tests import block_variances, differences, judge, measure, seed_variances, summarise
 from sagerec.files import locked, write_record
 from sagerec.run import stages as pipeline
 from sagerec.run.folder import ALL_AT_ONCE, Run
@@ -119,8 +119,9 @@ def describe_study(
         if name in study.rows():
             rows[name]["settings"] = to_json(chosen_settings(folder, name, study, settings.align).resolved())
     pairs, seeds = comparisons(list(found)), seed_variances(list(found.values()))
+    blocks = None if study.share_start else block_variances(list(found.values()))
     for name, rival in pairs:
-        rows[name]["against"][rival] = differences(found[name], found[rival], seeds, seed=0)
+        rows[name]["against"][rival] = differences(found[name], found[rival], seeds, seed=0, blocks=blocks)
     tests = [test for name, rival in pairs for test in rows[name]["against"][rival].values()]
     judged = judge(tests)
     trials = [
