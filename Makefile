@@ -5,6 +5,8 @@ TORCH ?= torch==2.13.0
 TORCH_FLAGS ?=
 VENV ?= .venv
 DEMO ?= runs/demo
+# Processes that run the tests.
+WORKERS ?= 2
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
@@ -44,7 +46,7 @@ test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
