@@ -218,7 +218,7 @@ def study_row(values: Mapping[str, Any]) -> Row:
 
 
 def run_rows(run: Run, reports: Mapping[str, dict[str, Any]], aligned: list[Aligned], k: int) -> list[Row]:
-    """A row a report, the policies compared with the supervised one on the same cases."""
+    """A row a report, compared with the supervised policy and with the one of all events at once, on the same cases."""
     seeds = {policy.group: policy.manifest.seed for policy in aligned}
     against = differences_to_start(run, reports, k)
     rows = []
@@ -236,8 +236,9 @@ def run_rows(run: Run, reports: Mapping[str, dict[str, Any]], aligned: list[Alig
 def differences_to_start(
     run: Run, reports: Mapping[str, dict[str, Any]], k: int
 ) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
-    """Name -> the supervised policy -> metric -> the difference to it with its 95 % interval over users, no verdict:
-    a run has one seed of each. What answers other cases, or too few places, is left out.
+    """Name -> the supervised policy, and the one of all events at once -> metric -> the difference to it with its 95 %
+    interval over users, no verdict: a run has one seed of each. What answers other cases, or too few places, is left
+    out.
 
     Empty where items share Semantic IDs: their accuracy is no function of the list alone.
     """
@@ -260,8 +261,9 @@ def differences_to_start(
     if START not in found:
         return {}
     seeds = seed_variances(list(found.values()))
+    references = [name for name in (START, ALL_AT_ONCE) if name in found]
     return {
-        name: {START: differences(measured, found[START], seeds, seed=0)}
+        name: {other: differences(measured, found[other], seeds, seed=0) for other in references if other != name}
         for name, measured in found.items()
         if name != START
     }
