@@ -90,6 +90,11 @@ def normalise(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
+def first_line(error: Exception) -> str:
+    """What an error of another library says first; the rest is advice on its own settings."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def load_tokenizer(model: str) -> Any:
     """The tokenizer of a language model's folder or name. Raises: MissingExtraError; SettingsError."""
     require(
@@ -102,7 +107,10 @@ def load_tokenizer(model: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model, local_files_only=Path(model).is_dir())
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise SettingsError(f"model is {model!r}, whose tokenizer cannot be read ({error})") from error
+        raise SettingsError(
+            f"model is {model!r}, whose tokenizer cannot be read ({first_line(error)}); expected a folder with a Hugging "
+            "Face language model (sagerec lm new makes one), or the name of one where the hub is at hand"
+        ) from error
 
 
 def end_token(tokenizer: Any) -> int:

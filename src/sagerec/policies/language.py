@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sagerec.actions.space import ActionSpace
-from sagerec.actions.titles import Titles, load_tokenizer, normalise
+from sagerec.actions.titles import Titles, first_line, load_tokenizer, normalise
 from sagerec.artifacts import hash_folder
 from sagerec.errors import MissingExtraError, SettingsError
 
@@ -274,7 +274,7 @@ def load_model(model: str, *, dtype: str) -> Any:
             loaded = AutoModelForCausalLM.from_pretrained(model, **given)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise SettingsError(
-            f"model is {model!r}, which cannot be read ({error}); expected a folder with a Hugging Face causal "
+            f"model is {model!r}, which cannot be read ({first_line(error)}); expected a folder with a Hugging Face causal "
             "language model (sagerec lm new makes one), or the name of one where the hub is at hand"
         ) from error
     if getattr(loaded.config, "attn_logit_softcapping", None):
@@ -326,7 +326,9 @@ def check_trees(language: LanguageModel, name: str) -> None:
             language.forward(embed(torch.cat([start, x], dim=1)), places, None, ())[0][:, 3:] for x in (one, other)
         ]
     except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
-        raise SettingsError(f"{name}: this layout cannot be read as trees ({error}); choose another model") from error
+        raise SettingsError(
+            f"{name}: this layout cannot be read as trees ({first_line(error)}); choose another model"
+        ) from error
     expected = torch.cat(alone, dim=1).float()
     off = float((both.float() - expected).norm() / expected.norm().clamp(min=1e-6))
     if not off < (1e-3 if both.dtype == torch.float32 else 5e-2):
