@@ -165,7 +165,7 @@ def read_task(path: Path, name: str, known: ItemMap | str | None = None, *, with
     )
 
 
-def _histories(keys: array[int], offsets: array[int]) -> Histories:
+def _histories(keys: "array[int]", offsets: "array[int]") -> Histories:
     return Histories(np.array(keys, dtype=np.int64), np.array(offsets, dtype=np.int64))
 
 
