@@ -1,9 +1,10 @@
 """A run's policy on the benchmark: the itemic tokens of the messages are its history, exact lists its predictions.
 
-The run's Semantic IDs are the benchmark's (`sagerec import recif`, `--ids.quantiser existing`). Lists hold items of the
-task's own map alone; among items that share an ID, one stands for all, and predictions are IDs. What a policy over legal
-tokens would write without a constraint is not defined, so there is no unconstrained decoding of it. Texts other than the
-itemic tokens (a keyword, a user's profile in words) are not read, and tasks that ask for text are left unanswered.
+The run's Semantic IDs are the benchmark's (`sagerec import recif`, `--ids.quantiser existing`). Lists hold items of
+the task's own map alone; among items that share an ID, one stands for all, and predictions are IDs. What a policy over
+legal tokens would write without a constraint is not defined, so there is no unconstrained decoding of it. Texts other
+than the itemic tokens (a keyword, a user's profile in words) are not read, and tasks that ask for text are left
+unanswered.
 
 Shapes: N items, n samples, H keys of histories, K places.
 """
@@ -43,8 +44,8 @@ def item_keys(space: ActionSpace) -> np.ndarray:
     codes = space.padded().cpu().numpy().astype(np.int64)
     if codes.shape[1] < 3 or codes[:, :3].min() < 0 or codes[:, :3].max() >= LEVEL_SIZE:
         raise ArtifactError(
-            f"the run's items have {codes.shape[1]} codes each; expected the three of RecIF's Semantic IDs: make the run "
-            "of a dataset of `sagerec import recif` with --ids.quantiser existing --ids.no-unique"
+            f"the run's items have {codes.shape[1]} codes each; expected the three of RecIF's Semantic IDs: make the "
+            "run of a dataset of `sagerec import recif` with --ids.quantiser existing --ids.no-unique"
         )
     found: np.ndarray = (codes[:, 0] * LEVEL_SIZE + codes[:, 1]) * LEVEL_SIZE + codes[:, 2]
     return found
@@ -63,7 +64,7 @@ class KnownItems:
 
     @classmethod
     def of(cls, space: ActionSpace) -> "KnownItems":
-        """Of a space: of items with one key, the one that lists show, and of several such the one of the last code 0."""
+        """Of a space: of items with one key, the one that lists show; of several such, that of the last code 0."""
         keys = item_keys(space)
         listed = np.unique(space.listed_as(np.arange(space.n_items)))
         last = space.padded()[:, -1].cpu().numpy()[listed]
@@ -88,9 +89,7 @@ def make_cases(items: np.ndarray, offsets: np.ndarray) -> Cases:
 
 def take(cases: Cases, index: np.ndarray) -> Cases:
     """Some of the cases."""
-    return Cases(
-        cases.users[index], cases.targets[index], cases.rows[index], cases.starts[index], cases.event_items
-    )
+    return Cases(cases.users[index], cases.targets[index], cases.rows[index], cases.starts[index], cases.event_items)
 
 
 def known_histories(histories: Histories, known: KnownItems, *, without_last: bool) -> tuple[Cases, np.ndarray]:
@@ -211,9 +210,7 @@ class RunPolicy:
                 continue
             yield from self._answers(policy, known, task, faults)
 
-    def _answers(
-        self, policy: AnyPolicy, known: KnownItems, task: Task, faults: Counter[str]
-    ) -> Iterator[Prediction]:
+    def _answers(self, policy: AnyPolicy, known: KnownItems, task: Task, faults: Counter[str]) -> Iterator[Prediction]:
         assert task.histories is not None, "read_benchmark(with_histories=True)"
         of_label = task.name == LABEL
         cases, candidates = known_histories(task.histories, known, without_last=of_label)
@@ -225,11 +222,11 @@ class RunPolicy:
             faults[UNANSWERED] += len(task) - len(index)
         rows = task.rows[index].tolist()
         if of_label:
-            for row, p in zip(rows, candidate_probabilities(policy, take(cases, index), candidates[index]), strict=True):
+            for row, p in zip(
+                rows, candidate_probabilities(policy, take(cases, index), candidates[index]), strict=True
+            ):
                 yield Prediction(task.name, row, p_yes=float(p), p_no=1.0 - float(p))
             return
-        lists = constrained_lists(
-            policy, take(cases, index), known, task.map, exclude_history=self.excludes_history
-        )
+        lists = constrained_lists(policy, take(cases, index), known, task.map, exclude_history=self.excludes_history)
         for row, keys in zip(rows, lists, strict=True):
             yield Prediction(task.name, row, predictions=[itemic_text(codes_of(key)) for key in keys])

@@ -22,7 +22,7 @@ def after_thought(generation: str) -> str:
 
 
 def named_item(generation: str) -> str:
-    """What a generation names: the first text between the tags that is not empty, or, without a begin tag, all of it."""
+    """What a generation names: the first text between the tags that is not empty; without a begin tag, all of it."""
     text = after_thought(generation)
     if BEGIN in text:
         for part in text.split(BEGIN):

@@ -1,7 +1,7 @@
 """Judges of texts, for item_understand and rec_reason: a local model for BERTScore, or a language model behind HTTP.
 
-Both are off unless they are asked for. Neither is the published judge, whose model is a service and whose figures hang on
-it: their values compare with each other and with no published ones.
+Both are off unless they are asked for. Neither is the published judge, whose model is a service and whose figures hang
+on it: their values compare with each other and with no published ones.
 """
 
 import json
@@ -91,9 +91,7 @@ class BertScore:
             batch = tokenizer(part, return_tensors="pt", padding=True, truncation=True, max_length=MOST_TOKENS)
             states = model(**batch, output_hidden_states=True).hidden_states
             vectors = states[min(self.layer, len(states) - 1)]
-            found += [
-                row[mask.bool()][1:-1] for row, mask in zip(vectors, batch["attention_mask"], strict=True)
-            ]
+            found += [row[mask.bool()][1:-1] for row, mask in zip(vectors, batch["attention_mask"], strict=True)]
         return found
 
     def judge(self, task: str, pairs: Sequence[tuple[str, str]]) -> tuple[str, list[float]]:

@@ -19,7 +19,6 @@ import polars as pl
 from sagerec.artifacts import UNREADABLE
 from sagerec.errors import DatasetError
 
-
 RECOMMENDATION = ("video", "ad", "product", "label_cond", "interactive")
 LABEL, TEXT = "label_pred", ("item_understand", "rec_reason")
 TASKS = (*RECOMMENDATION, LABEL, *TEXT)
@@ -201,8 +200,8 @@ def read_item_map(path: Path) -> ItemMap:
         return ItemMap(found[order], np.array(ids, dtype=np.int64)[order], np.array(counts, dtype=np.float64)[order])
     except (msgspec.DecodeError, UnicodeError, ValueError, OverflowError) as error:
         raise DatasetError(
-            f'{path} cannot be read ({error}); expected {{"KEY": [{{"pid": 1, "count": 2, "count_after_downsample": 1}}, '
-            "…]}, or iid in place of pid"
+            f'{path} cannot be read ({error}); expected {{"KEY": [{{"pid": 1, "count": 2, "count_after_downsample": 1}}'
+            ", …]}, or iid in place of pid"
         ) from error
 
 
@@ -221,5 +220,3 @@ def _pieces(path: Path) -> Iterator[bytes]:
         yield rest
     elif rest.strip() != b"}":
         raise ValueError("the file ends early" if not rest.strip() else f"its end is {rest.strip()[:20]!r}")
-
-

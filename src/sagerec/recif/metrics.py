@@ -8,7 +8,7 @@ Shapes: n samples, K predictions.
 """
 
 from collections import Counter
-from collections.abc import Hashable, Sequence, Set
+from collections.abc import Hashable, Sequence
 from math import log2
 
 import numpy as np
@@ -39,7 +39,7 @@ def recall(predicted: Sequence[Hashable], truth: Sequence[Hashable], k: int) -> 
 
 
 def yes_score(p_yes: float | None, p_no: float | None) -> float | None:
-    """P(yes) / (P(yes) + P(no)), an absent one 1e-10; None where both are 0, which the published evaluator leaves out."""
+    """P(yes) / (P(yes) + P(no)), an absent one 1e-10; None where both are 0, which is left out as published."""
     yes, no = (ABSENT if p is None else p for p in (p_yes, p_no))
     return yes / (yes + no) if yes + no > 0 else None
 
@@ -64,7 +64,7 @@ def entropy_bits(clusters: Sequence[Hashable]) -> float:
     return -sum(count / total * log2(count / total) for count in Counter(clusters).values()) if total else 0.0
 
 
-def cold_recall(keys: Sequence[int], cold: Set[int], k: int) -> float:
+def cold_recall(keys: Sequence[int], cold: frozenset[int], k: int) -> float:
     """recall@k of the items that are asked for and cold (at least one)."""
     return len(cold.intersection(keys[:k])) / len(cold)
 

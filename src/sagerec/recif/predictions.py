@@ -1,8 +1,8 @@
 """Predictions of a benchmark's rows, as files that others write and read: JSON lines, or Parquet of the same columns.
 
-A line is `{"task": "video", "row": 17, "predictions": ["<|sid_begin|><s_a_4>…", …]}`, best first, `row` the place in the
-task's file from 0; of label_pred `"p_yes": .7, "p_no": .1` in place of predictions, where one that is absent or null
-is a token that the generator did not return.
+A line is `{"task": "video", "row": 17, "predictions": ["<|sid_begin|><s_a_4>…", …]}`, best first, `row` the place in
+the task's file from 0; of label_pred `"p_yes": .7, "p_no": .1` in place of predictions, where one that is absent or
+null is a token that the generator did not return.
 """
 
 from collections import Counter

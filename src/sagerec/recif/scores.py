@@ -104,8 +104,6 @@ def add_prediction(found: Mapping[str, Scores], prediction: Prediction, faults: 
     elif scores.given[at]:
         faults[REPEATED] += 1
     elif scores.task.name == LABEL:
-        if prediction.p_yes is None and prediction.p_no is None:
-            return
         if (score := metrics.yes_score(prediction.p_yes, prediction.p_no)) is not None:
             scores.values[at, 0], scores.given[at] = score, True
     elif prediction.predictions:

@@ -8,9 +8,9 @@ and each item a successor there. After an item comes
 - else with probability `law` its successor;
 - else with probability `near` an item of the next cluster by popularity, else any item by popularity.
 
-So whoever writes the successor first scores (1 - cold_rate) · law or a little more at position1_pass@1 (`law_score`), and
-no policy can do better. Cold items never stand in histories. How long a video is watched hangs on the user's liking of
-its cluster and on its length: a long one is watched for more seconds and to a smaller share.
+So whoever writes the successor first scores (1 - cold_rate) · law or a little more at position1_pass@1 (`law_score`),
+and no policy can do better. Cold items never stand in histories. How long a video is watched hangs on the user's liking
+of its cluster and on its length: a long one is watched for more seconds and to a smaller share.
 
 Shapes: U users, N items of a domain, T places of a sequence.
 """
@@ -107,7 +107,8 @@ class Domain:
     @property
     def cold(self) -> np.ndarray:
         """(N,) bool: no history holds it."""
-        return self.popularity == 0
+        found: np.ndarray = self.popularity == 0
+        return found
 
 
 def make_domain(name: str, size: int, settings: RecifStoreSettings, rng: np.random.Generator) -> Domain:
@@ -205,9 +206,7 @@ def simulate_world(settings: RecifStoreSettings) -> World:
     return World(settings, domains, sequences, starts, is_test, watched, feedback)
 
 
-def _answer(
-    videos: Domain, sequence: np.ndarray, rng: np.random.Generator
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def _answer(videos: Domain, sequence: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Seconds watched (U, T), and the masks, by each user's liking of clusters and the videos' lengths."""
     liking = rng.random((len(sequence), CLUSTERS))
     mine = np.take_along_axis(liking, videos.cluster[sequence], axis=1)

@@ -13,7 +13,7 @@ from sagerec.artifacts import write_artifact
 from sagerec.config import to_json
 from sagerec.files import write_text
 from sagerec.recif.items import itemic_text, make_key
-from sagerec.recif.layout import LABEL, METADATA, MESSAGES, task_path
+from sagerec.recif.layout import LABEL, MESSAGES, METADATA, task_path
 from sagerec.recif.simulate import MASKS, Domain, RecifStoreSettings, World, simulate_world
 from sagerec.recif.tasks import NO, YES
 
@@ -106,7 +106,7 @@ def wide_table(world: World) -> pl.DataFrame:
 
 
 def pid2sid(domains: Sequence[Domain]) -> pl.DataFrame:
-    """pid and sid of every item."""
+    """The pid and sid of every item."""
     pids = np.concatenate([domain.pids for domain in domains])
     codes = np.concatenate([domain.codes for domain in domains])
     return pl.DataFrame({"pid": pids, "sid": codes.tolist()})
@@ -116,17 +116,18 @@ def caption(domain: Domain, item: int) -> str:
     """What an item shows, and how long it is."""
     topic = TOPICS[domain.cluster[item]]
     kind = "广告" if domain.name == "ad" else "视频"
-    return f"{topic} {kind} 第{domain.pids[item] % 10_000}集。这是一个关于 {topic} 的{kind}，时长 {domain.seconds[item]} 秒。"
+    number, seconds = domain.pids[item] % 10_000, domain.seconds[item]
+    return f"{topic} {kind} 第{number}集。这是一个关于 {topic} 的{kind}，时长 {seconds} 秒。"
 
 
 def captions(domains: Sequence[Domain]) -> pl.DataFrame:
-    """pid and dense_caption of videos and ads."""
+    """The pid and dense_caption of videos and ads."""
     rows = [(int(domain.pids[i]), caption(domain, i)) for domain in domains for i in range(len(domain.pids))]
     return pl.DataFrame(rows, schema={"pid": pl.Int64, "dense_caption": pl.String}, orient="row")
 
 
 def learnt_counts(world: World) -> Counter[int]:
-    """pid -> how often it occurs in the sequences of the training users."""
+    """How often each pid occurs in the sequences of the training users."""
     found: Counter[int] = Counter()
     for name, domain in world.domains.items():
         pids = domain.pids[world.sequences[name]]
@@ -219,11 +220,18 @@ def task_rows(world: World) -> dict[str, list[Row]]:
     rows[LABEL] = [row for person in people for row in _label(person)]
     videos = world.domains["video"]
     rows["item_understand"] = [
-        _row(f"请描述 {itemic_text(videos.codes[i].tolist())} 的内容", {"pid": int(videos.pids[i]), "answer": caption(videos, i)})
+        _row(
+            f"请描述 {itemic_text(videos.codes[i].tolist())} 的内容",
+            {"pid": int(videos.pids[i]), "answer": caption(videos, i)},
+        )
         for i in range(min(FEW, len(videos.pids)))
     ]
     rows["rec_reason"] = [
-        _row(f"{p.profile(with_sid=True)}\n[历史观看视频内容]\n{p.watched_captions()}", {"uid": p.uid, "answer": p.reasoning()}, "")
+        _row(
+            f"{p.profile(with_sid=True)}\n[历史观看视频内容]\n{p.watched_captions()}",
+            {"uid": p.uid, "answer": p.reasoning()},
+            "",
+        )
         for p in people[:FEW]
     ]
     return rows
@@ -242,9 +250,7 @@ def _next_items(person: _Person, task: str) -> Iterator[Row]:
     targets = person.items(task, of_history=False)
     ids = "answer_iid" if task == "product" else "answer_pid"
     pids = person.world.domains[task].pids[targets].tolist()
-    yield _row(
-        f"{shown}\n{ASKED[task]}", {"uid": person.uid, "answer": person.sids(task, targets), ids: pids}
-    )
+    yield _row(f"{shown}\n{ASKED[task]}", {"uid": person.uid, "answer": person.sids(task, targets), ids: pids})
 
 
 def _did(person: _Person) -> str:

@@ -100,8 +100,8 @@ def read_benchmark(folder: Path, *, with_histories: bool = False) -> Benchmark:
         files.append(path)
     if not tasks:
         raise DatasetError(
-            f"{folder} holds no task that can be read ({'; '.join(left_out.values())}); expected TASK/TASK_test.parquet, "
-            f"as in benchmark_data, of {', '.join(TASKS)}"
+            f"{folder} holds no task that can be read ({'; '.join(left_out.values())}); expected "
+            f"TASK/TASK_test.parquet, as in benchmark_data, of {', '.join(TASKS)}"
         )
     return Benchmark(folder, tasks, left_out, tuple(files))
 
@@ -147,7 +147,7 @@ def read_task(path: Path, name: str, known: ItemMap | str | None = None, *, with
     if without_items := sum(not asked for asked in items):
         notes.append(f"{without_items:,} answers name no item and count as misses")
     if without_ids:
-        notes.append(f"{without_ids:,} rows have no answer_pid and no answer_iid: their pid metrics are 0, as published")
+        notes.append(f"{without_ids:,} rows have no answer_pid or answer_iid: their pid metrics are 0, as published")
     if isinstance(known, str):
         notes.append(f"no pid metrics, Cold-Recall and existing items: {known}")
     return Task(

@@ -2,11 +2,11 @@
 
 A user's videos, ads and products are three sequences, since the table says nothing of their order to each other: the
 users UID, UID/ad and UID/product. What a user of the training split had (`hist_*`) trains; of what the user took then
-(`target_*`) the last item tests, the one before validates, and the others are reserved for alignment: fresh feedback. The
-users of the test split are the benchmark's, and are left out. Times are places.
+(`target_*`) the last item tests, the one before validates, and the others are reserved for alignment: fresh feedback.
+The users of the test split are the benchmark's, and are left out. Times are places.
 
-An item is a pid of one of the two maps: v17 of video_ad_pid2sid, p17 of product_pid2sid. It keeps its Semantic ID, which
-others may share. Its text is its caption, its title the caption's beginning.
+An item is a pid of one of the two maps: v17 of video_ad_pid2sid, p17 of product_pid2sid. It keeps its Semantic ID,
+which others may share. Its text is its caption, its title the caption's beginning.
 
 Nothing in the files is an error that a count can tell of: see `FAULTS`.
 """
@@ -41,8 +41,8 @@ MASKS = {
     "watch_seconds": "watch_seconds",
     "duration_seconds": "duration_seconds",
 }
-"""Column of the wide table behind hist_video_ and target_video_ -> column of the dataset; the last two are taken where a
-table has them, which the published one has not."""
+"""Column of the wide table behind hist_video_ and target_video_ -> column of the dataset; the last two are taken where
+a table has them, which the published one has not."""
 FAULTS = {
     "rows_without_uid": "rows without uid or split, or of an unknown split, left out",
     "repeated_uids": "rows of a uid that an earlier one has, left out",
@@ -131,7 +131,7 @@ def read_maps(files: dict[str, Path], figures: dict[str, Any]) -> Known:
         table = pl.read_parquet(files[name])
         if not {"pid", "sid"} <= set(table.columns):
             raise DatasetError(
-                f"{files[name]}: got the columns {', '.join(table.columns)}; expected pid and sid (a list of three codes)"
+                f"{files[name]}: got the columns {', '.join(table.columns)}; expected pid and sid (three codes)"
             )
         sid = pl.col("sid").cast(pl.List(pl.Int64))
         table = table.select(pl.lit(letter).alias("letter"), pl.col("pid").cast(pl.Int64), sid).drop_nulls()
@@ -190,9 +190,7 @@ def _columns(domain: Domain) -> Iterator[str]:
         yield from (f"{side}_{domain.column}_{mask}" for mask in domain.masks)
 
 
-def _training_users(
-    block: pl.DataFrame, seen: pl.Series, figures: dict[str, Any]
-) -> tuple[pl.DataFrame, pl.Series]:
+def _training_users(block: pl.DataFrame, seen: pl.Series, figures: dict[str, Any]) -> tuple[pl.DataFrame, pl.Series]:
     """The rows of a block that train, and the uids seen so far."""
     block = block.with_columns(pl.col("uid").cast(pl.String), pl.col(SPLIT).cast(pl.Int64, strict=False))
     whole = block.filter(pl.col("uid").is_not_null() & pl.col(SPLIT).is_in([0, 1]))
@@ -250,11 +248,15 @@ def _items(known: Known, used: np.ndarray | None, captions: Path | None) -> pl.D
         names = read.collect_schema().names()
         column = next((name for name in CAPTION_COLUMNS if name in names), None)
         if column is None or "pid" not in names:
-            raise DatasetError(f"{captions}: got the columns {', '.join(names)}; expected pid, and dense_caption or caption")
+            raise DatasetError(
+                f"{captions}: got the columns {', '.join(names)}; expected pid, and dense_caption or caption"
+            )
         wanted = items.filter(pl.col("letter") == "v")["pid"].implode()
-        texts = read.select(pl.col("pid").cast(pl.Int64), pl.col(column).cast(pl.String).alias(TEXT))
-        texts = texts.filter(pl.col("pid").is_in(wanted)).unique("pid", keep="first").collect()
-    items = items.join(texts.with_columns(pl.lit("v").alias("letter")), on=["letter", "pid"], how="left", maintain_order="left")
+        found = read.select(pl.col("pid").cast(pl.Int64), pl.col(column).cast(pl.String).alias(TEXT))
+        texts = found.filter(pl.col("pid").is_in(wanted)).unique("pid", keep="first").collect()
+    items = items.join(
+        texts.with_columns(pl.lit("v").alias("letter")), on=["letter", "pid"], how="left", maintain_order="left"
+    )
     text = pl.col(TEXT).str.strip_chars().replace("", None)
     title = text.str.extract(TITLE_PATTERN).str.strip_chars().alias(TITLE)
     return items.select(ITEM_ID, title, text, SEMANTIC_ID)
