@@ -1,6 +1,8 @@
 """`sagerec recif evaluate --predictions`: files to record and table, hostile ones too."""
 
+import gzip
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -168,9 +170,9 @@ def test_metadata_as_object_and_answers_in_columns(tmp_path: Path, evaluate: Run
 def test_label_pred(tmp_path: Path, evaluate: Run) -> None:
     """Scores: yes .875, absent / .1 -> 1e-9, tie of .5 with a no of .5; no .5 and .2.
 
-    Of 3 x 2 pairs: .875 beats both (2), ~0 none (0), .5 ties and beats (1.5): 3.5 / 6. Row 5, a no, names neither token:
-    .5, so .875 wins, ~0 loses, .5 ties: 5 / 9. Row 6, a no, has no line and is left out as published; over all rows it
-    counts .5 too: 6.5 / 12.
+    Of 3 x 2 pairs: .875 beats both (2), ~0 none (0), .5 ties and beats (1.5): 3.5 / 6. Row 5, a no, names neither
+    token: .5, so .875 wins, ~0 loses, .5 ties: 5 / 9. Row 6, a no, has no line and is left out as published; over all
+    rows it counts .5 too: 6.5 / 12.
     """
     answers = ["是", "是<|im_end|>", "是", "否", "否", "否", "否", "也许"]
     write_task(tmp_path / "b", "label_pred", [row(a, uid=i) for i, a in enumerate(answers)])
@@ -226,7 +228,7 @@ def test_hostile_lines_are_counted(tmp_path: Path, evaluate: Run, capsys: pytest
     }  # fmt: skip
     assert metrics_of(record)["pass@1"] == 0.5
     assert sorted(p.name for p in out.iterdir()) == ["recif.json", "recif.md"]
-    assert "5 lines that cannot be read, left out" in (out / "recif.md").read_text(encoding="utf-8")
+    assert "5 lines that cannot be read" in (out / "recif.md").read_text(encoding="utf-8")
     capsys.readouterr()
 
 
@@ -261,8 +263,6 @@ def test_nothing_to_evaluate_is_one_line(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_predictions_as_parquet_and_gzip_say_the_same(tmp_path: Path) -> None:
-    import gzip
-
     lines = [
         {"task": "video", "row": 0, "predictions": [tag(A), tag(B)]},
         {"task": "label_pred", "row": 3, "predictions": None, "p_yes": 0.5, "p_no": None},
@@ -272,8 +272,6 @@ def test_predictions_as_parquet_and_gzip_say_the_same(tmp_path: Path) -> None:
     )
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(text.encode()))
-    from collections import Counter
-
     expected = [Prediction("video", 0, [tag(A), tag(B)]), Prediction("label_pred", 3, p_yes=0.5)]
     for name in ("p.parquet", "p.jsonl.gz"):
         assert list(read_predictions(tmp_path / name, Counter())) == expected
@@ -325,5 +323,5 @@ def test_a_map_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert read_item_map(path).places([1]).tolist() == [-1]
     for text in ("[]", '{"a": []}', '{"1": [{"pid": 2}]}', '{"1": []} more', '{"1": []', ""):
         path.write_text(text, encoding="utf-8")
-        with pytest.raises(DatasetError, match="sid2pid.json cannot be read"):
+        with pytest.raises(DatasetError, match="cannot be read"):
             read_item_map(path)

@@ -36,7 +36,7 @@ from sagerec.run.folder import Run
 logger = logging.getLogger(__name__)
 PLACES, WIDEST = max(KS), 16
 BATCH = 512
-UNANSWERED = "rows whose prompt holds no item that the run knows"
+UNANSWERED = "rows whose prompt holds no item that the run knows, which get no prediction"
 
 
 def item_keys(space: ActionSpace) -> np.ndarray:

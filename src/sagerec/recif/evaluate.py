@@ -123,7 +123,7 @@ def score_system(
                 bar.update(min(done, total))
     for fault, count in faults.items():
         if count:
-            logger.warning("%s: %s %s, left out", system.name, f"{count:,}", fault)
+            logger.warning("%s: %s %s", system.name, f"{count:,}", fault)
     return found, faults
 
 

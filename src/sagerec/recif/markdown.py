@@ -33,7 +33,7 @@ def benchmark_markdown(record: Mapping[str, Any]) -> str:
         lines += [f"- {name} is left out: {why}"]
     for name, system in systems.items():
         lines += [f"- {name}: {_about(system)}"]
-        lines += [f"- {name}: {count:,} {fault}, left out" for fault, count in system["faults"].items()]
+        lines += [f"- {name}: {count:,} {fault}" for fault, count in system["faults"].items()]
     lines.append("")
     for task in TASKS:
         of_task = {name: system["tasks"][task] for name, system in systems.items() if task in system["tasks"]}
