@@ -2,13 +2,13 @@
 
 All files are random, of the published layout, and written first, which is not timed.
 
-- Evaluation: one task of 40,000 rows, prompts of 100 items, answers of 10, a map of a million Semantic IDs, JSON lines of
-  predictions of which one in ten hits. Measured is all of `sagerec recif evaluate`: reading, scoring, both kinds of
+- Evaluation: one task of 40,000 rows, prompts of 100 items, answers of 10, a map of a million Semantic IDs, JSON lines
+  of predictions of which one in ten hits. Measured is all of `sagerec recif evaluate`: reading, scoring, both kinds of
   metrics, intervals, hashes of the files, record and table.
 - Import: the wide table in one row group, as pandas writes it, which is the hardest to stream: videos with five masks,
   ads, products; then `import_dataset`, all of it.
 
-Each runs in a process of its own with two threads. Peaks are the whole process's; Python and the package are some 0.4 GB.
+Each runs in a process of its own with two threads. Peaks are the whole process's; Python and the package are 0.4 GB.
 
     python benchmarks/recif.py --out recif.json
 """
