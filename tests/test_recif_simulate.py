@@ -8,9 +8,11 @@ import numpy as np
 import polars as pl
 import pytest
 
+from sagerec.actions.clusters import item_clusters
 from sagerec.actions.semantic_ids.build import SemanticIdSettings
-from sagerec.actions.space import make_space
+from sagerec.catalogue.dataset import Dataset
 from sagerec.catalogue.formats.importer import import_dataset
+from sagerec.catalogue.splits import learnt_counts
 from sagerec.cli import main
 from sagerec.decoding.cases import list_cases
 from sagerec.errors import ArtifactError, SettingsError
@@ -27,6 +29,7 @@ from sagerec.recif.tasks import Histories, read_benchmark
 from sagerec.run.folder import Run, open_run
 from sagerec.run.stages import RunSettings, run_all
 from sagerec.training.settings import TrainSettings
+from tests.conftest import semantic_ids
 
 SMALL = RecifStoreSettings(
     users=240, videos=60, ads=60, products=60, history=10, targets=4, law=0.9, cold_share=0.1, shared_ids=0.05, seed=1
@@ -165,10 +168,14 @@ def test_a_policy_learns_the_law_and_is_evaluated(run: Run, folder: Path, tmp_pa
     )
 
 
+def known_items(run: Run) -> KnownItems:
+    """Of a run."""
+    return KnownItems.of(run.space(), item_keys(run.data), learnt_counts(run.data, run.split))
+
+
 def test_lists_hold_the_tasks_items_alone_and_are_exact(run: Run) -> None:
     """Against a list of the whole catalogue, from which the items of other tasks are taken out, and repeated IDs."""
-    policy = run.policy(device="cpu")
-    known = KnownItems.of(policy.space)
+    policy, known = run.policy(device="cpu"), known_items(run)
     products = np.array([item.startswith("p") for item in run.data.item_ids.ids])
     keys = np.unique(known.keys[products])
     item_map = ItemMap(keys, keys, np.ones(len(keys)))
@@ -182,7 +189,7 @@ def test_lists_hold_the_tasks_items_alone_and_are_exact(run: Run) -> None:
 
 def test_histories_in_a_runs_items(run: Run) -> None:
     """Unknown items are left out; of one ID the item stands that lists show; what is asked about is not history."""
-    known = KnownItems.of(run.space())
+    known = known_items(run)
     a, b = known.distinct[:2].tolist()
     unknown = make_key(8000, 1, 1)
     histories = Histories(np.array([a, unknown, b, b, unknown]), np.array([0, 3, 4, 4, 5]))
@@ -195,12 +202,17 @@ def test_histories_in_a_runs_items(run: Run) -> None:
     cases, _ = known_histories(histories, known, without_last=True)
     assert [int(r - s) for s, r in zip(cases.starts, cases.rows, strict=True)] == [1, 0, 0, 0]
     space = run.space()
-    assert np.array_equal(known.items(item_keys(space)), space.listed_as(np.arange(space.n_items)))
+    assert np.array_equal(known.items(known.keys), space.listed_as(np.arange(space.n_items)))
+    codes = semantic_ids(run).codes
+    assert known.keys.tolist() == [make_key(*row) for row in codes.tolist()]
 
 
-def test_runs_of_other_ids_are_refused() -> None:
-    with pytest.raises(ArtifactError, match="the run's items have 2 codes each; expected the three of RecIF's"):
-        item_keys(make_space(np.array([[0, 1], [1, 0]])))
+def test_runs_of_other_items_are_refused(run: Run, store_data: Dataset) -> None:
+    with pytest.raises(ArtifactError, match="the run's items have no column 'semantic_id'"):
+        item_keys(store_data)
+    cut = replace(run.data, items=run.data.items.with_columns(pl.lit("<a_1><b_2>").alias("semantic_id")))
+    with pytest.raises(ArtifactError, match="has no Semantic ID of three codes"):
+        item_keys(cut)
 
 
 def test_settings_are_checked() -> None:
@@ -225,3 +237,11 @@ def test_systems_are_named_by_policy(run: Run) -> None:
     counts = dict(system.learnt)
     events = run.data.events.filter(pl.col("split").is_in(["train", "align"]))
     assert sum(counts.values()) == len(events)
+
+
+def test_coarse_clusters_tell_the_first_codes_apart(run: Run) -> None:
+    """36 first codes among 512 numbers: 32 coarse clusters of those in use, none of numbers that no item has."""
+    clusters = item_clusters(run.data, run.space(), "coarse")
+    sizes = np.asarray(clusters.sum(axis=0)).ravel()
+    assert clusters.shape == (run.data.n_items, 32)
+    assert sizes.max() < 0.2 * run.data.n_items

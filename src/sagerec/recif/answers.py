@@ -1,10 +1,10 @@
 """A run's policy on the benchmark: the itemic tokens of the messages are its history, exact lists its predictions.
 
-The run's Semantic IDs are the benchmark's (`sagerec import recif`, `--ids.quantiser existing`). Lists hold items of
-the task's own map alone; among items that share an ID, one stands for all, and predictions are IDs. What a policy over
-legal tokens would write without a constraint is not defined, so there is no unconstrained decoding of it. Texts other
-than the itemic tokens (a keyword, a user's profile in words) are not read, and tasks that ask for text are left
-unanswered.
+The run is of a dataset of `sagerec import recif`, whose items have the benchmark's Semantic IDs; its action space may
+be these or another. Lists hold items of the task's own map alone, and predictions are their IDs, each once. What a
+policy over legal tokens would write without a constraint is not defined, so there is no unconstrained decoding of it.
+Texts other than the itemic tokens (a keyword, a user's profile in words) are not read, and tasks that ask for text are
+left unanswered.
 
 Shapes: N items, n samples, H keys of histories, K places.
 """
@@ -17,11 +17,14 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import polars as pl
 import torch
 
 from sagerec.actions.legal import NO_ITEM
+from sagerec.actions.semantic_ids.existing import SEMANTIC_ID
 from sagerec.actions.space import ActionSpace
-from sagerec.catalogue.splits import LEARNT, Cases, learnt_counts
+from sagerec.catalogue.dataset import ITEM_ID, Dataset
+from sagerec.catalogue.splits import Cases, learnt_counts
 from sagerec.decoding.cases import list_cases
 from sagerec.decoding.slates import Slates, slate_logprobs
 from sagerec.errors import ArtifactError
@@ -39,16 +42,19 @@ BATCH = 512
 UNANSWERED = "rows whose prompt holds no item that the run knows, which get no prediction"
 
 
-def item_keys(space: ActionSpace) -> np.ndarray:
-    """(N,) int64 key of each item's first three codes. Raises: ArtifactError where the IDs are no such codes."""
-    codes = space.padded().cpu().numpy().astype(np.int64)
-    if codes.shape[1] < 3 or codes[:, :3].min() < 0 or codes[:, :3].max() >= LEVEL_SIZE:
+def item_keys(data: Dataset) -> np.ndarray:
+    """(N,) int64 key of each item's Semantic ID, whatever the run's action space. Raises: ArtifactError."""
+    if SEMANTIC_ID not in data.items.columns:
         raise ArtifactError(
-            f"the run's items have {codes.shape[1]} codes each; expected the three of RecIF's Semantic IDs: make the "
-            "run of a dataset of `sagerec import recif` with --ids.quantiser existing --ids.no-unique"
+            f"the run's items have no column {SEMANTIC_ID!r}; make the run of a dataset of `sagerec import recif`"
         )
-    found: np.ndarray = (codes[:, 0] * LEVEL_SIZE + codes[:, 1]) * LEVEL_SIZE + codes[:, 2]
-    return found
+    codes = [pl.col(SEMANTIC_ID).str.extract(rf"<{level}_(\d+)>").cast(pl.Int64) for level in "abc"]
+    key = (codes[0] * LEVEL_SIZE + codes[1]) * LEVEL_SIZE + codes[2]
+    found = data.items.select(pl.col(ITEM_ID), key.alias("key"))
+    if found["key"].null_count():
+        item = found.filter(pl.col("key").is_null())[ITEM_ID][0]
+        raise ArtifactError(f"item {item!r} of the run has no Semantic ID of three codes, such as <a_1><b_2><c_3>")
+    return found["key"].to_numpy()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +69,10 @@ class KnownItems:
     """(M,) int64 the item that stands for each."""
 
     @classmethod
-    def of(cls, space: ActionSpace) -> "KnownItems":
-        """Of a space: of items with one key, the one that lists show; of several such, that of the last code 0."""
-        keys = item_keys(space)
+    def of(cls, space: ActionSpace, keys: np.ndarray, counts: np.ndarray) -> "KnownItems":
+        """Of items with keys (N,) and events learnt from (N,): of one key the most frequent that lists show."""
         listed = np.unique(space.listed_as(np.arange(space.n_items)))
-        last = space.padded()[:, -1].cpu().numpy()[listed]
-        order = listed[np.lexsort([listed, last, keys[listed]])]
+        order = listed[np.lexsort([listed, -counts[listed], keys[listed]])]
         distinct, first = np.unique(keys[order], return_index=True)
         return cls(keys, distinct, order[first])
 
@@ -192,18 +196,17 @@ class RunPolicy:
 
     @cached_property
     def learnt(self) -> Mapping[int, int]:
-        """Key -> events of the parts LEARNT."""
-        keys = item_keys(self.run.space())
-        distinct, at = np.unique(keys, return_inverse=True)
+        """Key -> events of the parts that the rows of a comparison learnt from."""
+        distinct, at = np.unique(item_keys(self.run.data), return_inverse=True)
         counts = np.bincount(at, weights=learnt_counts(self.run.data, self.run.split)).astype(int)
-        assert LEARNT == ("train", "align")
         return dict(zip(distinct.tolist(), counts.tolist(), strict=True))
 
     def predictions(self, benchmark: Benchmark, faults: Counter[str]) -> Iterator[Prediction]:
         """Its answers, task by task; rows in whose prompt it knows no item get none."""
         policy = self.run.policy(self.policy_name, device=self.device)
         policy.eval()
-        known = KnownItems.of(policy.space)
+        counts = learnt_counts(self.run.data, self.run.split)
+        known = KnownItems.of(policy.space, item_keys(self.run.data), counts)
         for task in benchmark.tasks.values():
             if task.name in TEXT:
                 logger.info("%s: %s asks for text, which the policy does not write", self.name, task.name)
