@@ -20,6 +20,7 @@ from sagerec.recif.items import (
     keys_in,
     make_key,
     named_item,
+    read_generation,
 )
 from tests.recif_files import A, B, C, tag
 
@@ -47,6 +48,13 @@ SYMBOLS = st.sampled_from("abcd")
 )
 def test_what_a_generation_names(generation: str, named: str) -> None:
     assert named_item(generation) == named
+    assert read_generation(generation) == (named, key_of(generation))
+
+
+@given(st.lists(st.sampled_from([A, B, "<|sid_begin|>", "<|sid_end|>", "</think>", " ", "x", "<s_a_1>"]), max_size=6))
+def test_the_short_way_of_reading_is_the_long_one(parts: list[str]) -> None:
+    text = "".join(parts)
+    assert read_generation(text) == (named_item(text), key_of(text))
 
 
 def test_what_an_answer_asks_for() -> None:

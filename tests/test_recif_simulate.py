@@ -40,7 +40,7 @@ IDS = SemanticIdSettings(
 RUN = RunSettings(
     ids=IDS,
     policy=PolicySettings(width=32, dropout=0.1),
-    train=TrainSettings(epochs=8, batch_size=16, learning_rate=5e-3, validate_every=0, device="cpu"),
+    train=TrainSettings(epochs=5, batch_size=16, learning_rate=5e-3, validate_every=0, device="cpu"),
     evaluate=EvaluateSettings(k=(5, 10), beams=10, bootstrap_samples=100),
 )
 

@@ -13,6 +13,10 @@ LEVEL_SIZE = 8192
 """Codes a level."""
 NO_KEY = -1
 MOST_KEY = 2**63 - 1
+_PLAIN = re.compile(
+    r"(<\|sid_begin\|>)?(<s_a_([0-9]{1,6})><s_b_([0-9]{1,6})><s_c_([0-9]{1,6})>)(?(1)(?:<\|sid_end\|>)?)"
+)
+"""A generation of one item and nothing else."""
 _CODES = re.compile(r"<s_a_(\d+)><s_b_(\d+)><s_c_(\d+)>")
 
 
@@ -60,6 +64,15 @@ def key_of(generation: str) -> int:
         return NO_KEY
     key = make_key(*map(int, found.groups()))
     return key if key <= MOST_KEY else NO_KEY
+
+
+def read_generation(generation: str) -> tuple[str, int]:
+    """`named_item` and `key_of`, at once where the generation is one item and nothing else, as most are."""
+    plain = _PLAIN.fullmatch(generation)
+    if plain is None:
+        return named_item(generation), key_of(generation)
+    _, body, a, b, c = plain.groups()
+    return body, (int(a) * LEVEL_SIZE + int(b)) * LEVEL_SIZE + int(c)
 
 
 def itemic_text(codes: Sequence[int]) -> str:

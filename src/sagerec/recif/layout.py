@@ -152,6 +152,10 @@ class _Entry(msgspec.Struct, gc=False):
     iid: int | None = None
     count: float = 0.0
 
+    @property
+    def id(self) -> int:
+        return self.pid if self.pid is not None else self.iid or 0
+
 
 @dataclass(frozen=True, slots=True)
 class ItemMap:
@@ -176,14 +180,8 @@ class ItemMap:
 
 def best_id(entries: Sequence[_Entry]) -> int:
     """The id with the highest count after down-sampling, of equals the smallest; 0 without any."""
-    if not entries:
-        return 0
-    top = max(entry.count_after_downsample for entry in entries)
-    return min(
-        next((found for found in (entry.pid, entry.iid) if found is not None), 0)
-        for entry in entries
-        if entry.count_after_downsample == top
-    )
+    top = max((entry.count_after_downsample for entry in entries), default=0.0)
+    return min((entry.id for entry in entries if entry.count_after_downsample == top), default=0)
 
 
 def read_item_map(path: Path) -> ItemMap:
@@ -193,7 +191,7 @@ def read_item_map(path: Path) -> ItemMap:
         for piece in _pieces(path):
             for key, entries in msgspec.json.decode(piece, type=dict[str, list[_Entry]]).items():
                 keys.append(int(key))
-                ids.append(best_id(entries))
+                ids.append(entries[0].id if len(entries) == 1 else best_id(entries))
                 counts.append(sum(entry.count for entry in entries))
         found = np.array(keys, dtype=np.int64)
         order = np.argsort(found, kind="stable")

@@ -16,7 +16,7 @@ import numpy as np
 from sagerec.evaluation.intervals import Interval, bootstrap_mean, jackknife
 from sagerec.evaluation.metrics import FloatArray
 from sagerec.recif import metrics
-from sagerec.recif.items import LEVEL_SIZE, NO_KEY, key_of, named_item
+from sagerec.recif.items import LEVEL_SIZE, NO_KEY, read_generation
 from sagerec.recif.layout import LABEL, RECOMMENDATION
 from sagerec.recif.metrics import KS
 from sagerec.recif.predictions import Prediction
@@ -118,7 +118,7 @@ def score_recommendations(scores: Scores, at: int, generations: list[str]) -> No
     """The metrics of one sample's generations, best first."""
     task = scores.task
     generations = generations[: max(*KS, BEYOND_K)]
-    items, keys = [named_item(text) for text in generations], [key_of(text) for text in generations]
+    items, keys = map(list, zip(*map(read_generation, generations), strict=True))
     row: dict[str, float] = {}
 
     def ranks(kind: str, predicted: list[Any], truth: list[Any]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from sagerec.errors import DatasetError
-from sagerec.recif.items import asked_ids, asked_items, key_of, keys_in
+from sagerec.recif.items import asked_ids, asked_items, keys_in, read_generation
 from sagerec.recif.layout import LABEL, RECOMMENDATION, TASKS, TEXT, ItemMap, read_item_map, read_samples, task_path
 
 logger = logging.getLogger(__name__)
@@ -171,4 +171,4 @@ def _histories(keys: "array[int]", offsets: "array[int]") -> Histories:
 
 def asked_keys(items: list[str]) -> list[int]:
     """The keys of items that are asked for, without what is no item."""
-    return [key for item in items if (key := key_of(item)) >= 0]
+    return [key for item in items if (key := read_generation(item)[1]) >= 0]
