@@ -19,6 +19,7 @@ LAYERS = [
     {"study"},
     {"report"},
     {"recommend"},
+    {"recif"},
     {"__init__"},
     {"cli"},
 ]

@@ -282,6 +282,23 @@ def test_import_runs(tmp_path: Path) -> None:
     assert min(ours["peak_gb"], pandas["peak_gb"], results["file"]["json_gb"]) > 0
 
 
+def test_recif_runs(tmp_path: Path) -> None:
+    record = run_quick("recif", tmp_path)
+    assert set(record) == RECORD
+    evaluated, imported = record["results"]["evaluate"], record["results"]["import"]
+    assert (evaluated["rows"], evaluated["beams"], imported["users"]) == (200, 8, 300)
+    assert min(evaluated["peak_gb"], imported["peak_gb"]) > 0
+
+
+def test_recif_limits_are_checked_at_their_size(load: Any) -> None:
+    """21 s miss 20 s, 2.1 GB miss 2 GB."""
+    check = load("recif").check_limits
+    evaluated = {"rows": 40_000, "beams": 32, "seconds": 21.0, "peak_gb": 0.9}
+    assert check({"evaluate": evaluated | {"beams": 31}, "import": {"users": 162_073, "peak_gb": 9.0}}) == []
+    limits = check({"evaluate": evaluated, "import": {"users": 162_074, "peak_gb": 2.1}})
+    assert [limit["ok"] for limit in limits] == [False, True, False]
+
+
 def test_import_limits_are_checked_on_the_rows_that_they_are_for(load: Any) -> None:
     """2.1 GB misses 2 GB; five times as fast is fast enough."""
     check = load("import").check_limits

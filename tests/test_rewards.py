@@ -38,6 +38,9 @@ FACTS = Facts(
     categories=CLUSTERS,
 )
 
+FEEDBACK = ("click", "like", "dislike", "follow", "forward", "longview", "watch")
+"""What users may say of an item."""
+
 
 def inputs(slates: list[list[list[int]]], targets: list[int], **feedback: Tensor) -> RewardInputs:
     table = torch.tensor(slates)
@@ -106,7 +109,7 @@ def test_diversity_by_hand() -> None:
 def test_rewards_lie_in_their_ranges(seed: int, k: int, g: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     slates = torch.rand(3, g, 6, generator=generator).argsort(dim=2)[:, :, :k]
-    answers = {n: torch.rand(3, g, k, generator=generator) for n in ("click", "like", "dislike", "follow", "watch")}
+    answers = {n: torch.rand(3, g, k, generator=generator) for n in FEEDBACK}
     x = inputs(slates.tolist(), [0, 3, 5], **answers, collaborative=answers["click"])
     found = compute_rewards(list(REWARDS), x)
     assert found.shape == (3, g, len(REWARDS))
@@ -202,7 +205,7 @@ def test_whole_numbers_and_truth_values_are_rewards(monkeypatch: pytest.MonkeyPa
 
 def answers(shape: tuple[int, ...]) -> dict[str, Tensor]:
     """Every kind of feedback, 1 everywhere."""
-    return dict.fromkeys(("click", "like", "dislike", "follow", "watch", "collaborative"), torch.ones(shape))
+    return dict.fromkeys((*FEEDBACK, "collaborative"), torch.ones(shape))
 
 
 @given(seed=st.integers(0, 1000), k=st.integers(1, 5), g=st.integers(1, 5))

@@ -73,8 +73,9 @@ class Titles(ActionSpace):
     """Folder of that tokenizer."""
 
     def centroids(self) -> tuple[np.ndarray, np.ndarray]:
-        """The centroids of the clusters, and the cluster of each item."""
-        return self.points, self.groups
+        """The centroids of the clusters that items have, and the place of each item's among them."""
+        used, group = np.unique(self.groups, return_inverse=True)
+        return self.points[used], group
 
     def first_tokens(self) -> np.ndarray:
         """(N,) the cluster of each item: what Semantic IDs would begin with, for a title's first word says little."""
@@ -108,8 +109,8 @@ def load_tokenizer(model: str) -> Any:
         return AutoTokenizer.from_pretrained(model, local_files_only=Path(model).is_dir())
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise SettingsError(
-            f"model is {model!r}, whose tokenizer cannot be read ({first_line(error)}); expected a folder with a Hugging "
-            "Face language model (sagerec lm new makes one), or the name of one where the hub is at hand"
+            f"model is {model!r}, whose tokenizer cannot be read ({first_line(error)}); expected a folder with a "
+            "Hugging Face language model (sagerec lm new makes one), or the name of one where the hub is at hand"
         ) from error
 
 

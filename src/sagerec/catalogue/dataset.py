@@ -31,6 +31,8 @@ FEEDBACK_COLUMNS = (
     "like",
     "dislike",
     "follow",
+    "forward",
+    "longview",
     "watch_seconds",
     "duration_seconds",
     "rating",

@@ -22,6 +22,7 @@ from rich.text import Text
 from sagerec.cli.data import Export, Fetch, Import, Inspect, Simulate
 from sagerec.cli.failures import explain, parser_line
 from sagerec.cli.measure import Audit, Baseline, Compare, Diagnose, Evaluate, Recommend, Report, Results
+from sagerec.cli.recif import RecifEvaluate, RecifSimulate
 from sagerec.cli.stages import Align, Ids, IdsAdd, LmExport, LmNew, Prepare, RunAll, Train
 from sagerec.errors import SettingsError
 from sagerec.training.loop import choose_device
@@ -48,6 +49,8 @@ COMMANDS: dict[str, Callable[..., Callable[[], None]]] = {
     "audit": Audit,
     "recommend": Recommend,
     "report": Report,
+    "recif evaluate": RecifEvaluate,
+    "recif simulate": RecifSimulate,
 }
 
 

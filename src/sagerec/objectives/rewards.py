@@ -229,6 +229,8 @@ REWARDS: dict[str, Reward] = {
     "like": Reward(answered("like"), needs="like"),
     "dislike": Reward(answered("dislike"), needs="dislike"),
     "follow": Reward(answered("follow"), needs="follow"),
+    "forward": Reward(answered("forward"), needs="forward"),
+    "longview": Reward(answered("longview"), needs="longview"),
     "watch": Reward(answered("watch"), needs="watch"),
 }
 """Every reward by name; `register_reward` adds one's own."""

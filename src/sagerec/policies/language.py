@@ -274,8 +274,8 @@ def load_model(model: str, *, dtype: str) -> Any:
             loaded = AutoModelForCausalLM.from_pretrained(model, **given)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise SettingsError(
-            f"model is {model!r}, which cannot be read ({first_line(error)}); expected a folder with a Hugging Face causal "
-            "language model (sagerec lm new makes one), or the name of one where the hub is at hand"
+            f"model is {model!r}, which cannot be read ({first_line(error)}); expected a folder with a Hugging Face "
+            "causal language model (sagerec lm new makes one), or the name of one where the hub is at hand"
         ) from error
     if getattr(loaded.config, "attn_logit_softcapping", None):
         loaded.set_attn_implementation("eager")  # the only one that caps attention

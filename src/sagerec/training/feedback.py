@@ -23,7 +23,7 @@ from sagerec.objectives import rewards
 from sagerec.objectives.rewards import Facts, Membership
 
 STORE_ANSWERS = ("click", "like", "dislike", "watch")
-LOGGED = ("click", "like", "dislike", "follow")
+LOGGED = ("click", "like", "dislike", "follow", "forward", "longview")
 NEIGHBOURS, SHRINKAGE, DECAY = 200, 5.0, 0.7
 """Of the item-kNN whose scores are the collaborative reward."""
 
@@ -127,8 +127,10 @@ def gather_feedback(
     if store is None:
         for name in sorted(needs & {*LOGGED, "watch"}):
             logged[name] = _logged(data, split, cases, name)
-    elif "follow" in needs:
-        raise RewardError(f"the simulated store answers {', '.join(STORE_ANSWERS)}, not 'follow'; choose among these")
+    elif unanswered := sorted(needs & set(LOGGED) - set(STORE_ANSWERS)):
+        raise RewardError(
+            f"the simulated store answers {', '.join(STORE_ANSWERS)}, not {unanswered[0]!r}; choose among these"
+        )
     return Feedback(cases, store, logged, similar)
 
 

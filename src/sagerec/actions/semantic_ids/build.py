@@ -135,8 +135,9 @@ class SemanticIds(ActionSpace):
     """(levels, C, D) float32 centroids."""
 
     def centroids(self) -> tuple[np.ndarray, np.ndarray]:
-        """The centroids of the first codes, and the first code of each item."""
-        return self.codebooks[0], self.codes[:, 0].astype(np.int64)
+        """The centroids of the first codes that items have, and the place of each item's first code among them."""
+        used, group = np.unique(self.codes[:, 0], return_inverse=True)
+        return self.codebooks[0][used], group
 
 
 def chosen_codebook_size(n_items: int) -> int:

@@ -9,13 +9,14 @@ from sagerec.catalogue.formats.blocks import BadRows
 from sagerec.catalogue.formats.minionerec import read_minionerec
 from sagerec.catalogue.formats.movielens import read_movielens
 from sagerec.catalogue.formats.recbole import read_recbole
+from sagerec.catalogue.formats.recif import import_recif
 from sagerec.catalogue.formats.source import files_of
 from sagerec.catalogue.formats.table import TableColumns, read_tables
 from sagerec.catalogue.formats.writer import ImportSettings, write_imported
 from sagerec.config import to_json
 from sagerec.progress import progress_bar
 
-Format = Literal["amazon-2014", "amazon-2018", "amazon-2023", "minionerec", "movielens", "recbole", "table"]
+Format = Literal["amazon-2014", "amazon-2018", "amazon-2023", "minionerec", "movielens", "recbole", "recif", "table"]
 MB = 1_000_000
 
 
@@ -32,6 +33,9 @@ def import_dataset(
     """
     settings, columns = settings or ImportSettings(), columns or TableColumns()
     files, bad = files_of(sources), BadRows(skip=settings.skip_bad_rows)
+    if format_name == "recif":
+        with progress_bar("users read", 0) as bar:
+            return import_recif(files, out, settings, lambda done, total: bar.update(done, total=total))
     origin: dict[str, Any] = {"format": format_name}
     if format_name == "minionerec":
         source = read_minionerec(files, bad)
