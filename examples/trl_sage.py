@@ -3,10 +3,10 @@
     pip install "sagerec[trl]"
     python examples/trl_sage.py          (about 2 minutes on 2 cores)
 
-A store is simulated and its items get Semantic IDs; each code becomes a word of the vocabulary. The model learns next items
-from the log, then SageTrainer rolls it out on one reserved event a user: the store's users answer with a click or not, a
-reward function of our own, beside two of the library's. Sampler and loss share one legal-token mask, so that every
-completion is an item. Printed: clicks a completion at first and at last, and Recall@10 on test before and after.
+A store is simulated and its items get Semantic IDs; each code becomes a word of the vocabulary. The model learns next
+items from the log, then SageTrainer rolls it out on one reserved event a user: the store's users answer with a click or
+not, a reward function of our own, beside two of the library's. Sampler and loss share one legal-token mask, so that
+every completion is an item. Printed: clicks a completion at first and at last, and Recall@10 on test before and after.
 """
 
 from dataclasses import dataclass
@@ -117,7 +117,12 @@ def main(args: Args) -> None:
             }
         ),
         # all that turns a GRPOTrainer into SAGE:
-        **{"objective": args.objective, "diversity": catalogue.diversity, "coldness": catalogue.coldness, "legal": legal},
+        **{
+            "objective": args.objective,
+            "diversity": catalogue.diversity,
+            "coldness": catalogue.coldness,
+            "legal": legal,
+        },
     )
     trainer.train()
     after = recall_at_10(model, ids, torch.from_numpy(test.targets).long(), legal)

@@ -16,7 +16,7 @@ from tests.tiny_qwen import END, SEQUENCES, SPACE, VOCABULARY
 
 def completions_of(slates: list[tuple[int, ...]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids, padded with 0 on the right, and which stand."""
-    rows = [sum((SEQUENCES[i] for i in slate), []) + [END] for slate in slates]
+    rows = [[*(token for i in slate for token in SEQUENCES[i]), END] for slate in slates]
     width = max(len(row) for row in rows)
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
     return ids, torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])

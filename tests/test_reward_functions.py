@@ -59,7 +59,7 @@ def test_wrong_functions_are_named(run: Run) -> None:
     own = use_functions([of_no_use], run.data)
     with pytest.raises(RewardError, match=r"reward 'of_no_use@.*' failed \(ValueError: 1 rewards for 256 slates\)"):
         align(run, replace(QUICK, reward=own, epochs=1, validations=0))
-    with pytest.raises(RewardError, match="is no reward function .*; expected one written in a file"):
+    with pytest.raises(RewardError, match=r"is no reward function .*; expected one written in a file"):
         use_functions([len], run.data)
     with pytest.raises(SettingsError, match="2 weights for 1 functions; expected one each"):
         use_functions([is_target], run.data, weights=[1.0, 2.0])
@@ -77,4 +77,7 @@ def test_an_edited_function_is_another_reward(run: Run) -> None:
     is_target_.__name__ = "is_target"
     (second,) = use_functions([is_target_], run.data)
     assert first != second
-    assert {name for name in REWARDS if name.startswith("is_target@")} >= {first.partition("=")[0], second.partition("=")[0]}
+    assert {name for name in REWARDS if name.startswith("is_target@")} >= {
+        first.partition("=")[0],
+        second.partition("=")[0],
+    }

@@ -1,4 +1,4 @@
-"""SageTrainer: the same loss and gradient as our own stage, r that departs from 1, and every setting that it refuses."""
+"""SageTrainer: the loss and gradient of our own stage, r that departs from 1, and the settings that it refuses."""
 
 import importlib
 import importlib.util
@@ -84,7 +84,7 @@ def alone(objective: str) -> dict[str, Any]:
 
 @needs_trl
 def test_two_steps_move_the_ratio_from_one(make_trainer: Any) -> None:
-    """The first of a generation's two steps has r = 1; by the second the policy has moved. Every completion is legal."""
+    """The first of a generation's two steps has r = 1; by the second the policy has moved. Completions are legal."""
     trainer = make_trainer()
     trainer.train()
     first, second = [line for line in trainer.state.log_history if "loss" in line]
@@ -131,11 +131,19 @@ def test_the_loss_is_that_of_our_own_stage(objective: str, make_trainer: Any) ->
     read = RewardInputs(targets, slates, targets, torch.zeros(B, G), FACTS)
     row = OBJECTIVES[objective]
     layout = lay_out(slate_logprobs(policy, history, lengths, slates).tokens, (B, G, 1), per_item=False)
-    old = inputs["old_per_token_logps"][GIVEN["legal"].follow(inputs["completion_ids"], inputs["completion_mask"].bool()).free]
+    old = inputs["old_per_token_logps"][
+        GIVEN["legal"].follow(inputs["completion_ids"], inputs["completion_mask"].bool()).free
+    ]
     batch = rounds.Minibatch(
         rounds.CaseBatch(B, np.arange(B), history, lengths, None, targets),
         rounds.Rollouts(
-            slates, layout, layout.fill(old), None, torch.empty(0), slate_diversity(slates, FACTS.clusters), slate_coldness(slates, FACTS.cold)
+            slates,
+            layout,
+            layout.fill(old),
+            None,
+            torch.empty(0),
+            slate_diversity(slates, FACTS.clusters),
+            slate_coldness(slates, FACTS.cold),
         ),
         compute_advantages(row, compute_rewards(["hit", "novelty"], read), tokens=layout.mask.sum(2)),
     )
@@ -175,7 +183,7 @@ def _scaled(trainer: Any, inputs: dict[str, Any], accumulated: int, slices: int)
 
 @needs_trl
 def test_stored_log_probabilities_are_those_of_the_masked_sampler(make_trainer: Any) -> None:
-    """Old log-probabilities under the weights that wrote: exp of their sum is the slate's share among all eight items."""
+    """Old log-probabilities under the weights that wrote: exp of their sum is the item's share among all eight."""
     trainer = make_trainer()
     rows = [dict(trainer.train_dataset[0]) for _ in range(G)]
     inputs = trainer._generate_and_score_completions(rows)
@@ -210,9 +218,9 @@ def test_the_on_policy_trap_is_explained(make_trainer: Any, caplog: pytest.LogCa
     with caplog.at_level(logging.WARNING, "sagerec"):
         trainer = make_trainer(config={"steps_per_generation": 2, "gradient_accumulation_steps": 2})
     assert caplog.messages == [
-        "the ratio of sage will be 1 throughout: each completion serves one optimiser step (gradient_accumulation_steps 2, "
-        "steps_per_generation 2, num_iterations 1), so no bound on the ratio can act. Set steps_per_generation to 4 or "
-        "more (a multiple of 2), or num_iterations to 2"
+        "the ratio of sage will be 1 throughout: each completion serves one optimiser step "
+        "(gradient_accumulation_steps 2, steps_per_generation 2, num_iterations 1), so no bound on the ratio can act. "
+        "Set steps_per_generation to 4 or more (a multiple of 2), or num_iterations to 2"
     ]
     assert "old_per_token_logps" not in inputs_of(trainer)
 
@@ -243,7 +251,7 @@ def test_what_cannot_hold_is_refused_by_name(
 
 @needs_trl
 def test_vllm_is_held_to_the_same_mask_or_refused() -> None:
-    """vLLM is not here: its settings are looked at alone."""
+    """VLLM is not here: its settings are looked at alone."""
     from trl import GRPOConfig
 
     from sagerec.integrations.trl import check_config
@@ -257,7 +265,10 @@ def test_vllm_is_held_to_the_same_mask_or_refused() -> None:
     check_config(GRPOConfig(**common, **structured), row, advantages="row", legal=legal)
     with pytest.raises(SettingsError, match="expected a sequence mode"):
         check_config(
-            GRPOConfig(**(common | {"vllm_importance_sampling_mode": "token_truncate"})), row, advantages="row", legal=None
+            GRPOConfig(**(common | {"vllm_importance_sampling_mode": "token_truncate"})),
+            row,
+            advantages="row",
+            legal=None,
         )
 
 

@@ -56,7 +56,10 @@ class TinyPolicy(Policy[Prefix, Prefix]):
         self.model, self.space, self.max_items = model, space, 10
 
     def encode(self, items: Tensor, lengths: Tensor, *, slates: int = 1) -> Prefix:
-        rows = [sum((self.space.sequence(i) for i in row[:n].tolist()), []) for row, n in zip(items, lengths, strict=True)]
+        rows = [
+            [token for item in row[:n].tolist() for token in self.space.sequence(item)]
+            for row, n in zip(items, lengths, strict=True)
+        ]
         width = max(len(row) for row in rows)
         ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
         return Prefix(ids, torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]))
@@ -67,7 +70,8 @@ class TinyPolicy(Policy[Prefix, Prefix]):
     def step(self, prefix: Prefix, rows: Tensor, tokens: Tensor) -> Prefix:
         seen = prefix.seen[rows]
         return Prefix(
-            torch.cat([prefix.ids[rows], tokens[:, None]], dim=1), torch.cat([seen, torch.ones_like(seen[:, :1])], dim=1)
+            torch.cat([prefix.ids[rows], tokens[:, None]], dim=1),
+            torch.cat([seen, torch.ones_like(seen[:, :1])], dim=1),
         )
 
     def follow(self, prefix: Prefix, rows: Tensor, tokens: Tensor, lengths: Tensor) -> list[Prefix]:

@@ -96,8 +96,9 @@ class CatalogueRewards:
         )
         require(
             whole,
-            f"{n} completions are not groups of {self.group} of one prompt each; expected group to be num_generations, and "
-            "per_device_train_batch_size x steps_per_generation a multiple of it, so that no rank has part of a group",
+            f"{n} completions are not groups of {self.group} of one prompt each; expected group to be num_generations, "
+            "and per_device_train_batch_size x steps_per_generation a multiple of it, so that no rank has part of a "
+            "group",
         )
         items = [self.read(ids) for ids in completion_ids]
         return torch.tensor(items, device=self.facts.cold.device).view(-1, self.group, len(items[0]))

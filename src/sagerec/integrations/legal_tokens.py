@@ -1,4 +1,4 @@
-"""One legal-token mask for a causal language model: what it may write when it samples, and what its loss normalises over.
+"""One legal-token mask for a causal language model: what it may write, and what its loss normalises over.
 
 A completion is a slate: K items of a catalogue, each its token sequence, no item twice, then the end token. A sampler
 that is held to it draws from the model's distribution renormalised over the legal tokens; a loss over the whole

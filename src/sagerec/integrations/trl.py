@@ -9,9 +9,8 @@ completions; `_generate_and_score_completions`, which hands them and the row's a
 where `legal` is given, `_get_per_token_logps_and_entropies`, so that old, new and reference log-probabilities are
 normalised over what the sampler was held to. Written for TRL 1.16.
 
-Departures from our own stage: a completion's tokens are those of the vocabulary (with `legal`, the free ones); what a
-user had is barred only where the catalogue of `legal` leaves it out; the spread of a row with `bound_unit` "spread" is that
-of a micro-batch.
+Departures from our own stage: without `legal`, every token of a completion counts; what a user had is not barred; the
+spread of a row with `bound_unit` "spread" is that of a micro-batch.
 
 Shapes: n completions of a rank, G of each prompt, M rewards, T tokens of the longest.
 """
@@ -121,8 +120,8 @@ class SageTrainer(GRPOTrainer):  # type: ignore[misc]
             if bool(rewards.isnan().any()):
                 name = self.reward_func_names[int(rewards.isnan().any(dim=0).nonzero()[0])]
                 raise RewardError(
-                    f"the reward function {name!r} gave None or NaN; expected a number for every completion: give 0, or "
-                    "use advantages='trl', which leaves such rewards out"
+                    f"the reward function {name!r} gave None or NaN; expected a number for every completion: give 0, "
+                    "or use advantages='trl', which leaves such rewards out"
                 )
             found = compute_advantages(
                 self.row,
@@ -244,7 +243,9 @@ def check_config(config: Any, row: Objective, *, advantages: str, legal: LegalTo
             raise SettingsError(f"{name} is {value!r}; {reason}")
     if advantages == "trl":
         known = TRL_ADVANTAGES.get(row.advantage)
-        require(known is not None, f"TRL makes no {row.advantage} advantages, which {row.name} has; use advantages='row'")
+        require(
+            known is not None, f"TRL makes no {row.advantage} advantages, which {row.name} has; use advantages='row'"
+        )
         assert known is not None
         made = (config.multi_objective_aggregation, config.scale_rewards if known[1] else "")
         scale = f" and scale_rewards={known[1]!r}" if known[1] else ""
@@ -274,8 +275,8 @@ def check_config(config: Any, row: Objective, *, advantages: str, legal: LegalTo
     require(
         not config.use_vllm or bool(structured),
         "use_vllm is True with `legal`, and vLLM is not held to it; expected "
-        "generation_kwargs={'structured_outputs': {'choice': [...]}} with the same catalogue (sagerec.integrations.rollouts "
-        "writes it)",
+        "generation_kwargs={'structured_outputs': {'choice': [...]}} with the same catalogue "
+        "(sagerec.integrations.rollouts writes it)",
     )
 
 
@@ -295,10 +296,10 @@ def explain_on_policy(config: Any, row: Objective) -> str | None:
     if row.bound == "none" or row.ratio == "unit" or steps % every or stored:
         return None
     return (
-        f"the ratio of {row.name} will be 1 throughout: each completion serves one optimiser step (gradient_accumulation_"
-        f"steps {steps}, steps_per_generation {config.steps_per_generation}, num_iterations {config.num_iterations}), so "
-        f"no bound on the ratio can act. Set steps_per_generation to {2 * steps} or more (a multiple of {steps}), or "
-        "num_iterations to 2"
+        f"the ratio of {row.name} will be 1 throughout: each completion serves one optimiser step "
+        f"(gradient_accumulation_steps {steps}, steps_per_generation {config.steps_per_generation}, num_iterations "
+        f"{config.num_iterations}), so no bound on the ratio can act. Set steps_per_generation to {2 * steps} or more "
+        f"(a multiple of {steps}), or num_iterations to 2"
     )
 
 

@@ -6,8 +6,8 @@
     AlignSettings(reward=("hit=1", *use_functions([short], run.data)))
 
 Each is called by name with one entry a slate: `prompts` and `completions`, the titles of the user's items so far and of
-the slate's, one a line; `prompt_items` and `items`, the same as lists of item ids; `targets`, the id of what the user took
-next. It returns a list of numbers, one a slate; None counts 0.
+the slate's, one a line; `prompt_items` and `items`, the same as lists of item ids; `targets`, the id of what the user
+took next. It returns a list of numbers, one a slate; None counts 0.
 """
 
 import hashlib
@@ -37,15 +37,15 @@ def use_functions(
     Raises: RewardError for what is no function with a source.
     """
     weights = [1.0] * len(functions) if weights is None else weights
-    require(
-        len(weights) == len(functions), f"{len(weights)} weights for {len(functions)} functions; expected one each"
-    )
+    require(len(weights) == len(functions), f"{len(weights)} weights for {len(functions)} functions; expected one each")
     found = []
     for function, weight in zip(functions, weights, strict=True):
         try:
             source, name = inspect.getsource(function), function.__name__
         except (TypeError, OSError, AttributeError) as error:
-            raise RewardError(f"{function!r} is no reward function ({error}); expected one written in a file") from error
+            raise RewardError(
+                f"{function!r} is no reward function ({error}); expected one written in a file"
+            ) from error
         name = f"{name}@{hashlib.sha256(source.encode()).hexdigest()[:8]}"
         register_reward(name, _of_slates(function, data), replace=True)
         found.append(f"{name}={weight}")

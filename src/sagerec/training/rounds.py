@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from sagerec.catalogue.splits import Cases
 from sagerec.decoding.rollouts import roll_out
@@ -361,7 +361,7 @@ def update(stage: Stage, batch: Minibatch, step: int, total_steps: int) -> dict[
     if loss.requires_grad:
         loss.backward()  # type: ignore[no-untyped-call]
     parallel.add_gradients_up(policy)
-    norm = nn.utils.clip_grad_norm_(policy.parameters(), settings.clip_norm)
+    norm = parallel.clip_gradients(policy, settings.clip_norm)
     if not math.isfinite(float(norm)) or not math.isfinite(float(loss.detach())):
         path = save_batch(stage, batch, step)
         raise TrainingError(
