@@ -19,6 +19,7 @@ LAYERS = [
     {"study"},
     {"report"},
     {"recommend"},
+    {"integrations"},
     {"__init__"},
     {"cli"},
 ]

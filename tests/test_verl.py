@@ -1,4 +1,4 @@
-"""The table in verl: found by its entry point, equal to verl's own where verl has the loss, called as the actor calls it.
+"""The table in verl: found by its entry point, equal to verl's own losses, called as the actor calls them.
 
 Runs where verl is installed (`benchmarks/verl.sh` makes such an environment and runs this), and is skipped elsewhere.
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 from sagerec.errors import SettingsError
 from sagerec.objectives.loss import policy_loss
 from sagerec.objectives.table import OBJECTIVES
+from tests.conftest import ROOT
 
 if importlib.util.find_spec("verl") is None:
     pytest.skip("verl is not installed (0.9.1)", allow_module_level=True)
@@ -112,8 +113,8 @@ def test_sage_is_the_rows_loss_with_an_estimated_diversity() -> None:
     assert all(isinstance(value, float) for value in metrics.values())
 
 
-def test_the_actors_own_loss_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`ppo_loss`, which the workers call, on CPU tensors in verl's layout without padding: a step of SGD on its gradient
+def test_the_actors_own_loss_takes_it() -> None:
+    """`ppo_loss`, which the workers call, on CPU tensors in verl's layout without padding; a step on its gradient
     lowers what it says.
     """
     from tensordict import TensorDict
@@ -128,12 +129,11 @@ def test_the_actors_own_loss_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
         rows = [row[:n].float() for row, n in zip(batch[name], lengths, strict=True)]
         return torch.nested.nested_tensor(rows, layout=torch.jagged)
 
+    responses = [torch.ones(n, dtype=torch.long) for n in lengths]
     data = TensorDict(
         {
             "prompts": prompts,
-            "responses": torch.nested.nested_tensor(
-                [torch.ones(n, dtype=torch.long) for n in lengths], layout=torch.jagged
-            ),
+            "responses": torch.nested.nested_tensor(responses, layout=torch.jagged),
             "response_mask": nested("response_mask"),
             "old_log_probs": nested("old_log_prob"),
             "advantages": nested("advantages"),
@@ -208,9 +208,25 @@ def test_the_config_is_made_by_its_target_and_knows_no_other_key() -> None:
 
 def test_rewards_are_components_of_the_itemic_answer() -> None:
     """Three items, the second of them true: rank 1 / log2(3); two of three first codes alike: H = .6365 / log 3."""
-    text = "<s_a_1><s_b_2><s_c_3><|sid_end|><|sid_begin|><s_a_4><s_b_5><s_c_6><|sid_end|><|sid_begin|><s_a_4><s_b_0><s_c_0>"
+    text = "<s_a_1><s_b_2><s_c_3><|sid_end|><|sid_begin|><s_a_4><s_b_5><s_c_6><|sid_end|><|sid_begin|><s_a_4><s_b_0>"
     truth = "<|sid_begin|><s_a_4><s_b_5><s_c_6><|sid_end|><|sid_begin|><s_a_7><s_b_8><s_c_9><|sid_end|>"
     found = ours.compute_score("video", f"<think><s_a_7><s_b_8><s_c_9></think>\n{text}", truth)
     entropy = -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3)) / math.log(3)
     assert found == pytest.approx({"score": 1.0, "hit": 1.0, "rank": 1 / math.log2(3), "diversity": entropy})
     assert ours.compute_score("video", "none", truth) == {"score": 0.0, "hit": 0.0, "rank": 0.0, "diversity": 0.0}
+
+
+def test_the_documented_yaml_is_a_config_of_verls() -> None:
+    """examples/verl_recif.yaml over verl's own defaults: the actor's dataclass is made of it, with our policy loss."""
+    from hydra import compose, initialize_config_dir
+    from verl.utils.config import omega_conf_to_dataclass
+
+    with initialize_config_dir(str(ROOT / "examples"), version_base=None):
+        config = compose("verl_recif")
+    made = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    assert isinstance(made.policy_loss, ours.SagePolicyLossConfig)
+    assert made.policy_loss.row("sage").boost_scope == "all"
+    assert (made.loss_agg_mode, config.algorithm.adv_estimator) == ("seq-mean-token-mean", "gdpo")
+    loss, gradient, _ = called("sage", draw(), made)
+    assert bool(loss.isfinite())
+    assert bool(gradient.abs().sum() > 0)

@@ -1,10 +1,11 @@
 """The table of objectives as policy losses of verl 0.9 (extra `verl`); importing this module registers them.
 
-verl loads it by itself, through the entry point group `verl.plugins`, in every process of a Ray cluster. A row is registered
-under its name, or as `sagerec_NAME` where verl has a loss of that name (gspo, cispo). docs/engines.md has the YAML.
+verl loads it by itself, through the entry point group `verl.plugins`, in every process of a Ray cluster. A row is
+registered under its name, or as `sagerec_NAME` where verl has a loss of that name (gspo, cispo); docs/engines.md has
+the YAML.
 
-What verl hands to a policy loss is log-probabilities, advantages and a mask, and nothing else of a slate. Departures that
-follow, each asked for by a setting instead of being made in silence:
+What verl hands to a policy loss is log-probabilities, advantages and a mask, and nothing else of a slate. Departures
+that follow, each asked for by a setting instead of being made in silence:
 
 - *Diversity* H is estimated from the slate's own surprise: min(1, -mean_t log pi_old(o_t) / full_diversity_nats).
 - *Coldness* is not known: a boost is of scope "all".
@@ -71,8 +72,8 @@ class SagePolicyLossConfig(PolicyLossConfig):  # type: ignore[misc]
             require(setting in row.reads, f"policy_loss.{setting} is not read by {name}; leave it out")
         require(
             not row.needs_coldness,
-            f"{name} boosts cold slates, and verl does not say which are cold; expected policy_loss.boost_scope=all, or "
-            "policy_loss.boost=0",
+            f"{name} boosts cold slates, and verl does not say which are cold; expected policy_loss.boost_scope=all, "
+            "or policy_loss.boost=0",
         )
         require(
             0 < self.full_diversity_nats < math.inf,
