@@ -117,12 +117,10 @@ def main(args: Args) -> None:
             }
         ),
         # all that turns a GRPOTrainer into SAGE:
-        **{
-            "objective": args.objective,
-            "diversity": catalogue.diversity,
-            "coldness": catalogue.coldness,
-            "legal": legal,
-        },
+        objective=args.objective,
+        diversity=catalogue.diversity,
+        coldness=catalogue.coldness,
+        legal=legal,
     )
     trainer.train()
     after = recall_at_10(model, ids, torch.from_numpy(test.targets).long(), legal)

@@ -81,7 +81,7 @@ def run_shards(out: Path, source: Path) -> None:
         logits = model(input_ids=own).logits[:, :-1].flatten(0, 1)
         loss = nn.functional.cross_entropy(logits, own[:, 1:].flatten(), reduction="sum") / rows[:, 1:].numel()
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         parallel.add_gradients_up(model)
         norms.append(parallel.clip_gradients(model, 1.0))
         optimizer.step()

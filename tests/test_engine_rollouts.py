@@ -83,7 +83,7 @@ def test_completions_come_back_with_the_log_probabilities_that_we_compute(export
     assert moved["ratio_q05"] < 1 < moved["ratio_q95"]
 
     optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.01), []
-    advantages = compute_advantages("gbpo_decoupled", (engine.items == 2).float().view(3, G, 1))
+    advantages = compute_advantages("gbpo_decoupled", (engine.items % 2).float().view(3, G, 1))
     old = score_completions(model, PROMPT_IDS, engine, legal)[0].detach()
     for _ in range(3):
         new = score_completions(model, PROMPT_IDS, engine, legal)[0]

@@ -60,7 +60,7 @@ def test_wrong_functions_are_named(run: Run) -> None:
     with pytest.raises(RewardError, match=r"reward 'of_no_use@.*' failed \(ValueError: 1 rewards for 256 slates\)"):
         align(run, replace(QUICK, reward=own, epochs=1, validations=0))
     with pytest.raises(RewardError, match=r"is no reward function .*; expected one written in a file"):
-        use_functions([len], run.data)
+        use_functions([max], run.data)
     with pytest.raises(SettingsError, match="2 weights for 1 functions; expected one each"):
         use_functions([is_target], run.data, weights=[1.0, 2.0])
     with pytest.raises(RewardError, match="is registered in this process alone"):

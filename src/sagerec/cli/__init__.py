@@ -91,7 +91,7 @@ def check_launch(command: Any) -> None:
     if (launched := parallel.launched()) == 1:
         return
     if not isinstance(command, (Train, Align)):
-        name = next(name for name, made in COMMANDS.items() if isinstance(command, made))
+        name = next(name for name, made in COMMANDS.items() if made is type(command))
         raise SettingsError(
             f"torchrun starts {launched} processes of sagerec {name}, which is of one; start it without torchrun, or "
             "train and align, which share their work"

@@ -99,8 +99,9 @@ class LegalTokens:
         """Log-probabilities of completions (n, T) under logits (n, T, V), normalised over what is legal."""
         legal = self.follow(completions, counted)
         shape = completions.shape
-        position = legal.place.unique_consecutive(return_inverse=True)[1]
-        n_places = int(position[-1]) + 1 if len(position) else 0
+        choices = torch.bincount(legal.place, minlength=shape.numel())
+        position = ((choices > 0).cumsum(0) - 1)[legal.place]  # of each among the places that have a legal token
+        n_places = int((choices > 0).sum())
         steps = group_log_softmax(logits.flatten(0, 1)[legal.place, legal.token].float(), position, n_places)
         taken = legal.token == completions.flatten()[legal.place]
         empty = steps.new_zeros(shape.numel())

@@ -149,12 +149,8 @@ class SageTrainer(GRPOTrainer):  # type: ignore[misc]
                 model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **rest
             )
             return found
-        parts = []
-        for ids, seen in zip(
-            input_ids.split(batch_size or len(input_ids)),
-            attention_mask.split(batch_size or len(input_ids)),
-            strict=True,
-        ):
+        parts, size = [], batch_size or len(input_ids)
+        for ids, seen in zip(torch.split(input_ids, size), torch.split(attention_mask, size), strict=True):
             with self.accelerator.autocast():
                 output = model(input_ids=ids, attention_mask=seen, logits_to_keep=logits_to_keep + 1, use_cache=False)
             logits = output.logits[:, -logits_to_keep - 1 : -1] / self.temperature

@@ -231,7 +231,7 @@ def _train_epoch(
         with autocast(settings.precision, device):
             value = loss(inputs, targets, counted) * float(share)
         optimizer.zero_grad()
-        value.backward()
+        value.backward()  # type: ignore[no-untyped-call]
         parallel.add_gradients_up(model)
         norm = parallel.clip_gradients(model, settings.clip_norm)
         if not bool(torch.isfinite(norm)):

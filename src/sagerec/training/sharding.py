@@ -13,9 +13,10 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -32,8 +33,9 @@ def shard(module: ModuleT, blocks: Iterable[nn.Module] = (), *, precision: torch
     if parallel.n_ranks() == 1:
         return module
     policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=None if precision is None else torch.float32)
-    for part in (*blocks, module):
-        fully_shard(part, mp_policy=policy)
+    for block in blocks:
+        fully_shard(block, mp_policy=policy)
+    fully_shard(module, mp_policy=policy)
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)
@@ -100,7 +102,7 @@ def write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Each rank writes the shards that it holds into `folder`; what all hold is written once, as the first has it."""
     same = {name: parallel.share_from_first(x) for name, x in tensors.items() if not isinstance(x, DTensor)}
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    dcp.save({**tensors, **same}, storage_writer=writer, no_dist=not dist.is_initialized())
+    state_dict_saver.save({**tensors, **same}, storage_writer=writer, no_dist=not dist.is_initialized())
 
 
 def read_shards(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -111,6 +113,7 @@ def read_shards(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     reader = HuggingFaceStorageReader(str(folder))
     found: dict[str, Tensor] = {}
     for name, stored in reader.read_metadata().state_dict_metadata.items():
+        assert isinstance(stored, TensorStorageMetadata), name
         owner = next((name.split(".", n)[-1] for n in (1, 2) if name.split(".", n)[-1] in like), name)
         kept = like.get(owner)
         if kept is not None and kept.shape == stored.size:
@@ -119,5 +122,5 @@ def read_shards(folder: Path, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
             found[name] = torch.empty(stored.size, dtype=stored.properties.dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        dcp.load(found, storage_reader=reader, no_dist=not dist.is_initialized())
+        state_dict_loader.load(found, storage_reader=reader, no_dist=not dist.is_initialized())
     return found
