@@ -82,13 +82,13 @@ def test_completions_come_back_with_the_log_probabilities_that_we_compute(export
     assert moved["kl_nats"] > 0
     assert moved["ratio_q05"] < 1 < moved["ratio_q95"]
 
-    optimizer, losses = torch.optim.SGD(model.parameters(), lr=0.01), []
-    advantages = compute_advantages("gbpo_decoupled", (engine.items % 2).float().view(3, G, 1))
+    optimizer, losses = torch.optim.SGD(model.parameters(), lr=1e-3), []
+    advantages = compute_advantages("grpo", (engine.items % 2).float().view(3, G, 1))
     old = score_completions(model, PROMPT_IDS, engine, legal)[0].detach()
     for _ in range(3):
         new = score_completions(model, PROMPT_IDS, engine, legal)[0]
         shaped: dict[str, Any] = {"logprobs": new.view(3, G, -1), "old_logprobs": old.view(3, G, -1)}
-        loss = policy_loss("gspo", **shaped, mask=free.view(3, G, -1), advantages=advantages).loss
+        loss = policy_loss("grpo", **shaped, mask=free.view(3, G, -1), advantages=advantages).loss
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

@@ -16,7 +16,7 @@ Shapes: n completions of a rank, G of each prompt, M rewards, T tokens of the lo
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, Literal
 
@@ -37,7 +37,7 @@ except ImportError as error:
     raise MissingExtraError("TRL is not installed; install it with: pip install 'sagerec[trl]'") from error
 
 logger = logging.getLogger(__name__)
-RewardFunction = Callable[..., list[float | None]]
+RewardFunction = Callable[..., Sequence[float | None]]
 """A reward function as TRL calls it: with prompts, completions, completion_ids and the dataset's columns by name."""
 OF_THE_ROW = (
     *("loss_type", "importance_sampling_level", "epsilon", "epsilon_high", "delta", "use_bias_correction_kl"),
