@@ -20,6 +20,7 @@ LAYERS = [
     {"report"},
     {"recommend"},
     {"recif"},
+    {"integrations"},
     {"__init__"},
     {"cli"},
 ]

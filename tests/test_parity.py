@@ -48,7 +48,7 @@ def draw_batch(seed: int, *, spread: float = 0.5, dtype: torch.dtype = torch.flo
     noise = torch.randn(B, G, T, generator=generator, dtype=dtype)
     return {
         "logprobs": logprobs,
-        "old_logprobs": logprobs + spread * noise,
+        "old_logprobs": (logprobs + spread * noise).clamp(max=-1e-3),
         "mask": draw_mask(generator),
         "advantages": torch.randn(B, G, generator=generator, dtype=dtype),
     }

@@ -8,6 +8,7 @@ import dataclasses
 import io
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +25,8 @@ from sagerec.cli.failures import explain, parser_line
 from sagerec.cli.measure import Audit, Baseline, Compare, Diagnose, Evaluate, Recommend, Report, Results
 from sagerec.cli.recif import RecifEvaluate, RecifSimulate
 from sagerec.cli.stages import Align, Ids, IdsAdd, LmExport, LmNew, Prepare, RunAll, Train
-from sagerec.errors import SettingsError
+from sagerec.errors import SettingsError, TrainingError
+from sagerec.training import parallel
 from sagerec.training.loop import choose_device
 
 COMMANDS: dict[str, Callable[..., Callable[[], None]]] = {
@@ -60,7 +62,7 @@ DESCRIPTION = "Preference alignment of generative recommenders. `sagerec COMMAND
 def main(arguments: Sequence[str] | None = None) -> int:
     """Parse, run, and turn the project's errors into one line. Returns the exit status."""
     logging.basicConfig(
-        level=logging.INFO,
+        level=logging.INFO if parallel.rank() == 0 else logging.WARNING,
         format="%(message)s",
         datefmt="%H:%M:%S",
         handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_level=False, markup=False)],
@@ -69,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started, command = time.perf_counter(), None
     try:
         command = parse(words)
+        check_launch(command)
         check_devices(command)
         command()
     except KeyboardInterrupt:
@@ -86,6 +89,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     logging.getLogger(__name__).info("done in %.1f s", time.perf_counter() - started)
     return 0
+
+
+def check_launch(command: Any) -> None:
+    """Raise SettingsError where torchrun starts several processes of what one does; let its end signal be an error."""
+    if (launched := parallel.launched()) == 1:
+        return
+    if not isinstance(command, (Train, Align)):
+        name = next(name for name, made in COMMANDS.items() if made is type(command))
+        raise SettingsError(
+            f"torchrun starts {launched} processes of sagerec {name}, which is of one; start it without torchrun, or "
+            "train and align, which share their work"
+        )
+
+    def stopped(*_: Any) -> None:
+        raise TrainingError(parallel.LOST)
+
+    signal.signal(signal.SIGTERM, stopped)
 
 
 def check_devices(settings: Any) -> None:

@@ -8,13 +8,17 @@ import re
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 
 from sagerec.artifacts import UNREADABLE
 from sagerec.errors import SagerecError, SettingsError
+from sagerec.training import parallel
 
 BOX, RULE = "╭╮╰╯│|", "─-+"
 """What the parser draws its messages with, where the terminal has such characters and where not."""
+OF_RANKS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer")
+"""What the errors of PyTorch's process groups name."""
 OUT_OF_MEMORY = ("can't allocate memory", "out of memory")
 
 
@@ -65,4 +69,7 @@ def explain(error: BaseException, words: Sequence[str], *, while_parsing: bool) 
     memory = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     if memory or (isinstance(error, RuntimeError) and any(part in text for part in OUT_OF_MEMORY)):
         return 1, f"out of memory ({text[:200] or type(error).__name__}); give smaller batches, fewer beams or slates"
+    of_ranks = isinstance(error, dist.DistError) or any(part in text.lower() for part in OF_RANKS)
+    if parallel.launched() > 1 and isinstance(error, RuntimeError) and of_ranks:
+        return 1, parallel.LOST
     return (1, text[:500]) if isinstance(error, (*UNREADABLE, SafetensorError)) else None

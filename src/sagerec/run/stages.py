@@ -7,7 +7,7 @@ again, and the log says why.
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -55,6 +55,7 @@ from sagerec.run.folder import ALL_AT_ONCE, ZERO_SHOT, Run, check_aligned_name, 
 from sagerec.training import parallel
 from sagerec.training.alignment import align_policy
 from sagerec.training.checkpoints import discard_finished
+from sagerec.training.loop import stage_device
 from sagerec.training.settings import AlignSettings, TrainSettings
 from sagerec.training.supervised import train_policy
 
@@ -223,6 +224,7 @@ def _train(
     made_from: dict[str, str],
 ) -> None:
     """Train a policy into `folder` on the events of `parts`, unless one that fits is there."""
+    stage_device(settings.device)
     resolved, older = _resolved(policy_settings, settings), run.grown_from("dataset", run.actions)
     made_from = made_from | policy_inputs(policy_settings)
     with making(
@@ -263,14 +265,11 @@ def align(run: Run, settings: AlignSettings, *, name: str | None = None) -> str:
     that it starts from is stale.
     """
     settings = settings.resolved()
+    stage_device(settings.device)
     folder = run.folder / f"policy-{check_aligned_name(name or settings.objective)}"
     if (reason := run.stale("policy")) is not None:
         raise ArtifactError(f"{reason}: sagerec train")
     if settings.start == "all-at-once" and not _has_all_at_once(run):
-        require(
-            parallel.launched() == 1,
-            "several processes need the policy that they start from: sagerec train RUN --all-at-once",
-        )
         trained = run.manifest("policy").settings
         how = replace(from_json(TrainSettings, trained["train"]), device=settings.device, track=())
         train_all_at_once(run, settings_of(trained["policy"]), how)
@@ -454,9 +453,12 @@ def making(
 ) -> Iterator[bool]:
     """Hold the place of a stage's artefact, and tell whether the stage must run; the log says why.
 
-    `grown_from`: inputs that may have had items added since. Of several ranks the first holds it.
+    `grown_from`: inputs that may have had items added since. Of several ranks the first holds it, and tells the others.
     """
-    with locked(folder) if parallel.rank() == 0 else nullcontext():
+    if parallel.rank():
+        yield parallel.share_from_first(True)
+        return
+    with locked(folder):
         reason = None
         if not folder.exists():
             logger.info("%s: making it", folder.name)
@@ -466,6 +468,6 @@ def making(
             )
             said = "there and fits" if reason is None else f"making it again, for {reason}"
             logger.info("%s: %s", folder.name, said)
-            if reason is None and parallel.rank() == 0:
+            if reason is None:
                 discard_finished(folder, artifacts.read_manifest(folder, kind))
-        yield reason is not None or not folder.exists()
+        yield parallel.share_from_first(reason is not None or not folder.exists())

@@ -36,7 +36,6 @@ from sagerec.catalogue.dataset import Dataset
 from sagerec.catalogue.simulated_store import SimulatedStore
 from sagerec.catalogue.splits import Cases, Split, learnt_counts
 from sagerec.config import require
-from sagerec.decoding.cases import list_cases
 from sagerec.errors import SettingsError
 from sagerec.evaluation import metrics
 from sagerec.evaluation.per_case import Yardstick, validation_means
@@ -44,26 +43,26 @@ from sagerec.objectives.rewards import parse_rewards
 from sagerec.policies.protocol import AnyPolicy
 from sagerec.policies.registry import write_weights
 from sagerec.progress import progress_bar
-from sagerec.training import parallel
+from sagerec.training import parallel, sharding
 from sagerec.training.batches import make_windows, shuffled_batches
 from sagerec.training.checkpoints import (
+    find_checkpoint,
     fingerprint,
     load_checkpoint,
-    newest_checkpoint,
     read_progress,
     save_checkpoint,
     working_folder,
 )
 from sagerec.training.feedback import gather_facts, gather_feedback, to_device
 from sagerec.training.layout import most_choices
-from sagerec.training.loop import choose_device, make_optimizer
+from sagerec.training.loop import make_optimizer, stage_device
 from sagerec.training.rounds import Stage, roll_round, update
 from sagerec.training.settings import STORE_METRICS, AlignSettings, parse_criterion
 from sagerec.training.soundness import check_kept
-from sagerec.training.tracking import Trackers, keep_records, open_trackers
+from sagerec.training.tracking import keep_records, open_trackers
+from sagerec.training.validation import VALIDATION_K, validation_lists
 
 logger = logging.getLogger(__name__)
-VALIDATION_K, VALIDATION_BEAMS = 10, 20
 GLANCE = 8
 """Reserved events that are looked at after each round, to see that the policy is not lost."""
 
@@ -78,13 +77,11 @@ def validate(
     exclude_history: bool,
     store: SimulatedStore | None,
 ) -> dict[str, float]:
-    """Recall, NDCG, Cold-Recall, Entropy (bits; both `clusters`) and coverage at 10 of beam lists of 20 beams.
+    """Recall, NDCG, Cold-Recall, Entropy (bits; both `clusters`) and coverage at 10 of `validation_lists`.
 
     In the simulated store, its users' expected answers to the ten too.
     """
-    lists, _ = list_cases(
-        policy, cases, k=VALIDATION_K, beams=VALIDATION_BEAMS, widen=False, exclude_history=exclude_history
-    )
+    lists = validation_lists(policy, cases, exclude_history=exclude_history)
     yardstick = Yardstick(cold=cold, clusters=clusters, store=store)
     names = ("recall", "ndcg", "cold_recall", *clusters, *(() if store is None else STORE_METRICS))
     listed = policy.space.listed_as(cases.targets)
@@ -119,7 +116,7 @@ def align_policy(
     """
     work = working_folder(folder)
     resolved = {"policy": policy_settings, "align": settings.what()}
-    depends = [*fingerprint(resolved, made_from), parallel.n_ranks()]
+    depends = fingerprint(resolved, made_from)
     cases = split.cases(data, "align")
     if len(cases) == 0:
         raise SettingsError(
@@ -132,8 +129,7 @@ def align_policy(
             raise SettingsError(
                 f"the criterion {name!r} asks a simulated store, and this dataset is none; choose others"
             )
-    device = choose_device(parallel.rank_device(settings.device))
-    parallel.join_ranks(device)
+    device = stage_device(settings.device)
     weights = parse_rewards(settings.reward) if settings.reward else {}  # the control has none
     facts = gather_facts(data, split, start.space, clusters=settings.clusters, cold_max_count=settings.cold_max_count)
     train, known = split.sequences(data, "train"), split.sequences(data, "train", "align")
@@ -156,18 +152,9 @@ def align_policy(
     clusters = entropy_clusters(data, start.space)
 
     def measure() -> dict[str, float]:
-        found = {}
-        if parallel.rank() == 0:
-            found = validate(
-                stage.policy,
-                validation,
-                data,
-                cold,
-                clusters,
-                exclude_history=stage.exclude_history,
-                store=store,
-            )
-        return parallel.share_from_first(found)
+        return validate(
+            stage.policy, validation, data, cold, clusters, exclude_history=stage.exclude_history, store=store
+        )
 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         summary = run_rounds(stage, measure if len(validation) and settings.validations else None, depends)
@@ -219,22 +206,15 @@ def run_rounds(stage: Stage, measure: Any, depends: list[Any]) -> dict[str, Any]
     due = {round(n_rounds * (i + 1) / settings.validations) for i in range(settings.validations)} if measure else set()
     progress: dict[str, Any] = {"fingerprint": depends, "round": 0, "step": 0, "best": None, "seconds": 0.0}
     best: dict[str, Tensor] = {}
-    checkpoint = newest_checkpoint(work) if parallel.rank() == 0 else None
-    if checkpoint is not None and read_progress(checkpoint)["fingerprint"] != depends:
-        logger.info("the unfinished alignment in %s was of other inputs or settings; starting anew", work)
-        shutil.rmtree(work)
-        checkpoint = None
-    if (checkpoint := parallel.share_from_first(checkpoint)) is not None:
+    if (checkpoint := find_checkpoint(work, depends, "alignment")) is not None:
         best, progress = load_checkpoint(checkpoint, policy, stage.optimizer), read_progress(checkpoint)
         logger.info("resuming after round %d of %d", progress["round"], n_rounds)
-    trackers = Trackers([])
-    if parallel.rank() == 0:
-        trackers = open_trackers(work, track=settings.track, resume_step=progress["step"] if progress["round"] else -1)
+    trackers = open_trackers(work, track=settings.track, resume_step=progress["step"] if progress["round"] else -1)
     weights = parse_criterion(settings.criterion)
     if measure and "start" not in progress:
         progress["start"] = measure()
         progress |= {"best": criterion_value(progress["start"], progress["start"], weights), "best_round": 0}
-        best = {name: value.detach().clone() for name, value in policy.state_dict().items()}
+        best = sharding.snapshot(policy)
         trackers.log(0, progress["start"] | {"round": 0, "criterion": progress["best"]})
         logger.info("start: %s", describe(progress["start"]))
     with progress_bar("aligning", n_rounds, completed=progress["round"]) as bar:
@@ -259,15 +239,15 @@ def run_rounds(stage: Stage, measure: Any, depends: list[Any]) -> dict[str, Any]
                 logged |= found | {"criterion": criterion_value(found, progress["start"], weights)}
                 if logged["criterion"] > progress["best"]:
                     progress |= {"best": logged["criterion"], "best_round": number + 1}
-                    best = {name: value.detach().clone() for name, value in policy.state_dict().items()}
+                    best = sharding.snapshot(policy)
                 logger.info("round %d of %d: %s", number + 1, n_rounds, describe(found))
             trackers.log(progress["step"], logged | {"round": number + 1, "seconds": seconds})
             bar.update(number + 1, f"loss {logged['loss']:.4f}")
-            if parallel.rank() == 0 and ((number + 1) % settings.checkpoint_every == 0 or number + 1 == n_rounds):
+            if (number + 1) % settings.checkpoint_every == 0 or number + 1 == n_rounds:
                 save_checkpoint(work, progress["step"], policy, stage.optimizer, progress=progress, best=best)
     trackers.close()
     if best:
-        policy.load_state_dict(best)
+        sharding.restore(policy, best)
     policy.eval()
     return {
         "rounds": progress["round"],

@@ -7,6 +7,7 @@ moment the newest complete one can be read.
 import json
 import logging
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from sagerec.artifacts import Manifest, read_manifest, write_artifact
 from sagerec.errors import ArtifactError
 from sagerec.files import read_json, remove, write_json
+from sagerec.training import parallel, sharding
 
 logger = logging.getLogger(__name__)
 _TENSORS, _PROGRESS, KIND = "state.safetensors", "progress.json", "checkpoint"
@@ -31,11 +33,15 @@ def save_checkpoint(
     progress: dict[str, Any],
     best: dict[str, Tensor],
 ) -> None:
-    """Write `folder/checkpoint-<step>` and remove the older ones.
+    """Write `folder/checkpoint-<step>` and remove the older ones; every rank calls it.
 
-    `progress` holds JSON values, `best` the weights of the best validation so far (may be empty).
+    `progress` holds JSON values, `best` the weights of the best validation so far (may be empty). What every rank holds
+    whole is written by the first, what is held in shards by all.
     """
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    shards = sharding.is_sharded(model.parameters())
+    if not shards and parallel.rank():
+        return
+    tensors = {f"model.{name}": value for name, value in sharding.state_of(model).items()}
     tensors |= {f"best.{name}": value for name, value in best.items()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -44,12 +50,32 @@ def save_checkpoint(
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
     target = folder / f"checkpoint-{step:09d}"
-    with write_artifact(target, KIND) as fresh:
-        save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, fresh / _TENSORS)
-        write_json(fresh / _PROGRESS, progress)
+    with write_artifact(target, KIND) if parallel.rank() == 0 else nullcontext(target) as fresh:
+        if shards:
+            sharding.write_shards(parallel.share_from_first(fresh), tensors)
+        else:
+            save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, fresh / _TENSORS)
+        if parallel.rank() == 0:
+            write_json(fresh / _PROGRESS, progress)
+    if parallel.rank():
+        return
     for old in folder.glob("checkpoint-*"):
         if old != target:
             remove(old)
+
+
+def find_checkpoint(folder: Path, depends: list[Any], what: str) -> Path | None:
+    """The checkpoint from which every rank goes on, None for none.
+
+    One of what depends on other things than `depends` is removed, and the log says so of `what`. The number of ranks
+    may be another than that which wrote it.
+    """
+    found = newest_checkpoint(folder) if parallel.rank() == 0 else None
+    if found is not None and read_progress(found)["fingerprint"] != depends:
+        logger.info("the unfinished %s in %s was of other inputs or settings; starting anew", what, folder)
+        shutil.rmtree(folder)
+        found = None
+    return parallel.share_from_first(found)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -96,12 +122,14 @@ def read_progress(checkpoint: Path) -> dict[str, Any]:
 
 def load_checkpoint(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Restore model, optimiser and random state; returns the weights of the best validation so far."""
-    tensors = load_file(checkpoint / _TENSORS)
+    plain = checkpoint / _TENSORS
+    whole = plain.is_file() and not sharding.is_sharded(model.parameters())
+    tensors = load_file(plain) if whole else sharding.read_shards(checkpoint, sharding.state_of(model))
     groups: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "optimizer": {}, "random": {}}
     for name, value in tensors.items():
         group, _, rest = name.partition(".")
         groups[group][rest] = value
-    model.load_state_dict(groups["model"])
+    sharding.restore(model, groups["model"])
     parameters = dict(model.named_parameters())
     for name, value in groups["optimizer"].items():
         key, _, owner = name.partition(".")

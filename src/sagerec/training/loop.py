@@ -2,12 +2,12 @@
 
 Reads top to bottom: shuffled batches -> loss -> AdamW; every few epochs a validation decides whether to keep, go on or
 stop. A checkpoint after every epoch holds all that the rest depends on, so a run that is killed and started again ends
-with the same weights, bit for bit on a CPU.
+with the same weights, bit for bit on a CPU. Several ranks (`parallel`) take every n-th row of each batch and make the
+update that one makes, but for the masks of dropout.
 """
 
 import logging
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from sagerec.catalogue.splits import Cases
 from sagerec.errors import SettingsError, TrainingError
 from sagerec.progress import Bar, progress_bar
+from sagerec.training import parallel, sharding
 from sagerec.training.batches import Windows, shuffled_batches
-from sagerec.training.checkpoints import load_checkpoint, newest_checkpoint, read_progress, save_checkpoint
+from sagerec.training.checkpoints import find_checkpoint, load_checkpoint, read_progress, save_checkpoint
 from sagerec.training.settings import TrainSettings
 from sagerec.training.soundness import check_kept
 from sagerec.training.tracking import open_trackers
@@ -48,6 +49,13 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         known = ["auto", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         raise SettingsError(f"device is {name!r}, which is not there; expected one of {', '.join(known)}") from error
+    return device
+
+
+def stage_device(name: str) -> torch.device:
+    """The device of this process that a setting names, under torchrun its rank's own GPU; the ranks meet here."""
+    device = choose_device(parallel.rank_device(name))
+    parallel.join_ranks(device)
     return device
 
 
@@ -125,14 +133,9 @@ def fit(
         "seconds": 0.0,
     }
     best: dict[str, Tensor] = {}
-    if (checkpoint := newest_checkpoint(work)) is not None:
-        saved = read_progress(checkpoint)
-        if saved["fingerprint"] == fingerprint:
-            best, progress = load_checkpoint(checkpoint, model, optimizer), saved
-            logger.info("resuming after epoch %d of %d", progress["epoch"], settings.epochs)
-        else:
-            logger.info("the unfinished training in %s was of other inputs or settings; starting anew", work)
-            shutil.rmtree(work)
+    if (checkpoint := find_checkpoint(work, fingerprint, "training")) is not None:
+        best, progress = load_checkpoint(checkpoint, model, optimizer), read_progress(checkpoint)
+        logger.info("resuming after epoch %d of %d", progress["epoch"], settings.epochs)
     if settings.compile:
         for layer in layers:
             layer.compile(dynamic=True)
@@ -152,7 +155,7 @@ def fit(
                 values |= validate()
                 if values[CRITERION] > progress["best"]:
                     progress |= {"best": values[CRITERION], "best_epoch": epoch + 1}
-                    best = {name: value.detach().clone() for name, value in model.state_dict().items()}
+                    best = sharding.snapshot(model)
             seconds = time.perf_counter() - started
             progress["seconds"] += seconds
             trackers.log(step, values | {"seconds": seconds, "targets_per_second": windows.n_targets / seconds})
@@ -169,7 +172,7 @@ def fit(
             )
     trackers.close()
     if best:
-        model.load_state_dict(best)
+        sharding.restore(model, best)
     model.eval()
     check_kept(model, _sample_loss(model, windows, settings, loss), f"step {progress['epoch'] * steps_per_epoch}")
     return {
@@ -212,6 +215,8 @@ def _train_epoch(
     batches = shuffled_batches(lengths, settings.batch_size, rng)
     total = len(batches) * settings.epochs
     device = next(model.parameters()).device
+    if rank := parallel.rank():  # the first rank draws as one process does, every other one for itself
+        torch.manual_seed(settings.seed * 7_368_787 + epoch + rank * 1_000_000_007)
     model.train()
     losses, norms = torch.zeros(len(batches)), torch.zeros(len(batches))
     for number, index in enumerate(batches):
@@ -220,14 +225,18 @@ def _train_epoch(
             group["lr"] = learning_rate_at(
                 step, total, settings.learning_rate, settings.warmup_share, settings.final_rate_share
             )
-        inputs, targets, counted = (torch.from_numpy(x).to(device) for x in windows.batch(index))
+        own = index[parallel.own_share(len(index))]
+        share = windows.lengths[own].sum() / windows.lengths[index].sum()
+        own = own if len(own) else index[:1]  # with a share of 0, so that all ranks compute in step
+        inputs, targets, counted = (torch.from_numpy(x).to(device) for x in windows.batch(own))
         with autocast(settings.precision, device):
-            value = loss(inputs, targets, counted)
+            value = loss(inputs, targets, counted) * float(share)
         optimizer.zero_grad()
         value.backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
+        parallel.add_gradients_up(model)
+        norm = parallel.clip_gradients(model, settings.clip_norm)
         if not bool(torch.isfinite(norm)):
-            path = work / f"bad-batch-{step}.safetensors"
+            path = work / f"bad-batch-{step}{f'-rank{rank}' if rank else ''}.safetensors"
             save_file({"inputs": inputs.cpu(), "targets": targets.cpu(), "counted": counted.cpu()}, path)
             raise TrainingError(
                 f"loss {value.item()} with gradient norm {norm.item()} at step {step}; the batch is saved in {path}. "
@@ -236,4 +245,4 @@ def _train_epoch(
         optimizer.step()
         losses[number], norms[number] = value.detach(), norm
         bar.update(step + 1, f"epoch {epoch + 1}")
-    return losses.mean().item(), norms.mean().item()
+    return parallel.add_up(losses.to(device)).mean().item(), norms.mean().item()

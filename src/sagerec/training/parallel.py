@@ -1,6 +1,7 @@
 """Data-parallel helpers: what the ranks of a `torchrun` share. Without one, every call is the identity.
 
-A stage that divides by global counts and adds its gradients up gives the same update on any number of ranks.
+A stage that divides by global counts and adds its gradients up gives the same update on any number of ranks. Gradients
+of weights that every rank holds whole are added up here, those of weights in shards by FSDP2 (`sharding`).
 """
 
 import os
@@ -9,8 +10,14 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
+LOST = (
+    "another process of this job has ended, so that this one cannot go on; the same command, with as many processes or "
+    "fewer, goes on from the newest checkpoint (what ended stands in torchrun's report)"
+)
+"""What is said where the ranks lose one of them."""
 
 
 def join_ranks(device: torch.device) -> None:
@@ -68,18 +75,27 @@ def add_up(values: Tensor) -> Tensor:
 
 
 def add_gradients_up(model: nn.Module) -> None:
-    """Replace every gradient by its sum over the ranks, in one message."""
+    """Replace every gradient by its sum over the ranks, in one message; those of weights in shards are sums already."""
     if n_ranks() == 1:
         return
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+    if not parameters:
+        return
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
     dist.all_reduce(flat)
     for parameter, part in zip(parameters, torch.split(flat, [p.numel() for p in parameters]), strict=True):
         parameter.grad = part.view_as(parameter)
 
 
+def clip_gradients(model: nn.Module, most: float) -> Tensor:
+    """Scale the gradients, summed over the ranks, to a norm of at most `most`; returns the norm before, ()."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), most)
+    whole: Tensor = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return whole
+
+
 def share_from_first(value: T) -> T:
-    """The first rank's value, on every rank (JSON-like values)."""
+    """The first rank's value, on every rank (JSON-like values, small tensors)."""
     if n_ranks() == 1:
         return value
     box = [value]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from sagerec.catalogue.splits import Cases
 from sagerec.decoding.rollouts import roll_out
@@ -22,7 +22,7 @@ from sagerec.objectives.loss import PolicyLoss, compute_advantages, policy_loss,
 from sagerec.objectives.rewards import Facts, RewardInputs, compute_rewards, of_items, slate_coldness, slate_diversity
 from sagerec.objectives.table import Objective
 from sagerec.policies.protocol import AnyPolicy
-from sagerec.training import parallel
+from sagerec.training import parallel, sharding
 from sagerec.training.batches import Windows, shuffled_batches
 from sagerec.training.feedback import Feedback
 from sagerec.training.layout import Layout, as_units, lay_out
@@ -174,10 +174,11 @@ def roll_round(stage: Stage, batches: Sequence[np.ndarray], number: int) -> tupl
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
     policy.eval()
     # The divergence is logged of the first minibatch, and of all where the loss holds it.
-    rolled = [
-        roll_minibatch(stage, c, generator, with_reference=i == 0 or settings.kl_weight > 0)
-        for i, c in enumerate(contexts)
-    ]
+    with sharding.gathered(policy), sharding.gathered(stage.reference):
+        rolled = [
+            roll_minibatch(stage, c, generator, with_reference=i == 0 or settings.kl_weight > 0)
+            for i, c in enumerate(contexts)
+        ]
     per_item = settings.credit == "item"
     units = settings.k if per_item else 1
     gathered, tokens = [], []
@@ -361,7 +362,7 @@ def update(stage: Stage, batch: Minibatch, step: int, total_steps: int) -> dict[
     if loss.requires_grad:
         loss.backward()  # type: ignore[no-untyped-call]
     parallel.add_gradients_up(policy)
-    norm = nn.utils.clip_grad_norm_(policy.parameters(), settings.clip_norm)
+    norm = parallel.clip_gradients(policy, settings.clip_norm)
     if not math.isfinite(float(norm)) or not math.isfinite(float(loss.detach())):
         path = save_batch(stage, batch, step)
         raise TrainingError(

@@ -16,17 +16,16 @@ from sagerec.artifacts import write_artifact
 from sagerec.catalogue.audit import write_events_used
 from sagerec.catalogue.splits import Cases, Sequences
 from sagerec.config import to_json
-from sagerec.decoding.cases import list_cases
 from sagerec.evaluation.per_case import validation_means
 from sagerec.policies.protocol import AnyPolicy
 from sagerec.policies.registry import describe_policy, make_policy, write_weights
+from sagerec.training import parallel
 from sagerec.training.batches import make_windows
 from sagerec.training.checkpoints import fingerprint, working_folder
-from sagerec.training.loop import choose_device, fit, validation_sample
+from sagerec.training.loop import fit, stage_device, validation_sample
 from sagerec.training.settings import TrainSettings
 from sagerec.training.tracking import keep_records
-
-VALIDATION_K, VALIDATION_BEAMS = 10, 20
+from sagerec.training.validation import VALIDATION_K, validation_lists
 
 
 def train_policy(
@@ -49,9 +48,10 @@ def train_policy(
     """
     work = working_folder(folder)
     resolved = {"policy": describe_policy(policy_settings), "train": to_json(settings)}
-    with torch.random.fork_rng(devices=[0] if torch.cuda.is_available() else []):
+    device = stage_device(settings.device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
-        policy = make_policy(space, policy_settings).move(choose_device(settings.device))
+        policy = make_policy(space, policy_settings).move(device)
         counts = np.bincount(train.items, minlength=space.n_items)
         policy.count(torch.from_numpy(counts).float())
         if titles:
@@ -69,20 +69,20 @@ def train_policy(
             layers=policy.layers(),
         )
     sizes = {"parameters": sum(p.numel() for p in policy.parameters()), "sequences": len(train)} | summary
-    with write_artifact(
-        folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed, sizes=sizes
-    ) as fresh:
-        write_weights(fresh, policy)
-        write_events_used(fresh, train.rows)
-        keep_records(work, fresh)
-    shutil.rmtree(work)
+    if parallel.rank() == 0:
+        with write_artifact(
+            folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed, sizes=sizes
+        ) as fresh:
+            write_weights(fresh, policy)
+            write_events_used(fresh, train.rows)
+            keep_records(work, fresh)
+        shutil.rmtree(work)
+    parallel.share_from_first(None)  # no rank goes on before the artefact is there
     return policy
 
 
 def validate(policy: AnyPolicy, cases: Cases, *, exclude_history: bool) -> dict[str, float]:
-    """Recall@10 and NDCG@10 of beam lists (20 beams, not widened: for choosing an epoch, not for reporting)."""
-    lists, _ = list_cases(
-        policy, cases, k=VALIDATION_K, beams=VALIDATION_BEAMS, widen=False, exclude_history=exclude_history
-    )
+    """Recall@10 and NDCG@10 of `validation_lists`."""
+    lists = validation_lists(policy, cases, exclude_history=exclude_history)
     listed = policy.space.listed_as(cases.targets)
     return validation_means(lists, cases, ("recall", "ndcg"), k=VALIDATION_K, listed=listed)

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 
 from sagerec.config import require
 from sagerec.errors import ArtifactError, MissingExtraError
+from sagerec.training import parallel
 
 logger = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
@@ -179,10 +180,12 @@ TRACKERS: dict[TrackerName, Callable[[Path, int, str], Tracker]] = {
 
 
 def open_trackers(folder: Path, *, track: Sequence[TrackerName] = (), resume_step: int) -> Trackers:
-    """The trackers of a stage that works in `folder`: metrics.jsonl, and those of `track`.
+    """The trackers of a stage that works in `folder`: metrics.jsonl, and those of `track`; none but on the first rank.
 
     Raises: MissingExtraError for one that is not installed.
     """
+    if parallel.rank():
+        return Trackers([])
     folder.mkdir(parents=True, exist_ok=True)
     name = "/".join(folder.resolve().parts[-2:]).removesuffix(".training")
     chosen: list[Tracker] = [TRACKERS[other](folder, resume_step, name) for other in dict.fromkeys(track)]
