@@ -7,18 +7,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from sagerec.actions.filters import Filters, make_filter, shown, used_up
 from sagerec.actions.groups import group_log_softmax
 from sagerec.actions.legal import NO_ITEM, bar, items_left
-from sagerec.actions.space import make_space
-from sagerec.actions.trie import ROOT
+from sagerec.actions.space import ActionSpace, make_space
+from sagerec.actions.trie import ROOT, Children
 from sagerec.decoding.beam import beam_lists, exact_lists
 from sagerec.decoding.slates import slate_logprobs, write_slates
 from sagerec.errors import SettingsError
 from sagerec.policies.item_scores import ItemScores, ItemScoresSettings
 from sagerec.policies.lazy_decoder import LazyDecoder, LazyDecoderSettings
-from sagerec.policies.protocol import AnyPolicy
+from sagerec.policies.protocol import AnyPolicy, Policy
 
 N, B = 40, 4
 
@@ -209,11 +210,45 @@ def test_a_filter_of_everything_changes_nothing_and_one_of_nothing_leaves_nothin
     assert bool(empty.exact.all())
 
 
-def test_a_narrow_beam_claims_no_wrong_filtered_list() -> None:
-    """The bound on what a prefix holds counts only where nothing under it is closed: planted, it would drop the best.
+class Table(Policy[int, int]):
+    """A policy whose nodes have given probabilities, whatever the history."""
 
-    Over many contexts narrow beams err, and no list called exact does.
+    def __init__(self, space: ActionSpace, shares: list[float]) -> None:
+        super().__init__()
+        self.space, self.max_items = space, 9
+        self.logits = nn.Parameter(torch.tensor(shares).log())
+
+    def encode(self, items: torch.Tensor, lengths: torch.Tensor, *, slates: int = 1) -> int:
+        return 0
+
+    def begin(self, context: int) -> int:
+        return 0
+
+    def step(self, prefix: int, rows: torch.Tensor, tokens: torch.Tensor) -> int:
+        return 0
+
+    def child_logits(self, prefix: int, children: Children) -> torch.Tensor:
+        return self.logits[children.node]
+
+
+def test_a_prefix_whose_best_item_is_closed_says_nothing_of_the_list() -> None:
+    """Items 00, 01, 10, 11 of .599, .001, .3 and .1, the first closed. The best that may be shown is 10, of .3, though
+    prefix 0 holds two items of .3 on average: were that a bound, prefix 1 would be lost, and 01 called the best.
     """
+    space = make_space(np.array([[0, 0], [0, 1], [1, 0], [1, 1]]))
+    # Nodes: root, 0, 1, 00, 01, 10, 11.
+    policy = Table(space, [1, 0.6, 0.4, 0.599 / 0.6, 0.001 / 0.6, 0.75, 0.25])
+    one = make_filter(space, torch.tensor([False, True, True, True]))
+    filters = Filters((one,), torch.zeros(1, dtype=torch.int64))
+    for k in (1, 2):
+        history = torch.zeros(1, 1, dtype=torch.int64)
+        lists = exact_lists(policy, history, torch.ones(1), k=k, beams=2, filters=filters)
+        assert lists.items.tolist() == [[2, 3][:k]]
+        assert lists.logprobs.exp().tolist() == [pytest.approx([0.3, 0.1][:k], abs=1e-6)]
+
+
+def test_a_narrow_beam_claims_no_wrong_filtered_list() -> None:
+    """Over many contexts narrow beams err, and no list called exact does."""
     wrong = claimed = 0
     for seed in range(6):
         policy = draw_policy("lazy-decoder", seed, shared=False)
