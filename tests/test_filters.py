@@ -232,19 +232,19 @@ class Table(Policy[int, int]):
 
 
 def test_a_prefix_whose_best_item_is_closed_says_nothing_of_the_list() -> None:
-    """Items 00, 01, 10, 11 of .599, .001, .3 and .1, the first closed. The best that may be shown is 10, of .3, though
-    prefix 0 holds two items of .3 on average: were that a bound, prefix 1 would be lost, and 01 called the best.
+    """Items 00, 01, 10, 11 of .7, .05, .15 and .1, the first closed. The best that may be shown is 10, of .15, though
+    prefix 0 holds two items of .375 on average: were that a bound, prefix 1, of .25, would be lost, and 01 the best.
     """
     space = make_space(np.array([[0, 0], [0, 1], [1, 0], [1, 1]]))
     # Nodes: root, 0, 1, 00, 01, 10, 11.
-    policy = Table(space, [1, 0.6, 0.4, 0.599 / 0.6, 0.001 / 0.6, 0.75, 0.25])
+    policy = Table(space, [1, 0.75, 0.25, 0.7 / 0.75, 0.05 / 0.75, 0.6, 0.4])
     one = make_filter(space, torch.tensor([False, True, True, True]))
     filters = Filters((one,), torch.zeros(1, dtype=torch.int64))
     for k in (1, 2):
         history = torch.zeros(1, 1, dtype=torch.int64)
         lists = exact_lists(policy, history, torch.ones(1), k=k, beams=2, filters=filters)
         assert lists.items.tolist() == [[2, 3][:k]]
-        assert lists.logprobs.exp().tolist() == [pytest.approx([0.3, 0.1][:k], abs=1e-6)]
+        assert lists.logprobs.exp().tolist() == [pytest.approx([0.15, 0.1][:k], abs=1e-6)]
 
 
 def test_a_narrow_beam_claims_no_wrong_filtered_list() -> None:
