@@ -22,6 +22,7 @@ from rich.text import Text
 from sagerec.cli.data import Export, Fetch, Import, Inspect, Simulate
 from sagerec.cli.failures import explain, parser_line
 from sagerec.cli.measure import Audit, Baseline, Compare, Diagnose, Evaluate, Recommend, Report, Results
+from sagerec.cli.serving import Serve
 from sagerec.cli.stages import Align, Ids, IdsAdd, Prepare, RunAll, Train
 from sagerec.errors import SettingsError
 from sagerec.training.loop import choose_device
@@ -45,6 +46,7 @@ COMMANDS: dict[str, Callable[..., Callable[[], None]]] = {
     "diagnose": Diagnose,
     "audit": Audit,
     "recommend": Recommend,
+    "serve": Serve,
     "report": Report,
 }
 
