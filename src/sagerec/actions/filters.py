@@ -45,7 +45,7 @@ def make_filter(space: ActionSpace, allowed: Tensor) -> Filter:
     trie = space.trie
     found = torch.zeros(trie.n_nodes, dtype=torch.int32, device=space.device)
     found[space.leaf(allowed.nonzero()[:, 0])] = 1
-    for begin, end in reversed(_levels(trie)):
+    for begin, end in reversed(levels(trie)):
         bounds = trie.first_child[begin : end + 1].long()
         first, last = int(bounds[0]), int(bounds[-1])
         below = torch.cat([found.new_zeros(1), found[first:last].cumsum(0, dtype=torch.int32)])
@@ -53,7 +53,7 @@ def make_filter(space: ActionSpace, allowed: Tensor) -> Filter:
     return Filter(allowed, found)
 
 
-def _levels(trie: Trie) -> list[tuple[int, int]]:
+def levels(trie: Trie) -> list[tuple[int, int]]:
     """First node of each depth, and the one after its last."""
     starts = [ROOT, 1]
     while starts[-1] < trie.n_nodes:

@@ -53,8 +53,9 @@ class Job:
 
     def most_rows(self, memory_bytes: int) -> int:
         """Jobs like this one that a batch of so much memory holds."""
-        space = self.version.policies[self.policy].space
-        return max(1, memory_bytes // row_bytes(space, self.query.k))
+        version = self.version
+        children = version.policies[self.policy].space.trie.max_children
+        return max(1, memory_bytes // row_bytes(version.widths, children, self.query.k))
 
 
 def resolve(version: Version, query: Query) -> Job:

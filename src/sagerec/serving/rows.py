@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sagerec.actions.filters import Filter, Filters, shown, used_up
+from sagerec.actions.filters import Filter, Filters, levels, shown, used_up
 from sagerec.actions.legal import NO_ITEM, items_left
 from sagerec.actions.space import ActionSpace
 from sagerec.decoding.beam import exact_lists
@@ -146,14 +146,11 @@ def write_rows(
     return found
 
 
-def row_bytes(space: ActionSpace, k: int) -> int:
+def level_widths(space: ActionSpace) -> tuple[int, ...]:
+    """Nodes of each depth of the trie."""
+    return tuple(end - begin for begin, end in levels(space.trie))
+
+
+def row_bytes(widths: tuple[int, ...], max_children: int, k: int) -> int:
     """Memory that a row takes in the beam of k items, at most: its continuations at the widest level of the trie."""
-    trie, start, width = space.trie, 0, 1
-    widest = 1
-    beams = max(BEAMS, k)
-    while start + width < trie.n_nodes:  # the next level begins where this one ends
-        begin = int(trie.first_child[start])
-        end = int(trie.first_child[start + width])
-        widest = max(widest, min(end - begin, beams * trie.max_children))
-        start, width = begin, end - begin
-    return ROW_BYTES * widest
+    return ROW_BYTES * max(min(width, max(BEAMS, k) * max_children) for width in widths)

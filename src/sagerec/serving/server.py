@@ -3,6 +3,8 @@
 import ipaddress
 import logging
 import os
+import signal
+import sys
 import tempfile
 from contextlib import ExitStack
 from dataclasses import replace
@@ -37,6 +39,8 @@ def serve(run: Path, settings: ServeSettings) -> None:
         raise MissingExtraError(
             f'{error.name} is not installed, and serving needs it; install it with: pip install "sagerec[serve]"'
         ) from error
+    # What uvicorn catches it raises again once all is answered: then the state goes too, and the status is 0.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     for name in settings.policy:
         check_name(name, "policy")
     for variable in (TOKEN, ADMIN_TOKEN):

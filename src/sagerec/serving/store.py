@@ -18,8 +18,8 @@ from sagerec.serving.settings import ServeSettings
 from sagerec.serving.versions import RECORD, Record, Version, open_version, read_record, take_snapshot, write_record
 
 logger = logging.getLogger(__name__)
-FOLLOW_SECONDS = 0.25
-"""How often a worker looks for what another has swapped in."""
+FOLLOW_SECONDS, RETRY_SECONDS = 0.25, 2.0
+"""How often a worker looks for what another has swapped in, and how long after it could not be opened."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,7 @@ class Store:
                 # Another swap may have come in between: the record is read again.
                 self.failure = str(error)
                 logger.error("the version asked for cannot be opened: %s", error)
+                await asyncio.sleep(RETRY_SECONDS)
             await asyncio.sleep(FOLLOW_SECONDS)
 
     async def reload(self) -> Swap:
@@ -120,10 +121,12 @@ class Store:
     async def _serve(self, record: Record) -> None:
         """Swap; versions that neither answer nor may come back are let go."""
         await asyncio.to_thread(self._open, record.current)
+        changed = self.record is None or self.record.current != record.current
         self.record, self.failure = record, ""
         for version in self._kept.keys() - {record.current, record.previous}:
             del self._kept[version]
-        logger.info("serving version %s", record.current)
+        if changed:
+            logger.info("serving version %s", record.current)
 
 
 def warm_up(version: Version) -> None:

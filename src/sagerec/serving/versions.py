@@ -23,6 +23,7 @@ from sagerec.policies.protocol import AnyPolicy
 from sagerec.policies.registry import WEIGHTS, read_policy
 from sagerec.run.folder import Run, open_run
 from sagerec.serving.catalogue import Catalogue, FilterCache, read_catalogue
+from sagerec.serving.rows import level_widths
 from sagerec.training.loop import choose_device
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,8 @@ class Version:
     """What requests may be shown."""
     hashes: dict[str, str]
     """Content hash of each artefact."""
+    widths: tuple[int, ...]
+    """Nodes of each depth of the trie."""
 
     @property
     def default(self) -> str:
@@ -147,6 +150,7 @@ def open_version(state: Path, version: str, device: str) -> Version:
         catalogue=catalogue,
         filters=FilterCache(catalogue, first.space),
         hashes=known["hashes"],
+        widths=level_widths(space),
     )
 
 
