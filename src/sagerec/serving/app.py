@@ -1,6 +1,7 @@
 """The HTTP server: routes over a store of versions and a batcher."""
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from fastapi import FastAPI, Request, Response
 from fastapi import Query as Parameter
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
@@ -22,7 +24,7 @@ from sagerec.artifacts import package_versions
 from sagerec.errors import SagerecError
 from sagerec.serving.answers import Job, QueryError, answer, resolve
 from sagerec.serving.batching import Batcher, QueueFullError
-from sagerec.serving.bodies import RefusedError, read_model
+from sagerec.serving.bodies import RefusedError, explain, read_model
 from sagerec.serving.gate import ADMIN_TOKEN, TOKEN, Gate
 from sagerec.serving.metrics import Metrics
 from sagerec.serving.queries import Answer, AnswerBatch, FoundItems, Item, Problem, Query, QueryBatch
@@ -30,6 +32,7 @@ from sagerec.serving.settings import MAX_BODY_BYTES, MAX_IDS, MAX_K, MAX_ROWS, S
 from sagerec.serving.store import Store
 from sagerec.serving.versions import Version
 
+logger = logging.getLogger(__name__)
 PAGE = Path(str(files("sagerec.serving"))) / "page"
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     422: {"model": Problem, "description": "The query cannot be answered."},
@@ -150,6 +153,11 @@ def create_app(run: Path, state: Path, settings: ServeSettings) -> FastAPI:
     async def refuse(request: Request, error: RefusedError) -> Response:
         return json_response({"error": error.error}, error.status, error.headers)
 
+    @app.exception_handler(RequestValidationError)
+    async def refuse_parameter(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        return json_response({"error": explain({**first, "loc": first["loc"][1:]}, Query)}, 422)
+
     @app.exception_handler(HTTPException)
     async def refuse_route(request: Request, error: HTTPException) -> Response:
         paths = ", ".join(sorted(app.openapi()["paths"]))
@@ -161,6 +169,7 @@ def create_app(run: Path, state: Path, settings: ServeSettings) -> FastAPI:
 
     @app.exception_handler(Exception)
     async def fail(request: Request, error: Exception) -> Response:
+        logger.error("a request failed", exc_info=error)
         return json_response({"error": "the server failed; its log says where"}, 500)
 
     async def timed(request: Request, model: type[Any]) -> list[dict[str, Any]]:

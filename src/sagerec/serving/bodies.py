@@ -1,5 +1,6 @@
 """Bodies in: bounded, read within the time of the request, and refused with what was got and what was expected."""
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -48,12 +49,11 @@ async def read_model(request: Request, model: type[ModelT]) -> ModelT:
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
-        raise RefusedError(422, explain(error, model)) from None
+        raise RefusedError(422, explain(error.errors(include_url=False, include_context=False)[0], model)) from None
 
 
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
+def explain(first: Mapping[str, Any], model: type[BaseModel]) -> str:
     """The first thing that is wrong, in one line: where, what was got, what was expected."""
-    first = error.errors(include_url=False, include_context=False)[0]
     kind, said = first["type"], first["msg"]
     if kind == "json_invalid":
         return f"the body is no JSON ({said.removeprefix('Invalid JSON: ')}); expected an object with {_fields(model)}"

@@ -46,7 +46,7 @@ class Found(NamedTuple):
     """Log-probability of each in nats."""
     listed: list[int]
     """The items that stand for their sequences."""
-    logprobs: list[list[float]] = []  # noqa: RUF012
+    logprobs: Sequence[list[float]] = ()
     """Of a slate: of the free tokens of each item."""
 
 
