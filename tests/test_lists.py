@@ -12,7 +12,7 @@ from sagerec.recommend import load
 from sagerec.run.folder import Run
 from sagerec.serving import lists
 from sagerec.serving.lists import list_users
-from tests.kills import leftovers, run_until
+from tests.kills import leftovers
 
 
 def test_lists_are_those_of_the_library(small_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,35 +52,43 @@ def test_users_of_the_log_need_no_history(small_run: Run, tmp_path: Path, capsys
     assert "user 'stranger' is not in the run's log; give a column history" in " ".join(capsys.readouterr().err.split())
 
 
-def test_a_killed_call_goes_on_and_gives_the_same_table(
-    small_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def stop_at(monkeypatch: pytest.MonkeyPatch, part: int) -> list[int]:
+    """Let the call end in the part of that number; a list that grows by one a part that was decoded."""
+    real, done = lists._list_block, []
+
+    def listed(*given: Any) -> pl.DataFrame:
+        if len(done) == part:
+            raise KeyboardInterrupt
+        done.append(len(done))
+        return real(*given)
+
+    monkeypatch.setattr(lists, "_list_block", listed)
+    return done
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_a_stopped_call_goes_on_and_gives_the_same_table(
+    small_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int
 ) -> None:
-    """Killed before each file operation in turn; what was done is not done again."""
+    """What was done is not done again, and half a part, which a kill may leave, is not taken for one."""
     monkeypatch.setattr(lists, "PART_USERS", 2)
-    users = small_run.data.user_ids.ids[:6]
-    pl.DataFrame({"user_id": users}).write_parquet(tmp_path / "users.parquet")
+    pl.DataFrame({"user_id": small_run.data.user_ids.ids[:6]}).write_parquet(tmp_path / "users.parquet")
 
-    def work(folder: Path) -> dict[str, int]:
-        return list_users(small_run, tmp_path / "users.parquet", folder / "lists.parquet", k=3, device="cpu")
+    def work(name: str) -> pl.DataFrame:
+        list_users(small_run, tmp_path / "users.parquet", tmp_path / name, k=3, device="cpu")
+        return pl.read_parquet(tmp_path / name)
 
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    work(whole)
-    truth = pl.read_parquet(whole / "lists.parquet")
-    counting = tmp_path / "counting"
-    counting.mkdir()
-    ended, operations = run_until(lambda: work(counting), counting)
-    assert ended
-    for operation in range(1, operations + 1, 3):
-        folder = tmp_path / f"killed-{operation}"
-        folder.mkdir()
-        ended, _ = run_until(lambda folder=folder: work(folder), folder, operation)  # type: ignore[misc]
-        assert not ended
-        out = folder / "lists.parquet"
-        assert not out.exists() or pl.read_parquet(out).equals(truth)
-        work(folder)
-        assert pl.read_parquet(out).equals(truth)
-        assert leftovers(folder) == []
+    truth = work("whole.parquet")
+    with monkeypatch.context() as stopping:
+        stop_at(stopping, part)
+        with pytest.raises(KeyboardInterrupt):
+            work("lists.parquet")
+    assert not (tmp_path / "lists.parquet").exists()
+    (tmp_path / ".lists.parquet.parts" / ".000000000004.parquet.fresh").write_bytes(b"half")
+    done = stop_at(monkeypatch, 99)
+    assert work("lists.parquet").equals(truth)
+    assert len(done) == 3 - part
+    assert leftovers(tmp_path) == []
 
 
 def test_parts_of_other_settings_are_not_taken(
@@ -89,18 +97,10 @@ def test_parts_of_other_settings_are_not_taken(
     monkeypatch.setattr(lists, "PART_USERS", 2)
     pl.DataFrame({"user_id": small_run.data.user_ids.ids[:6]}).write_parquet(tmp_path / "users.parquet")
     arguments: tuple[Any, ...] = (small_run, tmp_path / "users.parquet", tmp_path / "lists.parquet")
-    real, done = lists._list_block, []
-
-    def stop(*given: Any) -> Any:
-        if len(done) == 2:
-            raise KeyboardInterrupt
-        done.append(1)
-        return real(*given)
-
-    monkeypatch.setattr(lists, "_list_block", stop)
-    with pytest.raises(KeyboardInterrupt):
-        list_users(*arguments, k=3, device="cpu")
-    monkeypatch.setattr(lists, "_list_block", real)
+    with monkeypatch.context() as stopping:
+        stop_at(stopping, 2)
+        with pytest.raises(KeyboardInterrupt):
+            list_users(*arguments, k=3, device="cpu")
     with caplog.at_level("INFO"):
         list_users(*arguments, k=5, device="cpu")
     assert "beginning anew" in caplog.text

@@ -58,7 +58,9 @@ def test_the_page_lists_and_writes_by_keyboard(browser: Any, address: str, small
         return browser.find_element(By.ID, name)
 
     def rows(name: str) -> list[str]:
-        return [row.text for row in browser.find_elements(By.CSS_SELECTOR, f"#{name} > li")]
+        script = "return [...document.querySelectorAll(arguments[0])].map(row => row.innerText)"
+        found: list[str] = browser.execute_script(script, f"#{name} > li")
+        return found
 
     size(browser, 1280)
     browser.get(address)

@@ -61,7 +61,7 @@ def served(small_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         port = free.getsockname()[1]
     (folder / "run").symlink_to(small_run.folder)
     command = [sys.executable, "-m", "sagerec.cli", "serve", str(folder / "run"), "--port", str(port)]
-    command += ["--workers", "2", "--device", "cpu"]
+    command += ["--workers", "2", "--device", "cpu", "--timeout-seconds", "100", "--shutdown-seconds", "60"]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             command, env=ENVIRONMENT | {"SAGEREC_ADMIN_TOKEN": "t"}, stdout=log, stderr=log, start_new_session=True
@@ -96,7 +96,7 @@ def test_two_workers_share_a_port_survive_a_kill_and_end_on_sigterm(
     found: list[Any] = []
     under_way = threading.Thread(
         target=lambda: found.append(
-            ask(port, "POST", "/recommend/batch", {"queries": [{**query, "kind": "slate", "k": 100}] * 64})
+            ask(port, "POST", "/recommend/batch", {"queries": [{**query, "kind": "slate", "k": 40}] * 32})
         )
     )
     under_way.start()
