@@ -372,8 +372,8 @@ def show(record: dict[str, Any]) -> None:
     shown = table("load", ["", "rate", "requests", "answers/s", "p50 ms", "p99 ms", "statuses"])
     for name in ("capacity", "half", "twice", "reloads", "kill"):
         part = results[name]
-        figures = (part.get("rate", "closed loop" if name == "capacity" else "quarter"), part["requests"])
-        figures += (part["answers_per_second"], part.get("p50_ms"), part.get("p99_ms"))
+        rate = part.get("rate", "closed loop" if name == "capacity" else "quarter")
+        figures = [rate, part["requests"], part["answers_per_second"], part.get("p50_ms"), part.get("p99_ms")]
         shown.add_row(name, *map(str, figures), " ".join(f"{k}: {v}" for k, v in part["statuses"].items()))
     console.print(shown)
     console.print(f"exact_lists without HTTP: {results['plain_per_second']} users a second")

@@ -54,7 +54,8 @@ def test_users_of_the_log_need_no_history(small_run: Run, tmp_path: Path, capsys
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, part: int) -> list[int]:
     """Let the call end in the part of that number; a list that grows by one a part that was decoded."""
-    real, done = lists._list_block, []
+    real = lists._list_block
+    done: list[int] = []
 
     def listed(*given: Any) -> pl.DataFrame:
         if len(done) == part:

@@ -24,6 +24,7 @@ from sagerec.decoding.beam import exact_lists
 from sagerec.recommend import load
 from sagerec.run.additions import add_items
 from sagerec.run.folder import Run
+from sagerec.serving import answers
 from sagerec.serving import app as serving_app
 from sagerec.serving.app import create_app
 from sagerec.serving.gate import ADMIN_TOKEN, TOKEN, JsonLines
@@ -115,7 +116,7 @@ def test_filters_are_exact(client: TestClient, small_run: Run, ids: Any, ranked:
     some, item = st.lists(st.sampled_from(every), max_size=3), st.sampled_from(ids)
     history = data.draw(st.lists(item, min_size=1, max_size=5))
     k = data.draw(st.integers(1, 40))
-    filters = {
+    filters: dict[str, Any] = {
         "categories_in": data.draw(st.none() | some),
         "categories_out": data.draw(some),
         "items_in": data.draw(st.none() | st.lists(item, max_size=60)),
@@ -395,7 +396,7 @@ def test_tokens_guard_questions_and_admin_routes(
     monkeypatch.setenv(ADMIN_TOKEN, "writer")
     with start(small_run.folder, tmp_path) as guarded:
         wait_ready(guarded)
-        query = {"json": {"history": [ids[0]]}}
+        query: dict[str, Any] = {"json": {"history": [ids[0]]}}
         for headers in ({}, {"authorization": "Bearer writer"}, {"authorization": "reader"}):
             got = guarded.post("/recommend", **query, headers=headers)
             assert got.status_code == 401
@@ -453,7 +454,7 @@ def test_a_request_that_takes_too_long_is_ended(
     small_run: Run, ids: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The time limit is of the request: the batch goes on, and the server answers the next one."""
-    real = serving_app.answer
+    real = answers.answer
     slow = {"seconds": 0.0}
 
     def answer(jobs: Any) -> list[Any]:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
@@ -33,6 +34,8 @@ from sagerec.serving.store import Store
 from sagerec.serving.versions import Version
 
 logger = logging.getLogger(__name__)
+SWITCH_SECONDS = 1e-4
+"""How long the event loop and the decoding thread may keep the interpreter from each other."""
 PAGE = Path(str(files("sagerec.serving"))) / "page"
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     422: {"model": Problem, "description": "The query cannot be answered."},
@@ -54,6 +57,8 @@ class Service:
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         """Warm up beside the first requests; at the end answer what waits."""
         torch.set_num_threads(self.settings.threads)
+        # Each of a batch's hundreds of tensor operations takes the interpreter's lock anew, and would wait 5 ms for it.
+        sys.setswitchinterval(SWITCH_SECONDS)
         self.batcher = Batcher(
             answer,
             most_rows=lambda job: min(self.settings.batch, job.most_rows(self.settings.batch_bytes)),

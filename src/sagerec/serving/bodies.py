@@ -54,7 +54,7 @@ async def read_model(request: Request, model: type[ModelT]) -> ModelT:
 
 def explain(first: Mapping[str, Any], model: type[BaseModel]) -> str:
     """The first thing that is wrong, in one line: where, what was got, what was expected."""
-    kind, said = first["type"], first["msg"]
+    kind, said = str(first["type"]), str(first["msg"])
     if kind == "json_invalid":
         return f"the body is no JSON ({said.removeprefix('Invalid JSON: ')}); expected an object with {_fields(model)}"
     where = _place(first["loc"])
