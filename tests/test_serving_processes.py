@@ -35,7 +35,7 @@ def ask(port: int, method: str, path: str, body: Any = None, **headers: str) -> 
         connection.close()
 
 
-def workers_of(port: int, wanted: int, seconds: float = 120) -> dict[int, str]:
+def workers_of(port: int, wanted: int, seconds: float = 600) -> dict[int, str]:
     """Process id and version of so many workers that answer."""
     found: dict[int, str] = {}
     end = time.monotonic() + seconds
@@ -71,7 +71,7 @@ def served(small_run: Run, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         finally:
             if process.poll() is None:
                 process.terminate()
-                process.wait(60)
+                process.wait(300)
 
 
 def test_two_workers_share_a_port_survive_a_kill_and_end_on_sigterm(
@@ -102,10 +102,10 @@ def test_two_workers_share_a_port_survive_a_kill_and_end_on_sigterm(
     under_way.start()
     time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    under_way.join(60)
+    under_way.join(300)
     assert found
     assert found[0][0] == 200
-    assert process.wait(60) in (0, -signal.SIGTERM)
+    assert process.wait(300) in (0, -signal.SIGTERM)
     with pytest.raises(OSError, match=r"refused|reset"):
         ask(port, "GET", "/health")
 

@@ -64,7 +64,7 @@ def explain(first: Mapping[str, Any], model: type[BaseModel]) -> str:
         return f"{where} is no field of a query; expected some of {_fields(_owner(model, first['loc'][:-1]))}"
     if kind == "value_error":
         return said.removeprefix("Value error, ")
-    expected = said.removeprefix("Input should be ").removeprefix("Input should have ")
+    expected: str = said.removeprefix("Input should be ").removeprefix("Input should have ")
     return f"{where} is {_short(first['input'])}; expected {expected[:1].lower()}{expected[1:]}"
 
 
@@ -96,6 +96,6 @@ def _short(value: Any) -> str:
     if isinstance(value, dict):
         return f"an object of {len(value):,} fields"
     if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
+        return "null" if value is None else str(value).lower()
     text = repr(value) if not isinstance(value, int) or abs(value) < 10**18 else "a whole number of many digits"
     return text if len(text) <= SHOWN else text[:SHOWN] + "…"

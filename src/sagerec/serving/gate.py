@@ -45,6 +45,13 @@ class JsonLines(logging.Formatter):
         return json.dumps(said, ensure_ascii=False)
 
 
+def log_as_json() -> None:
+    """Let this process write its log as JSON lines on standard error."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+
+
 class Gate:
     """ASGI middleware around the routes."""
 

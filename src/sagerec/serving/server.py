@@ -33,7 +33,7 @@ def serve(run: Path, settings: ServeSettings) -> None:
     try:
         import uvicorn
 
-        from sagerec.serving.gate import ADMIN_TOKEN, TOKEN, JsonLines
+        from sagerec.serving.gate import ADMIN_TOKEN, TOKEN, log_as_json
         from sagerec.serving.metrics import FOLDER_VARIABLE
     except ImportError as error:
         raise MissingExtraError(
@@ -60,6 +60,7 @@ def serve(run: Path, settings: ServeSettings) -> None:
         if not is_loopback(settings.host) and not os.environ.get(TOKEN):
             logger.warning("listening at %s without %s: whoever reaches it may ask", settings.host, TOKEN)
         logger.info("version %s at http://%s:%d", record.current, settings.host, settings.port)
+        log_as_json()
         uvicorn.run(
             "sagerec.serving.server:make_app",
             factory=True,
@@ -70,20 +71,16 @@ def serve(run: Path, settings: ServeSettings) -> None:
             server_header=False,
             timeout_graceful_shutdown=max(1, round(settings.shutdown_seconds)),
             timeout_worker_healthcheck=HEALTH_SECONDS,
-            log_config={
-                "version": 1,
-                "disable_existing_loggers": False,
-                "formatters": {"json": {"()": JsonLines}},
-                "handlers": {"json": {"class": "logging.StreamHandler", "formatter": "json"}},
-                "root": {"handlers": ["json"], "level": "INFO"},
-            },
+            log_config=None,
         )
 
 
 def make_app() -> Any:
     """The application of a worker, as its server says."""
     from sagerec.serving.app import create_app
+    from sagerec.serving.gate import log_as_json
 
+    log_as_json()
     state = Path(os.environ[STATE])
     values = read_json(state / "settings.json")
     return create_app(Path(values.pop("run")), state, from_json(ServeSettings, values))
