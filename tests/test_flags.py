@@ -46,6 +46,7 @@ WORDS = {
     "baseline": ["absent", "sasrec"],
     "diagnose": ["absent"],
     "recommend": ["absent", "--history", "a"],
+    "serve": ["absent"],
 }
 """Commands with numeric settings, and the least that they ask for; nothing of it is there."""
 VALUES = ("0", "-1", "1" + "0" * 30, "1e308", "nan", "inf", "word", "")

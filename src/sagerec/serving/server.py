@@ -39,13 +39,14 @@ def serve(run: Path, settings: ServeSettings) -> None:
         raise MissingExtraError(
             f'{error.name} is not installed, and serving needs it; install it with: pip install "sagerec[serve]"'
         ) from error
-    # What uvicorn catches it raises again once all is answered: then the state goes too, and the status is 0.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     for name in settings.policy:
         check_name(name, "policy")
     for variable in (TOKEN, ADMIN_TOKEN):
         require(os.environ.get(variable, "x").isascii(), f"{variable} is not ASCII; expected plain letters and digits")
     with ExitStack() as stack:
+        # What uvicorn catches it raises again once all is answered: then the state goes too, and the status is 0.
+        stack.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
         state = settings.state
         if state is None:
             state = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sagerec-serve-")))
