@@ -49,6 +49,7 @@ WORDS = {
     "recommend": ["absent", "--history", "a"],
     "recif evaluate": ["--benchmark", "absent", "--out", "x", "--predictions", "absent"],
     "recif simulate": ["--out", "FILE", "--users", "20", "--videos", "60", "--ads", "60", "--products", "60"],
+    "serve": ["absent"],
 }
 """Commands with numeric settings, and the least that they ask for; nothing of it is there."""
 VALUES = ("0", "-1", "1" + "0" * 30, "1e308", "nan", "inf", "word", "")

@@ -118,6 +118,8 @@ def _miss(kind: Any, value: Any, limits: Bounds | None) -> str | None:
     if choices:
         return None if value in choices or (value is None and NoneType in kinds) else f"one of {', '.join(choices)}"
     plain = [k for k in kinds if k in PLAIN]
+    if any(k not in PLAIN and isinstance(k, type) and isinstance(value, k) for k in kinds):
+        return None
     if plain and type(value) not in plain and not (type(value) is int and float in plain):
         return PLAIN[plain[0]] if limits is None else f"{PLAIN[plain[0]]}, {limits.expected}"
     if isinstance(value, int) and abs(value) > WHOLE:

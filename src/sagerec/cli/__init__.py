@@ -24,6 +24,7 @@ from sagerec.cli.data import Export, Fetch, Import, Inspect, Simulate
 from sagerec.cli.failures import explain, parser_line
 from sagerec.cli.measure import Audit, Baseline, Compare, Diagnose, Evaluate, Recommend, Report, Results
 from sagerec.cli.recif import RecifEvaluate, RecifSimulate
+from sagerec.cli.serving import Serve
 from sagerec.cli.stages import Align, Ids, IdsAdd, LmExport, LmNew, Prepare, RunAll, Train
 from sagerec.errors import SettingsError, TrainingError
 from sagerec.training import parallel
@@ -50,6 +51,7 @@ COMMANDS: dict[str, Callable[..., Callable[[], None]]] = {
     "diagnose": Diagnose,
     "audit": Audit,
     "recommend": Recommend,
+    "serve": Serve,
     "report": Report,
     "recif evaluate": RecifEvaluate,
     "recif simulate": RecifSimulate,

@@ -26,6 +26,7 @@ from sagerec.report.page import write_report
 from sagerec.run import stages as pipeline
 from sagerec.run.folder import open_run
 from sagerec.run.stages import RunSettings
+from sagerec.serving.lists import list_users
 from sagerec.study import CompareSettings, StudySettings, run_study
 from sagerec.training.settings import AlignSettings, TrainSettings
 
@@ -181,7 +182,7 @@ class Audit:
 
 @dataclass(frozen=True)
 class Recommend:
-    """Print the next items for a history.
+    """Print the next items for a history, or write those of a table of users.
 
     Example: sagerec recommend RUN --history B004756YJA,B004ZT0SSG -k 10
     """
@@ -201,11 +202,37 @@ class Recommend:
     """Which policy of the run: policy, policy-refit, policy-all-at-once, or an aligned one, such as policy-sage."""
     device: str = "auto"
     """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
+    users: Path | None = None
+    """Parquet file with user_id and history (a list of item ids, the oldest first), or user_id alone for users of the
+    run's log; their lists go to --out, and a stopped call goes on."""
+    out: Path | None = None
+    """Parquet file for the lists of --users."""
 
     def __post_init__(self) -> None:
         check_fields(self, k=at_least(1))
+        require((self.users is None) == (self.out is None), "--users and --out go together; give both, or neither")
+        require(
+            self.users is None or not (self.history or self.slate),
+            "--users is given with --history or --slate; expected one or the other",
+        )
 
     def __call__(self) -> None:
+        if self.users is not None and self.out is not None:
+            done = list_users(
+                open_run(self.run),
+                self.users,
+                self.out,
+                policy=self.policy,
+                k=self.k,
+                keep_history=self.keep_history,
+                device=self.device,
+            )
+            console.print(
+                f"{self.out}: lists of {done['users']:,} users, {done['empty']:,} of them empty; "
+                f"{done['unknown']:,} unknown item ids",
+                highlight=False,
+            )
+            return
         recommender = load(self.run, policy=self.policy, device=self.device)
         history = [item for given in self.history for item in named_items(given, recommender.item_ids)]
         found = recommender.recommend(history, k=self.k, exclude_history=not self.keep_history, slate=self.slate)

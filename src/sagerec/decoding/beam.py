@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sagerec.actions.filters import Filters
 from sagerec.actions.groups import group_log_softmax, pad_groups
 from sagerec.actions.legal import NO_ITEM, bar
 from sagerec.actions.trie import ROOT
@@ -44,10 +45,12 @@ def beam_lists(
     k: int,
     beams: int,
     excluded: Tensor | None = None,
+    filters: Filters | None = None,
 ) -> BeamLists:
     """One pass of beam search for B = `n_users` contexts of one slate each.
 
-    `excluded` (B, X) item indices that are left out of the lists (-1 = none), such as the history.
+    `excluded` (B, X) item indices that are left out of the lists (-1 = none), such as the history; `filters`, of B
+    rows, close what may not be listed at all.
 
     Raises: SettingsError where fewer beams than places are asked for.
     """
@@ -60,7 +63,10 @@ def beam_lists(
     pruned = torch.full((n_users,), -math.inf, device=device)
     items = torch.full((n_users, k), NO_ITEM, device=device)
     logprobs = torch.full((n_users, k), -math.inf, device=device)
-    barred = None if excluded is None else bar(policy.space, excluded)
+    barred = None
+    if excluded is not None or filters is not None:
+        out = torch.full((n_users, 0), NO_ITEM, device=device) if excluded is None else excluded
+        barred = bar(policy.space, out, filters)
     n_excluded = torch.zeros_like(user) if excluded is None else (excluded >= 0).sum(dim=1)
     prefix = policy.begin(context)
     while len(states):
@@ -90,6 +96,8 @@ def beam_lists(
         # The items found are in the lists already; each prefix that is still open holds another one.
         bounds = torch.full_like(best, -math.inf)
         bounds[live] = (score - trie.size[node].log()).masked_fill(ends, -math.inf)
+        if filters is not None:  # of a prefix with closed items the best may be one of these
+            bounds[live] = bounds[live].masked_fill(filters.size(owner, node) < trie.size[node], -math.inf)
         floor = list_floor(torch.cat([bounds, logprobs], dim=1), k + n_excluded)
         grows = ~ends & (score >= floor[owner] - ROUNDING)
         states, scores, user = node[grows], score[grows], owner[grows]
@@ -137,13 +145,16 @@ def exact_lists(
     k: int,
     beams: int = 50,
     excluded: Tensor | None = None,
+    filters: Filters | None = None,
     widen: bool = True,
 ) -> BeamLists:
     """The top K of users with histories (B, T) and lengths (B,), each proven exact unless `widen` is off.
 
-    Users whose list is not proven are decoded again with twice the beams.
+    `excluded` and `filters` as of `beam_lists`: what they leave out takes no place. Users whose list is not
+    proven are decoded again with twice the beams.
     """
-    lists = beam_lists(policy, policy.encode(items, lengths), len(items), k=k, beams=max(beams, k), excluded=excluded)
+    context, beams = policy.encode(items, lengths), max(beams, k)
+    lists = beam_lists(policy, context, len(items), k=k, beams=beams, excluded=excluded, filters=filters)
     open_users = (~lists.exact).nonzero()[:, 0]
     if not widen or len(open_users) == 0:
         return lists
@@ -152,7 +163,8 @@ def exact_lists(
         items[open_users],
         lengths[open_users],
         k=k,
-        beams=2 * max(beams, k),
+        beams=2 * beams,
         excluded=None if excluded is None else excluded[open_users],
+        filters=None if filters is None else filters.of_rows(open_users),
     )
     return BeamLists(*(old.index_copy(0, open_users, new) for old, new in zip(lists, again, strict=True)))

@@ -17,8 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sagerec.actions.filters import Filters
 from sagerec.actions.groups import group_log_softmax, pad_groups
-from sagerec.actions.legal import NO_ITEM, Barred, bar
+from sagerec.actions.legal import NO_ITEM, Barred, bar, items_left
 from sagerec.actions.trie import ROOT
 from sagerec.decoding.beam import beam_lists
 from sagerec.errors import SettingsError
@@ -71,15 +72,16 @@ def write_slates(
     temperature: float = 1.0,
     top_p: float = 1.0,
     excluded: Tensor | None = None,
+    filters: Filters | None = None,
     uniforms: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Slates:
     """Write `slates` slates of `k` distinct items for each history (B, T) with lengths (B,).
 
     `temperature` 0 is greedy: at each place the item that is most probable before any is barred, as in a beam list,
-    found exactly. `top_p` below 1 draws only among the most probable
-    tokens that together hold that share; log-probabilities stay those of the whole distribution. `excluded` (B, X)
-    items, -1 = none, never appear. An item is the inverse of its distribution function at one of `uniforms` (B, G, K)
+    found exactly. `top_p` below 1 draws only among the most probable tokens that together hold that share;
+    log-probabilities stay those of the whole distribution. `excluded` (B, X) items, -1 = none, never appear, nor what
+    `filters`, of B rows, close. An item is the inverse of its distribution function at one of `uniforms` (B, G, K)
     float64 in [0, 1), drawn by `generator` if not given: each token takes what the one before left of it. So a user's
     slates do not hang on who else is in the batch, nor on how long the sequences are.
 
@@ -97,13 +99,16 @@ def write_slates(
         raise SettingsError(
             f"k is {k} with {most} excluded items, and the catalogue has {space.n_sequences}; expected a smaller slate"
         )
+    if filters is not None and (left := int(items_left(space, out, filters).min())) < k:
+        raise SettingsError(f"k is {k} and the filters leave {left} items; expected a smaller slate")
     if temperature == 0:
-        best = _best_items(policy, policy.encode(items, lengths), out, k)[:, None].expand(-1, slates, -1)
-        return Slates(best, slate_logprobs(policy, items, lengths, best, excluded=excluded).tokens)
+        best = _best_items(policy, policy.encode(items, lengths), out, k, filters)[:, None].expand(-1, slates, -1)
+        tokens = slate_logprobs(policy, items, lengths, best, excluded=excluded, filters=filters).tokens
+        return Slates(best, tokens)
     if uniforms is None:
         uniforms = torch.rand(batch, slates, k, generator=generator, device=device, dtype=torch.float64)
     context = policy.encode(items, lengths)
-    barred = bar(space, out)
+    barred = bar(space, out, filters)
     written, parts = [], []
     for place in range(k):
         # All slates of a user share the first place's distribution: one prefix, and a draw for each.
@@ -119,15 +124,17 @@ def write_slates(
     return Slates(torch.stack(written, dim=2), join_tokens(parts))
 
 
-def _best_items(policy: Policy[ContextT, PrefixT], context: ContextT, excluded: Tensor, k: int) -> Tensor:
+def _best_items(
+    policy: Policy[ContextT, PrefixT], context: ContextT, excluded: Tensor, k: int, filters: Filters | None
+) -> Tensor:
     """(B, K) the most probable item after each of B contexts of one slate, then the most probable after that, …"""
     found = excluded.new_full((len(excluded), 0), NO_ITEM)
     for place in range(k):
         beams, out = LEAST_BEAMS, torch.cat([excluded, found], dim=1)
-        lists = beam_lists(policy, context, len(out), k=1, beams=beams, excluded=out)
+        lists = beam_lists(policy, context, len(out), k=1, beams=beams, excluded=out, filters=filters)
         while not bool(lists.exact.all()) and beams < policy.space.n_sequences:
             beams *= 2
-            lists = beam_lists(policy, context, len(out), k=1, beams=beams, excluded=out)
+            lists = beam_lists(policy, context, len(out), k=1, beams=beams, excluded=out, filters=filters)
         found = torch.cat([found, lists.items], dim=1)
         if place + 1 < k:
             context = policy.append(context, lists.items)
@@ -205,7 +212,7 @@ def _legal_table(
         logits, _ = pad_groups(
             policy.child_logits(prefix, children) / temperature, children.parent, len(states), -math.inf
         )
-    if len(barred.keys):
+    if barred.closes:
         logits = logits.index_put(barred.under(rows, states), logits.new_tensor(-math.inf))
     return logits.log_softmax(dim=1), first
 
@@ -239,6 +246,7 @@ def slate_logprobs(
     *,
     temperature: float = 1.0,
     excluded: Tensor | None = None,
+    filters: Filters | None = None,
     context: ContextT | None = None,
 ) -> SlateLogprobs:
     """Log-probabilities of the free tokens of given slates (B, G, K) after histories (B, T) with lengths (B,).
@@ -256,8 +264,9 @@ def slate_logprobs(
         used = torch.ones(k - 1, k - 1, dtype=torch.bool, device=device).tril()
         before = slates[:, :, None, :-1].masked_fill(~used, NO_ITEM).flatten(1, 2)
         before = torch.cat([before.new_full((batch, 1, k - 1), NO_ITEM), before], dim=1)
+        filters = None if filters is None else filters.repeated(before.shape[1])
         out = torch.cat([out[:, None].expand(-1, before.shape[1], -1), before], dim=2).flatten(0, 1)
-    barred, source, paths = bar(space, out), states_before(slates).flatten(), space.paths(slates.flatten())
+    barred, source, paths = bar(space, out, filters), states_before(slates).flatten(), space.paths(slates.flatten())
     # Tokens that must be read: those before the last place where the trie leaves a choice.
     chosen = ((paths.depth > 0) & space.has_choice(paths.parent)).nonzero()[:, 0]
     reach = torch.zeros(len(source), dtype=torch.int64, device=device)

@@ -123,6 +123,8 @@ class ItemScores(HistoryEncoder[Prefix]):
     first: Tensor
     place: Tensor
     root_sizes: Tensor
+    frozen: tuple[Tensor, Tensor] | None = None
+    """Vectors and biases of the leaves, once the weights do not change any more."""
 
     def __init__(self, settings: ItemScoresSettings, space: ActionSpace) -> None:
         super().__init__()
@@ -150,14 +152,26 @@ class ItemScores(HistoryEncoder[Prefix]):
 
     def embed_items(self, items: Tensor) -> Tensor:
         """Embeddings (…, D) of item indices (…) as the encoder reads them."""
+        if self.frozen is not None and self.space.is_unique:
+            return F.embedding(self.place[items], self.frozen[0])
         embedded: Tensor = self.dropout(self.item_vectors(items))
         return embedded
 
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Keep the item vectors, which are most of the work of a small batch; see the protocol."""
+        assert not self.training, "dropout draws them anew each time"
+        self.frozen = self._scored()
+
+    def _scored(self) -> tuple[Tensor, Tensor]:
+        """Vectors (N, D) of the leaves, with what dropout left of them, and what is added to their scores (N,)."""
+        events = torch.zeros(len(self.leaves), device=self.device).index_add(0, self.place, self.popularity)
+        bias = -self.settings.popularity_tilt * events.clamp(max=self.settings.tilt_events).log1p()
+        return self.dropout(self.item_vectors(self.leaves)), bias
+
     def begin(self, context: Context) -> Prefix:
         """The empty prefix of every state; see the protocol. Dropout is drawn once for all that it is asked."""
-        events = torch.zeros(len(self.leaves), device=self.device).index_add(0, self.place, self.popularity)
-        vectors = self.dropout(self.item_vectors(self.leaves))
-        bias = -self.settings.popularity_tilt * events.clamp(max=self.settings.tilt_events).log1p()
+        vectors, bias = self._scored() if self.frozen is None else self.frozen
         users, slates = context.hidden.shape[:2]
         states = context.hidden.flatten(0, 1) if self.reads_slate else context.hidden[:, 0]
         row = torch.arange(users * slates, device=self.device)

@@ -56,6 +56,9 @@ class Policy(nn.Module, Generic[ContextT, PrefixT]):
         """Take trained weights; where items were added to the space since, they are grown. Raises: RuntimeError."""
         self.load_state_dict(weights)
 
+    def freeze(self) -> None:
+        """Compute once what hangs on the weights alone, for serving: they will not change any more."""
+
     def encode(self, items: Tensor, lengths: Tensor, *, slates: int = 1) -> ContextT:
         """Read histories (B, T) of item indices, padded on the right, with lengths (B,), once for G = `slates`."""
         raise NotImplementedError
