@@ -98,7 +98,8 @@ class RunSettings:
     @property
     def space(self) -> Any:
         """Settings of the action space."""
-        return action_settings(self.actions, self.ids, self.text, self.policy.model)
+        model = self.policy.model if self.actions == "text" else None
+        return action_settings(self.actions, self.ids, self.text, model)
 
 
 def action_settings(actions: str, ids: ActionSettings, text: TitleSettings, model: str | None) -> Any:
