@@ -180,7 +180,7 @@ def served(run: Path, settings: ServeBenchmarkSettings, *, workers: int = 1) -> 
             process.wait(60)
 
 
-async def wait_ready(client: Client, seconds: float = 120) -> None:
+async def wait_ready(client: Client, seconds: float = 600) -> None:
     """Return once the server answers."""
     end = time.monotonic() + seconds
     while True:

@@ -15,7 +15,7 @@ import numpy as np
 
 from sagerec.errors import SagerecError
 from sagerec.serving.catalogue import EVERYTHING, FilterKey
-from sagerec.serving.queries import FilterQuery, Query
+from sagerec.serving.queries import NO_FILTERS, Query
 from sagerec.serving.rows import Found, Row, list_rows, row_bytes, write_rows
 from sagerec.serving.versions import Version
 
@@ -179,5 +179,5 @@ def _why_short(query: Query, size: int, before_floor: int) -> str | None:
         return None
     if size < before_floor:
         return f"{size} of {query.k}: no other item has a score of {query.filters.min_score} or above"
-    what = "the filters leave" if query.filters != FilterQuery() else "history and catalogue leave"
+    what = "the filters leave" if query.filters != NO_FILTERS else "history and catalogue leave"
     return f"{size} of {query.k}: {what} no more"

@@ -34,6 +34,8 @@ from sagerec.serving.store import Store
 from sagerec.serving.versions import Version
 
 logger = logging.getLogger(__name__)
+NO_TELEMETRY: Any = {"tracing": False, "metrics": False, "logs": False, "operation_spans": False}
+"""Metrics and logs are ours; FastAPI's take as long as the rest of a request."""
 SWITCH_SECONDS = 1e-4
 """How long the event loop and the decoding thread may keep the interpreter from each other."""
 PAGE = Path(str(files("sagerec.serving"))) / "page"
@@ -145,7 +147,7 @@ class App(FastAPI):
 def create_app(run: Path, state: Path, settings: ServeSettings) -> FastAPI:
     """The application of one worker."""
     service = Service(run, state, settings)
-    app = App(title="sagerec", lifespan=service.lifespan, docs_url=None, redoc_url=None)
+    app = App(title="sagerec", lifespan=service.lifespan, docs_url=None, redoc_url=None, telemetry=NO_TELEMETRY)
     app.add_middleware(
         Gate,
         metrics=service.metrics,

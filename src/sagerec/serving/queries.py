@@ -33,6 +33,9 @@ class FilterQuery(Strict):
     )
 
 
+NO_FILTERS = FilterQuery()
+
+
 class Query(Strict):
     """One question; the least is a history."""
 
@@ -43,7 +46,7 @@ class Query(Strict):
     unknown: Literal["skip", "refuse"] = Field(
         default="skip", description="What becomes of unknown ids in the history."
     )
-    filters: FilterQuery = Field(default=FilterQuery(), description="What may be shown.")
+    filters: FilterQuery = Field(default_factory=lambda: NO_FILTERS, description="What may be shown.")
     kind: Literal["list", "slate"] = Field(
         default="list", description="list: the K most probable next items; slate: K items written one after another."
     )
