@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sagerec.actions.space import ActionSpace, make_space
@@ -21,8 +22,8 @@ from sagerec.decoding.beam import exact_lists
 from sagerec.decoding.slates import slate_logprobs, write_slates
 from sagerec.errors import SettingsError
 from sagerec.policies.causal_lm import CausalLM, CausalLMSettings
-from sagerec.policies.free_writing import Readings
-from sagerec.policies.language import make_language, read_language, readable_positions
+from sagerec.policies.free_writing import Readings, search_freely
+from sagerec.policies.language import make_language, only_rows, read_language, readable_positions
 from sagerec.policies.language_tasks import tasks_loss
 from sagerec.policies.protocol import Policy
 from tests.language_models import LAYOUTS, config_of, save_model
@@ -203,12 +204,51 @@ def test_free_writing_is_beam_search_over_the_vocabulary(models: Path) -> None:
         assert found[user].tolist() == [ids.get(tuple(text), -1) for _, text in scored[:4]]
 
 
+@torch.no_grad()
+def test_free_titles_are_those_that_end_first_and_are_most_probable(models: Path) -> None:
+    """The twin keeps its own books over plain passes: of 40 beams the open ones go on, ended ones wait for the list."""
+    policy = policy_of(models / "llama")
+    plain, end = policy.language.plain(), titles(models / "llama").end
+    found = search_freely(policy, ITEMS[:2], LENGTHS[:2], k=6, beams=40)
+    for user, history in enumerate(HISTORIES[:2]):
+        start = [*policy.prefix.tolist(), *(t for one in history for t in policy.space.sequence(one))]
+        live: list[tuple[float, list[int]]] = [(0.0, [])]
+        ended: list[tuple[float, list[int]]] = []
+        for _ in range(policy.space.longest):
+            logits = plain(torch.tensor([start + text for _, text in live])).logits[:, -1].float().log_softmax(1)
+            pairs = zip(live, logits.tolist(), strict=True)
+            longer = [(s + x, [*text, t]) for (s, text), row in pairs for t, x in enumerate(row)]
+            longer = sorted(longer, key=lambda pair: -pair[0])[:40]
+            ended += [pair for pair in longer if pair[1][-1] == end]
+            live = [pair for pair in longer if pair[1][-1] != end]
+        assert found[user] == [text for _, text in sorted(ended, key=lambda pair: -pair[0])[:6]]
+
+
+def test_the_loss_over_the_vocabulary_and_an_output_bias(models: Path) -> None:
+    """free_weight adds the mean over targets of -log P of their tokens among all; a bias of the output layer counts."""
+    policy = policy_of(models / "qwen3", free_weight=0.5)
+    plain = policy.language.plain()
+    head = torch.nn.Linear(32, policy.language.head()[0].shape[0])
+    plain.set_output_embeddings(head)
+    items, targets, counted = torch.tensor([[0, 3]]), torch.tensor([[3, 5]]), torch.tensor([[True, True]])
+    expected = 0.0
+    for history, item in (([0], 3), ([0, 3], 5)):
+        start = [*policy.prefix.tolist(), *(t for one in history for t in policy.space.sequence(one))]
+        own = policy.space.sequence(item)
+        rows = plain(torch.tensor([start + own])).logits[0].float().log_softmax(1)
+        free = sum(float(rows[len(start) + place - 1, token].detach()) for place, token in enumerate(own))
+        expected -= (naive_logprob(policy, history, [], item) + 0.5 * free) / 2
+    assert float(policy.next_item_loss(items, targets, counted).detach()) == pytest.approx(expected, abs=1e-3)
+
+
 def test_free_texts_are_matched_as_they_read(models: Path) -> None:
     policy = policy_of(models / "qwen3")
     end, tokenizer = titles(models / "qwen3").end, policy.language.tokenizer
     readings = Readings(policy)
     assert readings.item_of([*tokenizer("RED  Soap")["input_ids"], end], nearest=False) == 0
     assert readings.item_of([*tokenizer("red soa")["input_ids"], end], nearest=False) == -1
+    mixed = [*tokenizer("red ")["input_ids"], tokenizer.eos_token_id, *tokenizer("soap")["input_ids"], end]
+    assert readings.item_of(mixed, nearest=False) == -1
     text = [*policy.space.sequence(8)[:-1], *policy.space.sequence(8)]
     assert readings.item_of(text, nearest=False) == -1
     assert readings.item_of(text, nearest=True) == 8
@@ -336,12 +376,31 @@ def test_what_cannot_be_read_is_refused_by_name(models: Path, tmp_path: Path) ->
         make_language(str(other), titles(models / "llama"), instruction="", dtype="float32")
     with pytest.raises(SettingsError, match="new-tokens would train nothing"):
         policy_of(models / "llama", train="new-tokens")
+    with pytest.raises(SettingsError, match="titles are words"):
+        policy_of(models / "llama", title_weight=1.0)
+    broken = save_model(tmp_path / "broken", "llama", TITLES)
+    weights = load_file(broken / "model.safetensors")
+    save_file({n: w for n, w in weights.items() if "layers.1" not in n}, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SettingsError, match=r"lack \d+ of its weights, such as"):
+        make_language(str(broken), make_space(CODES), instruction="", dtype="float32")
+    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:100])
+    with pytest.raises(SettingsError, match="cannot be read"):
+        make_language(str(broken), make_space(CODES), instruction="", dtype="float32")
     with pytest.raises(SettingsError, match="max_tokens is 8"):
         policy_of(models / "llama", max_tokens=8)
     short = policy_of(models / "llama")
     short.language.max_positions = int(short.encode(ITEMS, LENGTHS).position.max()) + 1
     with pytest.raises(SettingsError, match="expected a lower max_tokens or k"):
         slate_logprobs(short, ITEMS, LENGTHS, torch.tensor([[[1, 0, 2]], [[1, 0, 2]], [[1, 0, 3]]]))
+
+
+def test_adapters_begin_alike_and_gradients_of_new_rows_follow_the_device(models: Path) -> None:
+    pytest.importorskip("peft")
+    one, other = (policy_of(models / "llama", codes=True, train="lora").state_dict() for _ in range(2))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    gradient = torch.ones(6, 2, device="meta")
+    assert only_rows(slice(2, 4), gradient).device.type == "meta"
+    assert only_rows(slice(2, 4), torch.ones(6, 2)).sum(dim=1).tolist() == [0, 0, 2, 2, 0, 0]
 
 
 def test_settings_are_checked() -> None:

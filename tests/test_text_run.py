@@ -19,6 +19,7 @@ from sagerec.evaluation.evaluate import EvaluateSettings
 from sagerec.policies import small_lm
 from sagerec.policies.protocol import AnyPolicy, Policy
 from sagerec.policies.registry import PolicySettings, read_policy
+from sagerec.policies.registry import inputs as policy_inputs
 from sagerec.policies.small_lm import SmallLMSettings, new_language_model, shape_of
 from sagerec.report.model_card import export_model
 from sagerec.run.folder import Run, open_run
@@ -119,6 +120,27 @@ def test_a_policy_is_exported_with_a_card(text_run: Run, tmp_path: Path) -> None
     assert f"| Recall@10 | {found['value']:.4f} [{found['low']:.4f} – {found['high']:.4f}] |" in card
     assert '"kind": "causal-lm"' in card
     assert not {"manifest.json", "events_used.parquet"} & {p.name for p in (tmp_path / "model").iterdir()}
+    assert str(text_run.folder.parent) not in card
+    export_model(text_run, "policy-sage", tmp_path / "model")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years")
+    for other in (tmp_path / "mine", text_run.folder, text_run.folder / "policy"):
+        with pytest.raises(SettingsError, match="left alone"):
+            export_model(text_run, "policy", other)
+    assert (tmp_path / "mine" / "thesis.txt").is_file()
+
+
+def test_a_run_has_one_action_space(text_run: Run) -> None:
+    with pytest.raises(SettingsError, match="a run has one action space"):
+        make_actions(text_run, SMALL_IDS)
+    assert not (text_run.folder / "semantic_ids").exists()
+
+
+def test_another_model_is_noticed_where_it_is_not_named(text_run: Run, model: Path, tmp_path: Path) -> None:
+    """The titles' model is the policy's: its hash is among what the policy is made from, named or not."""
+    unnamed = replace(settings_of(model).policy, model=None)
+    assert policy_inputs(unnamed, text_run.manifest("text").settings) == policy_inputs(settings_of(model).policy, {})
+    zero_shot(text_run, unnamed)
 
 
 def test_only_language_models_are_exported_or_have_zero_shots(small_run: Run, text_run: Run, tmp_path: Path) -> None:

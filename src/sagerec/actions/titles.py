@@ -32,7 +32,10 @@ from sagerec.errors import ArtifactError, DatasetError, MissingExtraError, Setti
 KIND = "text"
 """Of the artefact, and its folder in a run."""
 TENSORS, TABLE, TOKENIZER = "titles.safetensors", "titles.parquet", "tokenizer"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt"),
+    *("added_tokens.json", "special_tokens_map.json"),
+)
 """What of a model's folder decides how titles are written."""
 
 
@@ -43,7 +46,7 @@ class TitleSettings:
     model: str = ""
     """Folder or name of the language model whose tokenizer writes them; where not given, that of the policy."""
     max_tokens: int = 32
-    """Tokens of a title, at most: a longer one is cut there."""
+    """Tokens of a title, at most: a longer one is cut there; the number that tells two apart comes on top."""
     refuse_empty: bool = False
     """Refuse items without a title, instead of writing brand, categories or item id in its place."""
     seed: int = 0
@@ -172,11 +175,11 @@ def write_titles(
     used: set[tuple[int, ...]] = set()
     last: dict[str, int] = {}
     for number, tokens in enumerate(encode(texts)):
+        is_cut, tokens = len(tokens) > max_tokens, tokens[:max_tokens]
+        counts["cut"] += is_cut
         if not decode(tokens):
             counts["unwritable"] += 1
             tokens = encode([instead[number]])[0]
-        counts["cut"] += len(tokens) > max_tokens
-        tokens = tokens[:max_tokens]
         text = base = decode(tokens)
         if normalise(text) in taken or tuple(tokens) in used or not tokens:
             counts["numbered"] += 1

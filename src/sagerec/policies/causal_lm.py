@@ -171,6 +171,8 @@ class CausalLM(Policy[States, States]):
     def __init__(self, settings: CausalLMSettings, space: ActionSpace, language: LanguageModel) -> None:
         super().__init__()
         self.settings, self.space, self.max_items = settings, space, settings.max_items
+        if settings.title_weight and not language.new_tokens:
+            raise SettingsError("title_weight ties codes to words, and titles are words; expected 0 for them")
         language.choose_trained(settings.train, settings.lora_rank)
         self.language, self.lm = language, language.model
         self.dropout = FastDropout(settings.dropout)
@@ -358,7 +360,8 @@ class CausalLM(Policy[States, States]):
         """(R, n) float32 logits of the root's n tokens after outputs (R, D)."""
         weight, bias = self.language.head()
         some = None if bias is None else bias[self.root_tokens]
-        return self.language.cap(F.linear(hidden, weight[self.root_tokens], some).float())
+        some = None if some is None else some.float()
+        return self.language.cap(F.linear(hidden.float(), weight[self.root_tokens].float(), some).float())
 
     def child_logits(self, prefix: States, children: Children) -> Tensor:
         """Logits of legal continuations; see the protocol."""
@@ -371,7 +374,7 @@ class CausalLM(Policy[States, States]):
         weight, bias = self.language.head()
         distinct, place = torch.unique(token, return_inverse=True)
         if len(hidden) * len(distinct) <= DENSE * len(token):
-            found = F.linear(hidden, weight[distinct])[row, place].float()
+            found = F.linear(hidden.float(), weight[distinct].float())[row, place].float()
         else:
             size = max(1, LARGEST // hidden.shape[1])
             parts = zip(torch.split(row, size), torch.split(token, size), strict=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sagerec.actions.space import ActionSpace
@@ -85,7 +86,7 @@ class LanguageModel:
         """What texts of vocabulary ids are compared by: how titles read, or the tokens of IDs."""
         if self.end is None:
             return tuple(text)
-        return normalise(self.tokenizer.decode([t for t in text if t != self.end], skip_special_tokens=True))
+        return normalise(self.tokenizer.decode(text[:-1] if text[-1] == self.end else text))
 
     def embedding(self) -> Any:
         """The module that embeds tokens."""
@@ -159,9 +160,8 @@ class LanguageModel:
         if self.new_tokens:
             for weight in self.matrices():
                 weight.requires_grad_(True)
-                kept = weight.new_zeros(weight.shape[0], 1)
-                kept[self.new_tokens] = 1
-                weight.register_hook(partial(torch.mul, kept))  # type: ignore[no-untyped-call]
+                rows = slice(self.new_tokens[0], self.new_tokens[-1] + 1)
+                weight.register_hook(partial(only_rows, rows))  # type: ignore[no-untyped-call]
                 weight.no_decay = True  # type: ignore[attr-defined]
 
     def plain(self) -> Any:
@@ -207,6 +207,13 @@ class LanguageModel:
 
         policy.register_state_dict_post_hook(leave_out)  # type: ignore[no-untyped-call]
         policy.register_load_state_dict_pre_hook(fill_in)  # type: ignore[no-untyped-call]
+
+
+def only_rows(rows: slice, gradient: Tensor) -> Tensor:
+    """The gradient of some rows of a matrix, 0 elsewhere."""
+    kept = torch.zeros_like(gradient)
+    kept[rows] = gradient[rows]
+    return kept
 
 
 def readable_positions(config: Any) -> int:
@@ -271,12 +278,17 @@ def load_model(model: str, *, dtype: str) -> Any:
     given: dict[str, Any] = {"dtype": getattr(torch, dtype), "local_files_only": Path(model).is_dir()}
     try:
         with quiet():
-            loaded = AutoModelForCausalLM.from_pretrained(model, **given)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+            loaded, found = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True, **given)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise SettingsError(
             f"model is {model!r}, which cannot be read ({first_line(error)}); expected a folder with a Hugging Face "
             "causal language model (sagerec lm new makes one), or the name of one where the hub is at hand"
         ) from error
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise SettingsError(
+            f"model is {model!r}, whose files lack {len(missing)} of its weights, such as {missing[0]}; get it again"
+        )
     if getattr(loaded.config, "attn_logit_softcapping", None):
         loaded.set_attn_implementation("eager")  # the only one that caps attention
     return loaded.eval()
@@ -364,6 +376,7 @@ def _with_adapters(model: Any, rank: int) -> Any:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise MissingExtraError('LoRA needs peft: pip install "sagerec[lm]"') from error
-    return get_peft_model(
-        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
+    settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the same adapters whenever a policy is made or read: they begin with no effect
+        return get_peft_model(model, settings)

@@ -112,8 +112,8 @@ class PolicyKind:
     """Reads a trained one of such settings from a folder; None: a fresh one takes the weights."""
     save: Callable[[Path, Any], None] = _save_weights
     """Writes a trained one to a folder."""
-    inputs: Callable[[Any], dict[str, str]] = lambda settings: {}
-    """Name -> content hash of what such settings name beside the run."""
+    inputs: Callable[[Any, str], dict[str, str]] = lambda settings, model: {}
+    """Name -> content hash of what such settings name beside the run; `model` wrote the run's titles."""
 
 
 def _causal_lm(settings: CausalLMSettings, space: ActionSpace, language: LanguageModel | None = None) -> CausalLM:
@@ -138,7 +138,7 @@ KINDS: dict[str, PolicyKind] = {
         _causal_lm,
         _read_causal_lm,
         lambda folder, policy: policy.language.save(folder),
-        lambda settings: hash_model(settings.model),
+        lambda settings, model: hash_model(settings.model or model),
     ),
 }
 
@@ -185,10 +185,12 @@ def make_policy(space: ActionSpace, settings: Any) -> AnyPolicy:
     return kind_of(settings).make(settings, space)
 
 
-def inputs(settings: Any) -> dict[str, str]:
-    """Name -> content hash of what a policy is made from beside what the run holds."""
+def inputs(settings: Any, actions: dict[str, Any]) -> dict[str, str]:
+    """Name -> content hash of what a policy is made from beside what the run holds; `actions` are the settings of the
+    run's action space.
+    """
     settings = resolve(settings)
-    return kind_of(settings).inputs(settings)
+    return kind_of(settings).inputs(settings, str(actions.get("model", "")))
 
 
 def write_weights(folder: Path, policy: AnyPolicy) -> None:

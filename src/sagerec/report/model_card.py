@@ -14,6 +14,8 @@ from sagerec.run.folder import Run, check_name
 
 CONFIG = "config.json"
 """By which a Hugging Face folder is known."""
+TAG = "tags: [recommender-systems, generative-retrieval, sagerec]"
+"""In a card, by which it is known as ours."""
 RECORDS = (MANIFEST, EVENTS_USED, "metrics.jsonl")
 """What of a policy's folder is of the run, and stays there."""
 
@@ -30,6 +32,8 @@ def export_model(run: Run, name: str, out: Path) -> Path:
         raise SettingsError(
             f"{folder} is no language model; expected a policy that was trained with --policy causal-lm"
         )
+    if out.exists() and not is_export(out):
+        raise SettingsError(f"{out} is there and no exported model, so it is left alone; give another name")
     card = model_card(run, name)
     with replace_folder(out) as fresh:
         for path in folder.iterdir():
@@ -37,6 +41,16 @@ def export_model(run: Run, name: str, out: Path) -> Path:
                 shutil.copy(path, fresh / path.name)
         (fresh / "README.md").write_text(card, encoding="utf-8")
     return out
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder is empty, or holds a model with a card of ours and nothing that a run has."""
+    if not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir()}
+    card = folder / "README.md"
+    ours = CONFIG in names and card.is_file() and TAG in card.read_text(encoding="utf-8", errors="replace")
+    return not names or (ours and not any(path.is_dir() for path in folder.iterdir()) and MANIFEST not in names)
 
 
 def model_card(run: Run, name: str) -> str:
@@ -48,7 +62,7 @@ def model_card(run: Run, name: str) -> str:
         "---",
         "library_name: transformers",
         "pipeline_tag: text-generation",
-        "tags: [recommender-systems, generative-retrieval, sagerec]",
+        TAG,
         "---",
         "",
         f"# {name}",
@@ -60,12 +74,12 @@ def model_card(run: Run, name: str) -> str:
         "## Data",
         "",
         f"{counts}; content hash `{data.content_hash[:16]}`. Actions: {writes}, "
-        f"{json.dumps(actions.settings, sort_keys=True)}.",
+        f"{json.dumps(_without_paths(actions.settings), sort_keys=True)}.",
         "",
         "## Settings",
         "",
         "```json",
-        json.dumps(manifest.settings, indent=1, sort_keys=True),
+        json.dumps(_without_paths(manifest.settings), indent=1, sort_keys=True),
         "```",
         "",
         "## Metrics",
@@ -78,6 +92,18 @@ def model_card(run: Run, name: str) -> str:
     return "\n".join(lines)
 
 
+def _without_paths(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings in which a folder stands by its name alone: what it is called elsewhere is nobody's business."""
+    return {
+        name: _without_paths(value)
+        if isinstance(value, dict)
+        else Path(value).name
+        if name == "model" and value
+        else value
+        for name, value in settings.items()
+    }
+
+
 def _metrics(run: Run, name: str) -> list[str]:
     """A table of the evaluation on test, all cases, with 95 % intervals over users."""
     stem = "evaluation" if name == "policy" else f"evaluation{name.removeprefix('policy')}"
@@ -85,8 +111,8 @@ def _metrics(run: Run, name: str) -> list[str]:
         report: dict[str, Any] = run.report(stem)
     except ArtifactError:
         return [f"Not measured: `sagerec evaluate RUN --policy {name}` does."]
-    if run.outdated(report["made_from"]):
-        return ["Not measured since it was made."]
+    if run.outdated(report["made_from"]) or report["settings"]["lists"] != "beam":
+        return [f"Not measured as it is meant to be decoded: `sagerec evaluate RUN --policy {name}` does."]
     rows = [
         f"| {cells.label(metric)} | {' '.join(cells.value_parts(metric, found))} |"
         for metric, found in report["metrics"].items()

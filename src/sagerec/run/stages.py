@@ -140,6 +140,11 @@ def prepare(dataset: Path, out: Path, settings: SplitSettings) -> Run:
 def make_actions(run: Run, settings: Any) -> ActionSpace:
     """The stage that makes the action space of a run: Semantic IDs, or what `settings` belong to."""
     kind = kind_of(settings)
+    for other in KINDS:
+        require(
+            other == kind.name or not (run.folder / other).exists(),
+            f"{run.folder} writes items by {other}, and a run has one action space; make another run for {kind.name}",
+        )
     folder, made_from = run.folder / kind.name, run.hashes("dataset", "split") | kind.inputs(settings)
     with making(folder, kind.name, made_from=made_from, settings=to_json(settings), seed=settings.seed) as needed:
         if needed:
@@ -173,9 +178,9 @@ def zero_shot(run: Run, policy_settings: Any) -> None:
     Raises: SettingsError for a kind whose fresh weights are random.
     """
     require(
-        bool(policy_inputs(policy_settings)), "only a model that comes with weights has zero shots; expected causal-lm"
+        bool(_inputs(run, policy_settings)), "only a model that comes with weights has zero shots; expected causal-lm"
     )
-    made_from = run.hashes("dataset", "split", run.actions) | policy_inputs(policy_settings)
+    made_from = run.hashes("dataset", "split", run.actions) | _inputs(run, policy_settings)
     folder, resolved = run.folder / f"policy-{ZERO_SHOT}", {"policy": describe_policy(policy_settings)}
     with making(folder, "policy", made_from=made_from, settings=resolved) as needed:
         if needed:
@@ -197,12 +202,17 @@ def refit(run: Run, policy_settings: Any, settings: TrainSettings) -> None:
     _train(run, folder, policy_settings, settings, ("train", "align", "valid"), None, made_from)
 
 
+def _inputs(run: Run, policy_settings: Any) -> dict[str, str]:
+    """Name -> content hash of what a policy of the run is made from beside what the run holds."""
+    return policy_inputs(policy_settings, run.manifest(run.actions).settings)
+
+
 def is_trained(run: Run, name: str, policy_settings: Any, settings: TrainSettings) -> bool:
     """Whether RUN/`name` was trained with these settings on what the run holds."""
     reason = artifacts.misfit(
         run.folder / name,
         "policy",
-        made_from=run.hashes("dataset", "split", run.actions) | policy_inputs(policy_settings),
+        made_from=run.hashes("dataset", "split", run.actions) | _inputs(run, policy_settings),
         settings=_resolved(policy_settings, settings),
         seed=settings.seed,
         grown_from=run.grown_from("dataset", run.actions),
@@ -227,7 +237,7 @@ def _train(
     """Train a policy into `folder` on the events of `parts`, unless one that fits is there."""
     stage_device(settings.device)
     resolved, older = _resolved(policy_settings, settings), run.grown_from("dataset", run.actions)
-    made_from = made_from | policy_inputs(policy_settings)
+    made_from = made_from | _inputs(run, policy_settings)
     with making(
         folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed, grown_from=older
     ) as needed:
