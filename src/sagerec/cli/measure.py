@@ -265,4 +265,5 @@ class Report:
 
     def __call__(self) -> None:
         path = write_report(self.run, self.out)
-        console.print(f"{path} ({path.stat().st_size / 1e6:.2f} MB): open it in a browser", highlight=False)
+        said = f"{path} ({path.stat().st_size / 1e6:.2f} MB): open it in a browser"
+        console.print(said, highlight=False, soft_wrap=True)

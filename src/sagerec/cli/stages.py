@@ -164,7 +164,7 @@ class LmExport:
     """Which policy of the run."""
 
     def __call__(self) -> None:
-        console.print(str(export_model(open_run(self.run), self.policy, self.out)), highlight=False)
+        console.print(str(export_model(open_run(self.run), self.policy, self.out)), highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ def how_computed(record: Mapping[str, Any]) -> list[str]:
     references = " and ".join(name for name in (CONTROL, ALL_AT_ONCE) if any(name in rivals for rivals in against))
     own_starts = record.get("settings", {}).get("study", {}).get("share_start") is False
     seeds = (
-        "Each seed has Semantic IDs, a supervised policy and alignments of its own; between trained rows it is a block."
+        "Each seed has Semantic IDs, a supervised policy and alignments of its own. Between trained rows it is a block."
         if own_starts
         else "Seeds are those of the alignment."
     )

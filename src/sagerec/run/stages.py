@@ -281,6 +281,10 @@ def align(run: Run, settings: AlignSettings, *, name: str | None = None) -> str:
     if (reason := run.stale("policy")) is not None:
         raise ArtifactError(f"{reason}: sagerec train")
     if settings.start == "all-at-once" and not _has_all_at_once(run):
+        require(
+            parallel.launched() == 1,
+            "several processes need the policy that they start from: sagerec train RUN --all-at-once",
+        )
         trained = run.manifest("policy").settings
         how = replace(from_json(TrainSettings, trained["train"]), device=settings.device, track=())
         train_all_at_once(run, settings_of(trained["policy"]), how)
