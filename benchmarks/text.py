@@ -82,7 +82,7 @@ class TextSettings:
     """Histories that the peer lists in a round, one batch."""
     slates: int = 16
     """Slates of each history in the loss."""
-    loss_users: int = 2
+    loss_users: int = 1
     """Histories in the loss."""
     catalogues: tuple[int, ...] = (10**4, 10**5, 10**6)
     """Titles of the tries."""

@@ -330,12 +330,17 @@ class CausalLM(Policy[States, States]):
 
             def compute(items: Tensor, lengths: Tensor, slates: Tensor, reach: Tensor, own: Tensor = own) -> Any:
                 states = self.encode(items, lengths) if context is None else context.users(own)
-                tree, at, wanted = slate_tree(self.space, self.base, slates, reach.flatten())
-                if not len(tree.token):
-                    return states.hidden, states.hidden[:0]
-                hidden, _, _ = self._read(states, tree)
-                before = states.hidden.repeat_interleave(len(at) // len(items), dim=0)
-                return torch.where((at < 0)[:, None], before, hidden[at]), hidden[wanted]
+                n_slates, k = slates.shape[1:]
+                if k == 1:  # one token less than an item, and many that slates share
+                    tree, _, wanted = slate_tree(self.space, self.base, slates, reach.flatten())
+                    hidden = self._read(states, tree)[0] if len(tree.token) else states.hidden
+                    return states.hidden, hidden[wanted]
+                # Longer slates share little but the context: each is a row of its own, beside a copy of what was read.
+                rows = states.users(torch.arange(len(items), device=items.device).repeat_interleave(n_slates))
+                tree, at, wanted = slate_tree(self.space, self.base, slates.flatten(0, 1)[:, None], reach.flatten())
+                hidden, _, _ = self._read(rows, tree)
+                later = hidden[at.view(-1, k)[:, 1:]].view(len(items), -1, hidden.shape[1])
+                return torch.cat([states.hidden[:, None], later], dim=1).flatten(0, 1), hidden[wanted]
 
             start, found = self._piecewise(compute, items[own], lengths[own], slates[own], reach[own])
             starts.append(start)
