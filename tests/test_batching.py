@@ -89,13 +89,32 @@ def test_a_full_queue_takes_none_of_what_does_not_fit() -> None:
         first = batcher.submit(words("a"))
         await started(decoder, 1)
         second = batcher.submit(words("b"))
-        with pytest.raises(QueueFullError, match="3 queries would wait; expected at most 2") as full:
+        with pytest.raises(QueueFullError, match="3 queries would wait, of at most 2; come back in 1 s") as full:
             batcher.submit(words("c", "d"))
         assert full.value.retry_seconds == 1
         third = batcher.submit(words("e"))
         decoder.may.set()
         assert await asyncio.gather(*first, *second, *third) == ["A", "B", "E"]
         assert decoder.batches == [["a"], ["b", "e"]]
+        await asyncio.to_thread(batcher.stop)
+
+    asyncio.run(work())
+
+
+def test_no_job_waits_where_those_before_it_take_too_long() -> None:
+    async def work() -> None:
+        decoder = Decoder()
+        batcher = Batcher(decoder, most_rows=lambda job: 1, queue=99, wait_seconds=0, patience_seconds=1.0)
+        first = batcher.submit(words("a"))
+        await started(decoder, 1)
+        batcher._seconds_a_row = 0.6
+        second = batcher.submit(words("b"))  # 0 wait
+        third = batcher.submit(words("c"))  # 0.6 s
+        with pytest.raises(QueueFullError) as full:
+            batcher.submit(words("d"))  # 1.2 s
+        assert full.value.retry_seconds == 2
+        decoder.may.set()
+        assert await asyncio.gather(*first, *second, *third) == ["A", "B", "C"]
         await asyncio.to_thread(batcher.stop)
 
     asyncio.run(work())

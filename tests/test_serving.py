@@ -27,6 +27,7 @@ from sagerec.run.folder import Run
 from sagerec.serving import answers
 from sagerec.serving import app as serving_app
 from sagerec.serving.app import create_app
+from sagerec.serving.batching import QueueFullError
 from sagerec.serving.gate import ADMIN_TOKEN, TOKEN, JsonLines
 from sagerec.serving.settings import COLD_EVENTS, ServeSettings
 from sagerec.serving.versions import begin, open_version
@@ -473,6 +474,19 @@ def test_a_request_that_takes_too_long_is_ended(
         slow["seconds"] = 0.0
         time.sleep(0.8)
         assert client.post("/recommend", json={"history": [ids[0]]}).status_code == 200
+
+
+def test_a_full_queue_refuses_before_it_reads(client: TestClient, ids: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(jobs: int) -> None:
+        raise QueueFullError(513, 512, 3)
+
+    monkeypatch.setattr(client.app.state.service.batcher, "check_room", full)  # type: ignore[attr-defined]
+    for body in (b"no JSON", json.dumps({"history": [ids[0]]}).encode()):
+        got = client.post("/recommend", content=body, headers={"content-type": "application/json"})
+        assert got.status_code == 429
+        assert got.headers["retry-after"] == "3"
+        assert got.json() == {"error": "513 queries would wait, of at most 512; come back in 3 s"}
+    assert client.get("/health").status_code == 200
 
 
 def test_weights_are_the_pages_of_their_file(small_run: Run, tmp_path: Path) -> None:

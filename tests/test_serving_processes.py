@@ -127,6 +127,14 @@ def test_what_cannot_be_served_is_one_line(tmp_path: Path, small_run: Run, capsy
     assert "--port is 70000; expected 0 to 65,535" in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_missing_extra_is_named(
+    small_run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["serve", str(small_run.folder)]) == 1
+    assert 'install it with: pip install "sagerec[serve]"' in " ".join(capsys.readouterr().err.split())
+
+
 def test_loopback_addresses_are_known() -> None:
     assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost")] == [True] * 3
     assert [is_loopback(host) for host in ("0.0.0.0", "::", "10.0.0.1", "example.com")] == [False] * 4

@@ -66,6 +66,7 @@ class Service:
             most_rows=lambda job: min(self.settings.batch, job.most_rows(self.settings.batch_bytes)),
             queue=self.settings.queue,
             wait_seconds=self.settings.wait_seconds,
+            patience_seconds=self.settings.timeout_seconds / 2,
             on_batch=self.metrics.on_batch,
         )
         following = asyncio.create_task(self.store.follow())
@@ -74,6 +75,15 @@ class Service:
         with suppress(asyncio.CancelledError):
             await following
         await asyncio.to_thread(self.batcher.stop)
+
+    def refusal(self, path: str) -> tuple[int, str, dict[str, str]] | None:
+        """Status, reason and headers where a question is refused before it is read, which costs least under load."""
+        if self.batcher is not None and path.startswith("/recommend"):
+            try:
+                self.batcher.check_room(1)
+            except QueueFullError as error:
+                return 429, str(error), {"retry-after": str(error.retry_seconds)}
+        return None
 
     def version(self) -> Version:
         """The version that answers. Raises: RefusedError until there is one."""
@@ -151,6 +161,7 @@ def create_app(run: Path, state: Path, settings: ServeSettings) -> FastAPI:
     app.add_middleware(
         Gate,
         metrics=service.metrics,
+        refusal=service.refusal,
         token=os.environ.get(TOKEN, ""),
         admin_token=os.environ.get(ADMIN_TOKEN, ""),
     )

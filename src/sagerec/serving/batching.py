@@ -30,7 +30,7 @@ class QueueFullError(Exception):
     """No room for more; `retry_seconds` says when to come back."""
 
     def __init__(self, waiting: int, most: int, retry_seconds: int) -> None:
-        super().__init__(f"{waiting} queries would wait; expected at most {most}. Come back in {retry_seconds} s")
+        super().__init__(f"{waiting} queries would wait, of at most {most}; come back in {retry_seconds} s")
         self.retry_seconds = retry_seconds
 
 
@@ -51,13 +51,15 @@ class Batcher:
         most_rows: Callable[[Any], int],
         queue: int,
         wait_seconds: float,
+        patience_seconds: float = math.inf,
         on_batch: Callable[[int, float, float], None] = lambda rows, waited, took: None,
     ) -> None:
-        """`decode` answers jobs of one group; `most_rows` says how many like one go together; `on_batch` is told rows,
-        seconds that the oldest waited, and seconds of decoding.
+        """`decode` answers jobs of one group; `most_rows` says how many like one go together. `queue` jobs may wait,
+        and none where those before it will take longer than `patience_seconds`. `on_batch` is told rows, seconds that
+        the oldest waited, and seconds of decoding.
         """
         self._decode, self._most_rows, self._on_batch = decode, most_rows, on_batch
-        self._queue, self._wait_seconds = queue, wait_seconds
+        self._queue, self._wait_seconds, self._patience_seconds = queue, wait_seconds, patience_seconds
         self._loop = asyncio.get_running_loop()
         self._entries: deque[_Entry] = deque()
         self._changed = threading.Condition()
@@ -71,13 +73,17 @@ class Batcher:
         """Jobs in the queue."""
         return len(self._entries)
 
+    def check_room(self, jobs: int) -> None:
+        """Raise QueueFullError where so many more jobs may not wait."""
+        waiting = len(self._entries)
+        seconds = waiting * self._seconds_a_row
+        if waiting + jobs > self._queue or seconds > self._patience_seconds:
+            raise QueueFullError(waiting + jobs, self._queue, max(1, math.ceil(seconds)))
+
     def submit(self, jobs: Sequence[Groupable]) -> "list[asyncio.Future[Any]]":
         """A future for each job; cancel it to take the job back. Raises: QueueFullError, and takes none of them."""
         with self._changed:
-            waiting = len(self._entries)
-            if waiting + len(jobs) > self._queue:
-                seconds = max(1, math.ceil(waiting * self._seconds_a_row))
-                raise QueueFullError(waiting + len(jobs), self._queue, seconds)
+            self.check_room(len(jobs))
             now = time.monotonic()
             entries = [_Entry(job, self._loop.create_future(), now) for job in jobs]
             self._entries.extend(entries)

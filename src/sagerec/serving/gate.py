@@ -4,6 +4,7 @@ import hmac
 import json
 import logging
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -21,6 +22,10 @@ HEADERS = [
     (b"referrer-policy", b"no-referrer"),
     (b"content-security-policy", b"default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"),
 ]
+
+
+Refused = tuple[int, str, dict[str, str]]
+"""Status, reason and headers."""
 
 
 class JsonLines(logging.Formatter):
@@ -55,24 +60,37 @@ def log_as_json() -> None:
 class Gate:
     """ASGI middleware around the routes."""
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, token: str, admin_token: str) -> None:
-        self._app, self._metrics = app, metrics
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        metrics: Metrics,
+        token: str,
+        admin_token: str,
+        refusal: Callable[[str], Refused | None],
+    ) -> None:
+        """`refusal` says of a path that needs no more than a look whether, and why, it is refused."""
+        self._app, self._metrics, self._busy = app, metrics, refusal
         self._token, self._admin_token = token.encode(), admin_token.encode()
 
-    def _refusal(self, scope: Scope) -> tuple[int, str] | None:
-        """Status and reason where a request may not pass."""
+    def _refusal(self, scope: Scope) -> Refused | None:
+        """Status, reason and headers where a request may not pass."""
         path: str = scope["path"]
         admin = path.startswith("/admin/")
         if admin and not self._admin_token:
-            return 404, f"admin routes are off; expected the server to be started with {ADMIN_TOKEN} set"
+            return 404, f"admin routes are off; expected the server to be started with {ADMIN_TOKEN} set", {}
         needed = self._admin_token if admin else self._token
         if not needed or path in OPEN or path.startswith("/page/"):
-            return None
+            return self._busy(path)
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         if hmac.compare_digest(given, b"Bearer " + needed):
-            return None
+            return self._busy(path)
         got = "another token" if given else "no token"
-        return 401, f"got {got}; expected the header Authorization: Bearer, with the server's token"
+        return (
+            401,
+            f"got {got}; expected the header Authorization: Bearer, with the server's token",
+            {"www-authenticate": "Bearer"},
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
@@ -104,11 +122,10 @@ class Gate:
             logger.info("request", extra={"fields": fields})
 
 
-async def send_problem(send: Send, status: int, error: str) -> None:
+async def send_problem(send: Send, status: int, error: str, more: dict[str, str]) -> None:
     """Answer with a Problem, before any route is looked for."""
     body = json.dumps({"error": error}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
+    headers += [(name.encode(), value.encode()) for name, value in more.items()]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
