@@ -58,7 +58,7 @@ from sagerec.config import require
 from sagerec.errors import MissingExtraError, SagerecError
 from sagerec.files import write_json
 from sagerec.objectives.rewards import Facts, Membership
-from sagerec.training.feedback import Feedback
+from sagerec.training.feedback import Feedback, to_device
 from sagerec.training.loop import make_optimizer
 from sagerec.training.rounds import Stage, roll_round, update
 from sagerec.training.settings import AlignSettings
@@ -93,6 +93,8 @@ class AlignBenchmarkSettings:
     """Completions that pass the peer's model at a time in an update."""
     rounds: int = 2
     """Times that each contender has a process."""
+    device: str = "cpu"
+    """Where both run: cpu, or cuda, where the seconds are those of the clock and the peak is still that of the host."""
     threads: int = field(default_factory=torch.get_num_threads)
     """Threads of torch."""
     seed: int = 0
@@ -229,7 +231,7 @@ def measure_ours(beam_slates: int, settings: AlignBenchmarkSettings) -> dict[str
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     codes = draw_codes(settings.items, settings.codebook_size, np.random.default_rng(settings.seed))
-    policy, reference = (make_policy(codes, settings.shape) for _ in range(2))
+    policy, reference = (make_policy(codes, settings.shape).move(settings.device) for _ in range(2))
     steps = settings.warm_up + settings.steps
     stage = make_stage(policy, reference, draw_events(settings, steps), beam_slates, settings)
     held = resident_bytes()
@@ -239,8 +241,9 @@ def measure_ours(beam_slates: int, settings: AlignBenchmarkSettings) -> dict[str
         slates = our_step(stage, index, step, steps)
         ends.append(clocks())
         history = stage.cases.event_items.reshape(-1, settings.history + 1)[index, :-1]
-        own = slates.numpy()[:, :, :, None] != history[:, None, None]
-        valid.append(float(((slates >= 0).numpy() & own.all(axis=3)).mean()))
+        written = slates.cpu().numpy()
+        own = written[:, :, :, None] != history[:, None, None]
+        valid.append(float(((written >= 0) & own.all(axis=3)).mean()))
     return {
         "parameters": count(policy),
         "seconds": np.diff(ends, axis=0)[settings.warm_up :].tolist(),
@@ -262,7 +265,7 @@ def make_stage(policy: Any, reference: Any, events: np.ndarray, beam_slates: int
         batch_users=settings.users,
         round_users=settings.users,
         seed=settings.seed,
-        device="cpu",
+        device=settings.device,
     )
     cluster = torch.arange(settings.items)[:, None] % CLUSTERS
     return Stage(
@@ -273,10 +276,13 @@ def make_stage(policy: Any, reference: Any, events: np.ndarray, beam_slates: int
         cases=cases,
         exclude_history=True,
         rewards={"hit": 1.0},
-        facts=Facts(
-            cold=torch.arange(settings.items) % 4 == 0,
-            novelty=torch.zeros(settings.items),
-            clusters=Membership(cluster, torch.ones_like(cluster, dtype=torch.float32), CLUSTERS),
+        facts=to_device(
+            Facts(
+                cold=torch.arange(settings.items) % 4 == 0,
+                novelty=torch.zeros(settings.items),
+                clusters=Membership(cluster, torch.ones_like(cluster, dtype=torch.float32), CLUSTERS),
+            ),
+            policy.device,
         ),
         feedback=Feedback(cases),
         work=Path(tempfile.gettempdir()),
@@ -335,7 +341,7 @@ def measure_peer(micro_batch: int, settings: AlignBenchmarkSettings) -> dict[str
             reward_funcs=hit,
             args=GRPOConfig(
                 output_dir=scratch,
-                use_cpu=True,
+                use_cpu=settings.device == "cpu",
                 bf16=False,
                 gradient_checkpointing=False,
                 report_to="none",

@@ -20,6 +20,10 @@ Independent codes would leave 83 % alone under two, and ours stops where one ite
 The ratio is that of the two systems as they are used, and not of their searches alone: the LazyDecoder reads an
 item in one position where the peer reads four, and reads a history once where `generate` copies it to every beam.
 
+Beside the race: how long encoding the histories alone takes, what proven lists cost of that by batch size, and the
+median and 99th percentile of one user's list; of the same LazyDecoder, and of item scores, the default policy. With
+`--device cuda` all of it runs on a GPU.
+
 On the way: the peer's lists must be distinct items of the trie; ours too, all proven, and for a sample of users equal
 in log-probability to the 10 best of a scoring of the whole catalogue.
 
@@ -47,7 +51,9 @@ from sagerec.config import require
 from sagerec.decoding.beam import BeamLists, exact_lists
 from sagerec.errors import MissingExtraError, SagerecError
 from sagerec.files import write_json
+from sagerec.policies.item_scores import ItemScores, ItemScoresSettings
 from sagerec.policies.lazy_decoder import LazyDecoder, LazyDecoderSettings
+from sagerec.policies.protocol import AnyPolicy
 
 TARGET_RATIO = 50.0
 PADDING_TOKEN, BEGIN_TOKEN, ANSWER_TOKEN, FIRST_CODE_TOKEN = range(4)
@@ -83,6 +89,10 @@ class DecodeSettings:
     """Rounds, of which the fastest counts: what else the machine does can only slow one down."""
     checked_users: int = 8
     """Users whose lists are compared with a scoring of the whole catalogue."""
+    single_users: int = 200
+    """Users whose lists are written one by one."""
+    device: str = "cpu"
+    """Where both decode: cpu, cuda, cuda:1 …"""
     threads: int = field(default_factory=torch.get_num_threads)
     """Threads of torch."""
     seed: int = 0
@@ -142,8 +152,8 @@ def main() -> int:
     generator = np.random.default_rng(settings.seed)
     codes = draw_codes(settings.items, settings.codebook_size, generator)
     histories = torch.from_numpy(generator.integers(0, settings.items, (settings.users, settings.history)))
-    trie = build_trie(codes)
-    policy = make_policy(codes, settings)
+    histories, trie = histories.to(settings.device), build_trie(codes)
+    policy = make_policy(codes, settings).move(settings.device)
     try:
         peer = make_peer(codes, trie, count(policy), settings)
     except SagerecError as error:
@@ -199,6 +209,11 @@ def main() -> int:
         "limits": limits,
         "ok": all(entry["ok"] for entry in checks + limits),
     }
+    if not settings.quick:
+        policies = {"LazyDecoder": policy, "item scores": make_item_scores(codes, settings).move(settings.device)}
+        record["results"]["over_encoding"] = {
+            name: over_encoding(one, histories, settings) for name, one in policies.items()
+        }
     show(record)
     if settings.out is not None:
         write_json(settings.out, record)
@@ -224,9 +239,57 @@ def make_policy(codes: np.ndarray, settings: DecodeSettings) -> LazyDecoder:
     return policy
 
 
-def our_lists(policy: LazyDecoder, histories: Tensor, *, settings: DecodeSettings, widen: bool) -> BeamLists:
+def make_item_scores(codes: np.ndarray, settings: DecodeSettings) -> ItemScores:
+    """Item scores with random weights, frozen as for serving."""
+    vectors = torch.randn(settings.items, settings.width).numpy()
+    shape = ItemScoresSettings(width=settings.width, max_items=settings.history)
+    policy = ItemScores(shape, make_space(codes, vectors=vectors)).eval()
+    policy.freeze()
+    return policy
+
+
+def over_encoding(policy: AnyPolicy, histories: Tensor, settings: DecodeSettings) -> dict[str, Any]:
+    """Milliseconds of encoding and of proven lists by users a call, their ratio, and quantiles of one user's list."""
+
+    def encode(batch: Tensor) -> None:
+        with torch.no_grad():
+            policy.encode(batch, lengths_of(batch))
+        settle(settings)
+
+    def lists(batch: Tensor) -> None:
+        our_lists(policy, batch, settings=settings, widen=True)
+        settle(settings)
+
+    rows = {}
+    for users in sorted({1, 32, *settings.batch_sizes, settings.users}):
+        seconds: dict[str, list[float]] = {"encoding": [], "lists": []}
+        for _ in range(3 + max(settings.rounds, 100 // users)):
+            for name, call in (("encoding", encode), ("lists", lists)):
+                seconds[name].append(timed(partial(call, histories[:users]))[1])
+        row = {name: 1e3 * min(values[3:]) for name, values in seconds.items()}
+        rows[str(users)] = row | {
+            "ratio": row["lists"] / row["encoding"],
+            "users_per_second": 1e3 * users / row["lists"],
+        }
+    single = [timed(partial(lists, histories[i % len(histories)][None]))[1] for i in range(settings.single_users)]
+    p50, p99 = np.quantile(single, [0.5, 0.99])
+    return {"users": rows, "one_user_ms": {"p50": 1e3 * float(p50), "p99": 1e3 * float(p99)}}
+
+
+def settle(settings: DecodeSettings) -> None:
+    """Wait for a GPU."""
+    if settings.device != "cpu":
+        torch.cuda.synchronize(settings.device)
+
+
+def lengths_of(histories: Tensor) -> Tensor:
+    """(B,) lengths of histories that are all full."""
+    return torch.full((len(histories),), histories.shape[1], device=histories.device)
+
+
+def our_lists(policy: AnyPolicy, histories: Tensor, *, settings: DecodeSettings, widen: bool) -> BeamLists:
     """Lists of histories (B, T)."""
-    lengths = torch.full((len(histories),), settings.history)
+    lengths = lengths_of(histories)
     return exact_lists(policy, histories, lengths, k=settings.k, beams=settings.beams, widen=widen)
 
 
@@ -249,7 +312,7 @@ class Peer:
 
     def __call__(self, histories: Tensor) -> Tensor:
         """Lists (B, K) of histories (B, T). Raises: TrieError where `generate` wrote no item."""
-        edge = torch.full((len(histories), 1), BEGIN_TOKEN)
+        edge = torch.full((len(histories), 1), BEGIN_TOKEN, device=histories.device)
         prompt = torch.cat([edge, self.tokens[histories].flatten(1), torch.full_like(edge, ANSWER_TOKEN)], dim=1)
         length = prompt.shape[1]
         written = self.model.generate(
@@ -307,12 +370,12 @@ def make_peer(codes: np.ndarray, trie: Trie, parameters: int, settings: DecodeSe
         eos_token_id=None,
     )
     return Peer(
-        make(inner),
+        make(inner).to(settings.device),
         generation,
-        torch.from_numpy(tokens),
-        torch.from_numpy(offsets),
+        torch.from_numpy(tokens).to(settings.device),
+        torch.from_numpy(offsets).to(settings.device),
         prefix_dictionary([tuple(row) for row in tokens.tolist()]),
-        trie,
+        trie.to(settings.device),
     )
 
 
@@ -329,8 +392,8 @@ def count(model: nn.Module) -> int:
 
 
 def decode_all(contender: Contender, histories: Tensor, batch_size: int) -> Tensor:
-    """Lists of all histories, batch by batch."""
-    return torch.cat([contender.decode(batch) for batch in torch.split(histories, batch_size)])
+    """Lists of all histories, batch by batch, on the CPU, which waits for a GPU."""
+    return torch.cat([contender.decode(batch) for batch in torch.split(histories, batch_size)]).cpu()
 
 
 def fastest_batch_size(contender: Contender, histories: Tensor) -> int:
@@ -383,9 +446,9 @@ def distinct(lists: Tensor) -> bool:
 @torch.no_grad()
 def equals_full_scoring(policy: LazyDecoder, histories: Tensor, lists: BeamLists, settings: DecodeSettings) -> bool:
     """Whether lists hold the K best of all items, by log-probability (ties may swap), for the first users."""
-    every = torch.arange(policy.space.n_items)
+    every = torch.arange(policy.space.n_items, device=policy.device)
     for user in range(settings.checked_users):
-        context = policy.encode(histories[user : user + 1], torch.tensor([settings.history]))
+        context = policy.encode(histories[user : user + 1], lengths_of(histories[user : user + 1]))
         scores = policy.target_logprobs(context.hidden[0].expand(policy.space.n_items, -1), every).sum(dim=1)
         best = scores.topk(settings.k).values
         listed = scores[lists.items[user]]
@@ -420,6 +483,15 @@ def show(record: dict[str, Any]) -> None:
         f"one pass proves {results['proven_in_one_pass']:.1%} of the lists exact; a list holds "
         f"{results['probability_of_lists']:.1%} of the probability"
     )
+    for name, found in results.get("over_encoding", {}).items():
+        rows = table(
+            f"Proven lists of {name} over encoding alone", ["users", "encoding ms", "lists ms", "ratio", "users/s"]
+        )
+        for users, row in found["users"].items():
+            figures = (row["encoding"], row["lists"], row["ratio"], row["users_per_second"])
+            rows.add_row(users, *(f"{value:,.2f}" for value in figures))
+        console.print(rows)
+        console.print("one user: p50 {p50:.2f} ms, p99 {p99:.2f} ms".format(**found["one_user_ms"]))
     for check in record["checks"]:
         console.print(f"{'[green]ok[/]' if check['ok'] else '[red]failed[/]'}  {check['name']}")
     show_limits(console, record)

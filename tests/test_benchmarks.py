@@ -209,7 +209,9 @@ def test_objectives_plain_step_is_a_masked_mean(load: Any) -> None:
 def test_objectives_limit_is_checked_on_the_shape_that_it_is_for(load: Any) -> None:
     check = load("objectives").check_limits
     assert check([{"objective": "sage", "shape": [4, 4, 5], "ratio": 9.0}]) == []
-    assert not check([{"objective": "sage", "shape": [64, 16, 40], "ratio": 1.6}])[0]["ok"]
+    row = {"objective": "sage", "shape": [64, 16, 40], "ratio": 1.6}
+    assert not check([row])[0]["ok"]
+    assert [found["ok"] for found in check([row, row | {"objective": "sage, compiled"}])] == [True, False]
 
 
 def test_ratio_spread_runs(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from sagerec.baselines.item_knn import item_knn_lists, top_k
 from sagerec.baselines.popularity import popularity_lists
 from sagerec.baselines.sasrec import SasRec, SasRecSettings
 from sagerec.baselines.tuning import BaselineName, evaluate_baseline, sasrec_grid, sasrec_trials
+from sagerec.catalogue import similarity
 from sagerec.catalogue.dataset import Dataset, assemble, check_interactions, check_items
 from sagerec.catalogue.similarity import item_similarities
 from sagerec.catalogue.splits import Sequences, SplitSettings, make_split
@@ -170,6 +171,14 @@ def test_item_similarities_by_hand() -> None:
     np.testing.assert_allclose(full, [[0, 2 / 6**0.5, 1 / 3**0.5], [2 / 6**0.5, 0, 0], [1 / 3**0.5, 0, 0]], rtol=1e-6)
     cut = item_similarities(train, 3, neighbours=1, shrinkage=0).toarray()
     assert (cut[0] > 0).tolist() == [False, True, False]
+
+
+def test_similarities_do_not_hang_on_the_blocks(small_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = small_run.split.sequences(small_run.data, "train")
+    given: dict[str, Any] = {"n_items": small_run.data.n_items, "neighbours": 7, "shrinkage": 5.0}
+    whole = item_similarities(train, **given)
+    monkeypatch.setattr(similarity, "MOST_PAIRS", 1000)
+    assert (item_similarities(train, **given) != whole).nnz == 0
 
 
 def test_item_knn_equals_a_slow_twin(small_run: Run) -> None:

@@ -74,10 +74,9 @@ class Filters:
         """(m,) int64 open sequences under `nodes` (m,) for `rows` (m,)."""
         if len(self.filters) == 1:
             return self.filters[0].open[nodes].long()
-        which, found = self.which[rows], torch.empty_like(nodes)
-        for number, one in enumerate(self.filters):
-            at = (which == number).nonzero()[:, 0]
-            found[at] = one.open[nodes[at]].long()
+        which, found = self.which[rows], self.filters[0].open[nodes].long()
+        for number, one in enumerate(self.filters[1:], start=1):
+            found = torch.where(which == number, one.open[nodes].long(), found)
         return found
 
     def repeated(self, times: int) -> "Filters":

@@ -8,7 +8,8 @@ import numpy as np
 from sagerec.catalogue.similarity import history_scores, item_similarities
 from sagerec.catalogue.splits import Cases, Sequences
 
-BATCH_CASES = 1024
+BATCH_CASES, MOST_SCORES = 1024, 2**25
+"""Cases at a time, and scores of them: a quarter of a GB."""
 
 
 def top_k(scores: np.ndarray, k: int) -> np.ndarray:
@@ -39,10 +40,11 @@ def item_knn_lists(
     """Items (n, k) by the summed similarity to the history, an item d places back counting decay^d."""
     similar = item_similarities(train, n_items, neighbours=neighbours, shrinkage=shrinkage)
     lists = np.full((len(cases), k), -1, dtype=np.int64)
-    for begin in range(0, len(cases), BATCH_CASES):
-        index = np.arange(begin, min(begin + BATCH_CASES, len(cases)))
+    size = max(1, min(BATCH_CASES, MOST_SCORES // n_items))
+    for begin in range(0, len(cases), size):
+        index = np.arange(begin, min(begin + size, len(cases)))
         history, lengths = cases.histories(index, max_items)
-        scores = history_scores(similar, history, lengths, decay=decay)
+        scores = history_scores(similar, history, lengths, decay=decay).toarray()
         if exclude_history:
             taken = cases.taken(index)
             scores[np.nonzero(taken >= 0)[0], taken[taken >= 0]] = -np.inf

@@ -3,10 +3,15 @@
 Shapes: N items, S sequences, B histories of at most T items.
 """
 
+from itertools import pairwise
+
 import numpy as np
 from scipy import sparse
 
 from sagerec.catalogue.splits import Sequences
+
+MOST_PAIRS = 2**25
+"""Pairs of events of one user that are counted at a time: 0.4 GB."""
 
 
 def item_similarities(train: Sequences, n_items: int, *, neighbours: int, shrinkage: float) -> sparse.csr_matrix:
@@ -18,25 +23,49 @@ def item_similarities(train: Sequences, n_items: int, *, neighbours: int, shrink
     ones = np.ones(len(user), dtype=np.float32)
     taken = sparse.csr_matrix((ones, (user, train.items)), shape=(len(train), n_items))
     taken.data[:] = 1
-    together = (taken.T @ taken).tocsr()
-    counts = together.diagonal()
-    together.setdiag(0)
-    together.eliminate_zeros()
-    pairs = together.tocoo()
-    cosine = pairs.data / (np.sqrt(counts[pairs.row] * counts[pairs.col]) + shrinkage)
+    by_item = taken.T.tocsr()
+    counts = np.diff(by_item.indptr).astype(np.float32)
+    # Items are taken in blocks, for the pairs of all of them, of which few are kept, need not fit the memory.
+    pairs_of_item = by_item @ np.diff(taken.indptr).astype(np.float64)
+    block = (pairs_of_item.cumsum() // MOST_PAIRS).astype(np.int64)
+    bounds = [0, *(np.flatnonzero(np.diff(block)) + 1), n_items]
+    parts = [
+        _neighbours_of(by_item, taken, counts, range(begin, end), neighbours=neighbours, shrinkage=shrinkage)
+        for begin, end in pairwise(bounds)
+    ]
+    return sparse.vstack(parts, format="csr")
+
+
+def _neighbours_of(
+    by_item: sparse.csr_matrix,
+    taken: sparse.csr_matrix,
+    counts: np.ndarray,
+    items: range,
+    *,
+    neighbours: int,
+    shrinkage: float,
+) -> sparse.csr_matrix:
+    """The rows of `items` of `item_similarities`, from who took each item (N, S), its transpose and its sums (N,)."""
+    together = (by_item[items.start : items.stop] @ taken).tocoo()
+    others = together.col != together.row + items.start
+    row, col, data = together.row[others], together.col[others], together.data[others]
+    cosine = data / (np.sqrt(counts[row + items.start] * counts[col]) + shrinkage)
     # Keep the best of each row: sort by row, then by falling similarity, and cut at the rank.
-    order = np.lexsort((pairs.col, -cosine, pairs.row))
-    row = pairs.row[order]
-    first = np.searchsorted(row, np.arange(n_items))
-    kept = order[np.arange(len(row)) - first[row] < neighbours]
-    return sparse.csr_matrix((cosine[kept], (pairs.row[kept], pairs.col[kept])), shape=(n_items, n_items))
+    order = np.lexsort((col, -cosine, row))
+    first = np.searchsorted(row[order], np.arange(len(items)))
+    kept = order[np.arange(len(order)) - first[row[order]] < neighbours]
+    return sparse.csr_matrix((cosine[kept], (row[kept], col[kept])), shape=(len(items), len(counts)))
 
 
-def history_scores(similar: sparse.csr_matrix, history: np.ndarray, lengths: np.ndarray, *, decay: float) -> np.ndarray:
-    """Scores (B, N): similarities (N, N) summed over histories (B, T), an item d places back counting decay^d."""
+def history_scores(
+    similar: sparse.csr_matrix, history: np.ndarray, lengths: np.ndarray, *, decay: float
+) -> sparse.csr_matrix:
+    """Scores (B, N), most of them 0: similarities (N, N) summed over histories (B, T), an item d places back counting
+    decay^d.
+    """
     inside = np.arange(history.shape[1]) < lengths[:, None]
     weight = decay ** (lengths[:, None] - 1 - np.arange(history.shape[1]))
     user = np.broadcast_to(np.arange(len(history))[:, None], history.shape)
     shape = (len(history), similar.shape[0])
     profile = sparse.csr_matrix((weight[inside], (user[inside], history[inside])), shape=shape)
-    return np.asarray((profile @ similar).todense())
+    return profile @ similar

@@ -1,25 +1,30 @@
 """The beam list: the K most probable next items of each user, found exactly.
 
 Log-probabilities only fall along a path, so a list is proven exact when its K-th item is at least as probable as the
-best prefix that the beam ever dropped. Users without that proof are decoded again with twice the beams, until every
-list is proven: the result equals brute-force scoring of the whole catalogue, at the price of a beam. Prefixes that can
-no longer reach the list are not followed, which costs nothing of the proof.
+best prefix that the beam ever dropped. Users without that proof are decoded again, not encoded again, with all prefixes
+that the K-th item found does not beat: the result equals brute-force scoring of the whole catalogue, at the price of a
+beam. Prefixes that can no longer reach the list are not followed, which costs nothing of the proof.
+
+A policy that scores all items at once needs no beam: its lists are the best of them. On a GPU the beam has static
+shapes (`static_beam`).
 
 Shapes: B users, W beams, R live prefixes, M legal continuations, K places, X excluded items of each user.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from sagerec.actions.filters import Filters
 from sagerec.actions.groups import group_log_softmax, pad_groups
 from sagerec.actions.legal import NO_ITEM, bar
 from sagerec.actions.trie import ROOT
+from sagerec.decoding.static_beam import static_lists
 from sagerec.errors import SettingsError
-from sagerec.policies.protocol import ContextT, Policy, PrefixT
+from sagerec.policies.protocol import ContextT, ItemTable, Policy, PrefixT
 
 ROUNDING = 1e-3
 """Nats by which sums of float32 log-probabilities may be off."""
@@ -46,16 +51,23 @@ def beam_lists(
     beams: int,
     excluded: Tensor | None = None,
     filters: Filters | None = None,
+    least: Tensor | None = None,
 ) -> BeamLists:
     """One pass of beam search for B = `n_users` contexts of one slate each.
 
     `excluded` (B, X) item indices that are left out of the lists (-1 = none), such as the history; `filters`, of B
-    rows, close what may not be listed at all.
+    rows, close what may not be listed at all. `least` (B,) is a log-probability that each list's last item is known to
+    reach.
 
     Raises: SettingsError where fewer beams than places are asked for.
     """
     if beams < k:
         raise SettingsError(f"beams is {beams} and k is {k}; expected at least as many beams as places")
+    if (table := policy.score_items(context)) is not None:
+        return best_of(table, k, excluded, filters, policy)
+    if policy.has_static_shapes:
+        given: dict[str, Any] = {"k": k, "beams": beams, "excluded": excluded, "filters": filters}
+        return BeamLists(*static_lists(policy, context, n_users, **given))
     trie, device = policy.space.trie, policy.device
     user = torch.arange(n_users, device=device)
     states = torch.full((n_users,), ROOT, device=device)
@@ -75,7 +87,10 @@ def beam_lists(
         totals = scores[children.parent] + step
         if barred is not None:
             totals = totals.masked_fill(~barred.leaves_free(user, states, children), -math.inf)
-        owner = user[children.parent]
+        owner, listed = user[children.parent], None
+        if least is not None:
+            listed = (totals >= least[owner] - ROUNDING).nonzero()[:, 0]
+            totals, owner = totals[listed], owner[listed]
         # One more than the beams, to know the best prefix that is dropped.
         rows, position = pad_groups(totals, owner, n_users, -math.inf)
         child_at = torch.zeros(rows.numel(), dtype=torch.int64, device=device)
@@ -86,8 +101,9 @@ def beam_lists(
             best, place = best[:, :beams], place[:, :beams]
         live = best > -math.inf
         chosen = child_at[(place + user_offsets(n_users, rows.shape[1], device))[live]]
-        owner = live.nonzero()[:, 0]
-        node, score = children.node[chosen], totals[chosen]
+        owner, score = live.nonzero()[:, 0], totals[chosen]
+        chosen = chosen if listed is None else listed[chosen]
+        node = children.node[chosen]
 
         # Where one item is left, the remaining codes have probability 1: the item is found without writing them.
         ends = trie.is_decided(node)
@@ -150,21 +166,55 @@ def exact_lists(
 ) -> BeamLists:
     """The top K of users with histories (B, T) and lengths (B,), each proven exact unless `widen` is off.
 
-    `excluded` and `filters` as of `beam_lists`: what they leave out takes no place. Users whose list is not
-    proven are decoded again with twice the beams.
+    `excluded` and `filters` as of `beam_lists`: what they leave out takes no place. As many users are decoded together
+    as the policy says (`most_users`). Those whose list is not proven are decoded again: with all prefixes that their
+    K-th item so far does not beat, which proves the list, or with twice the beams while fewer than K are found.
     """
+    if len(items) > policy.most_users:
+        parts = []
+        for rows in torch.arange(len(items), device=items.device).split(policy.most_users):
+            out = None if excluded is None else excluded[rows]
+            of_rows = None if filters is None else filters.of_rows(rows)
+            given: dict[str, Any] = {"k": k, "beams": beams, "excluded": out, "filters": of_rows, "widen": widen}
+            parts.append(exact_lists(policy, items[rows], lengths[rows], **given))
+        return BeamLists(*(torch.cat(values) for values in zip(*parts, strict=True)))
     context, beams = policy.encode(items, lengths), max(beams, k)
     lists = beam_lists(policy, context, len(items), k=k, beams=beams, excluded=excluded, filters=filters)
-    open_users = (~lists.exact).nonzero()[:, 0]
-    if not widen or len(open_users) == 0:
-        return lists
-    again = exact_lists(
-        policy,
-        items[open_users],
-        lengths[open_users],
-        k=k,
-        beams=2 * beams,
-        excluded=None if excluded is None else excluded[open_users],
-        filters=None if filters is None else filters.of_rows(open_users),
-    )
-    return BeamLists(*(old.index_copy(0, open_users, new) for old, new in zip(lists, again, strict=True)))
+    while widen and len(users := (~lists.exact).nonzero()[:, 0]):
+        least = lists.logprobs[users, -1]
+        beams = max(k, policy.space.n_sequences) if bool((least > -math.inf).all()) else 2 * beams
+        own = policy.of_users(context, users)
+        again = beam_lists(
+            policy,
+            policy.encode(items[users], lengths[users]) if own is None else own,
+            len(users),
+            k=k,
+            beams=beams,
+            excluded=None if excluded is None else excluded[users],
+            filters=None if filters is None else filters.of_rows(users),
+            least=least,
+        )
+        lists = BeamLists(*(old.index_copy(0, users, new) for old, new in zip(lists, again, strict=True)))
+    return lists
+
+
+def best_of(
+    table: ItemTable, k: int, excluded: Tensor | None, filters: Filters | None, policy: Policy[Any, Any]
+) -> BeamLists:
+    """The K highest scores (B, n) of sequences that are not left out, with their shares of the softmax over all."""
+    scores = table.scores
+    normaliser = scores.logsumexp(dim=1, keepdim=True)
+    if filters is not None:
+        leaf = policy.space.leaf(table.items)
+        closed = torch.stack([one.open[leaf] == 0 for one in filters.filters])
+        scores = scores.masked_fill(closed[filters.which], -math.inf)
+    if excluded is not None and excluded.shape[1]:
+        # What is no item bars a column of its own.
+        column = torch.where(excluded >= 0, table.columns[excluded.clamp(min=0)], scores.shape[1])
+        wide = torch.cat([scores, scores.new_zeros(len(scores), 1)], dim=1)
+        scores = wide.scatter(1, column, -math.inf)[:, :-1]
+    best, place = scores.topk(min(k, scores.shape[1]), dim=1)
+    items = table.items[place].masked_fill(best == -math.inf, NO_ITEM)
+    missing = k - best.shape[1]
+    items, logprobs = F.pad(items, (0, missing), value=NO_ITEM), F.pad(best - normaliser, (0, missing), value=-math.inf)
+    return BeamLists(items, logprobs, best.new_ones(len(best), dtype=torch.bool))

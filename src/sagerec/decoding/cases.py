@@ -15,6 +15,9 @@ from sagerec.decoding.beam import exact_lists
 from sagerec.decoding.slates import write_slates
 from sagerec.policies.protocol import AnyPolicy
 
+BATCH_CASES = (512, 4096)
+"""Cases of a batch on a CPU and on a GPU."""
+
 
 def list_cases(
     policy: AnyPolicy,
@@ -26,21 +29,21 @@ def list_cases(
     exclude_history: bool = False,
     greedy_slates: bool = False,
     free: Literal["", "exact", "nearest"] = "",
-    batch_size: int = 512,
+    batch_size: int = 0,
     on_batch: Callable[[int], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The list of each case: items (n, K) int64, -1 = none, and whether it is proven exact (n,) bool.
 
     Beam lists by default; with `greedy_slates` the list is one greedy autoregressive slate, with `free` what is
     written without the trie, matched so. `exclude_history` leaves out what the user had, unless that is free.
-    `on_batch` is told the number of cases done after each batch.
+    `on_batch` is told the number of cases done after each batch; `batch_size` 0 leaves its size to the device.
     """
     lists = np.full((len(cases), k), NO_ITEM, dtype=np.int64)
     exact = np.zeros(len(cases), dtype=bool)
     order = np.argsort(cases.rows - cases.starts, kind="stable")
     training = policy.training
     policy.eval()
-    batch_size = min(batch_size, policy.most_users)
+    batch_size = min(batch_size or BATCH_CASES[policy.device.type == "cuda"], policy.most_users)
     for begin in range(0, len(cases), batch_size):
         index = order[begin : begin + batch_size]
         history, length = cases.histories(index, policy.max_items)

@@ -8,6 +8,7 @@ Shapes: B users, G slates of each, K places, X excluded items.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,6 +77,7 @@ def roll_out(
     Raises: SettingsError where the catalogue has too few items.
     """
     n_beams, parts = settings.n_beams, []
+    given: dict[str, Any] = {"temperature": settings.temperature, "excluded": excluded}
     if settings.slates > n_beams:
         parts.append(
             write_slates(
@@ -95,13 +97,16 @@ def roll_out(
         width = max(count, LEAST_BEAMS)
         context = policy.encode(items, lengths)
         listed = beam_lists(policy, context, len(items), k=count, beams=width, excluded=excluded).items
-        if bool((listed == NO_ITEM).any()):
+        if bool((listed == NO_ITEM).any()):  # the one wait for a GPU of a rollout
             raise SettingsError(f"a beam of {count} items does not fit this catalogue; expected fewer slates or items")
         slates = listed.view(len(items), n_beams, settings.k)
-        scored = slate_logprobs(
-            policy, items, lengths, slates, temperature=settings.temperature, excluded=excluded, context=context
-        )
-        parts.append(Slates(slates, scored.tokens))
+        if policy.has_static_shapes:  # one table of all slates, samples too
+            slates, parts = torch.cat([*(part.items for part in parts), slates], dim=1), []
+        tokens = slate_logprobs(policy, items, lengths, slates, context=context, **given).tokens
+        parts.append(Slates(slates, tokens))
+    elif policy.has_static_shapes:
+        slates = parts[0].items
+        return Slates(slates, slate_logprobs(policy, items, lengths, slates, **given).tokens)
     return _beside(parts)
 
 

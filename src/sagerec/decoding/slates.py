@@ -12,11 +12,12 @@ prefix that has most, F free tokens of all slates together.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sagerec.actions.dense import NOWHERE, list_children, node_at, open_children, spend
 from sagerec.actions.filters import Filters
 from sagerec.actions.groups import group_log_softmax, pad_groups
 from sagerec.actions.legal import NO_ITEM, Barred, bar, items_left
@@ -36,6 +37,8 @@ class FreeTokens(NamedTuple):
     """(F,) nats of each."""
     item: Tensor
     """(F,) int64 which item it belongs to, a position in the flattened slates; ascending."""
+    counted: Tensor | None = None
+    """(F,) bool: it is free, where every item has as many places, one a token of the longest sequence; else None."""
 
 
 class Slates(NamedTuple):
@@ -148,6 +151,7 @@ def join_tokens(parts: list[FreeTokens]) -> FreeTokens:
     if len(parts) == 1:
         return parts[0]
     item = torch.cat([part.item for part in parts])
+    assert all(part.counted is None for part in parts), "tables are not joined"
     order = item.argsort(stable=True)
     return FreeTokens(torch.cat([part.logprobs for part in parts])[order], item[order])
 
@@ -268,6 +272,10 @@ def slate_logprobs(
         before = torch.cat([before.new_full((batch, 1, k - 1), NO_ITEM), before], dim=1)
         filters = None if filters is None else filters.repeated(before.shape[1])
         out = torch.cat([out[:, None].expand(-1, before.shape[1], -1), before], dim=2).flatten(0, 1)
+    if policy.has_static_shapes:
+        context = policy.encode(items, lengths) if context is None else context
+        context = policy.extend(context, slates[:, :, :-1]) if k > 1 else context
+        return _static_logprobs(policy, context, slates, out, temperature, filters)
     barred, source, paths = bar(space, out, filters), states_before(slates).flatten(), space.paths(slates.flatten())
     # Tokens that must be read: those before the last place where the trie leaves a choice.
     chosen = ((paths.depth > 0) & space.has_choice(paths.parent)).nonzero()[:, 0]
@@ -296,3 +304,47 @@ def slate_logprobs(
         free[at] = torch.bincount(children.parent, minlength=len(at)) > 1
     entropy = -(table.exp() * table.clamp(min=torch.finfo(table.dtype).min)).sum(dim=1).mean()
     return SlateLogprobs(FreeTokens(logprobs[free], paths.owner[free]), entropy)
+
+
+def _static_logprobs(
+    policy: Policy[ContextT, PrefixT],
+    context: ContextT,
+    slates: Tensor,
+    out: Tensor,
+    temperature: float,
+    filters: Filters | None,
+) -> SlateLogprobs:
+    """`slate_logprobs` in static shapes: a place for each token of the longest sequence, level by level.
+
+    `context` has a state for each row of `out` (U, X), what is left out before it.
+    """
+    space, items, source = policy.space, slates.flatten(), states_before(slates).flatten()
+    spent, prefix = spend(space, out, filters) if out.shape[1] else None, policy.begin(context)
+    every = torch.arange(len(out), device=out.device)
+    given: dict[str, Any] = {"spent": spent, "filters": filters}
+    root = torch.full_like(every, ROOT)
+    table = list_children(space.trie, root, policy.widths[0])
+    left = open_children(space, table, root, 0, rows=every, **given)
+    logits = (policy.root_logits(prefix) / temperature).masked_fill(~left, -math.inf)
+    firsts = logits.log_softmax(dim=1)
+    node = node_at(space, items, 0)
+    parts = [firsts[source, node - table.first[0]]]
+    free = [(left.sum(dim=1) > 1)[source]]
+    rows = source
+    for depth in range(1, len(policy.widths)):
+        prefix = policy.step(prefix, rows, space.trie.token[node.clamp(min=0)].long().clamp(min=0))
+        rows = torch.arange(len(items), device=items.device)
+        states, node = node, node_at(space, items, depth)
+        going = node >= 0
+        table = list_children(space.trie, states.masked_fill(~going, NOWHERE), policy.widths[depth])
+        left = open_children(space, table, states, depth, rows=source, **given)
+        logits = policy.child_logits(prefix, table.children).view_as(left) / temperature
+        steps = logits.masked_fill(~left & going[:, None], -math.inf).log_softmax(dim=1)
+        taken = torch.where(going, node - table.first, 0)
+        parts.append(steps.gather(1, taken[:, None]).squeeze(1) * going)
+        free.append(going & (left.sum(dim=1) > 1))
+    entropy = -(firsts.exp() * firsts.clamp(min=torch.finfo(firsts.dtype).min)).sum(dim=1).mean()
+    counted = torch.stack(free, dim=1).flatten()
+    logprobs = torch.stack(parts, dim=1).flatten().where(counted, 0.0)
+    item = torch.arange(len(items), device=items.device).repeat_interleave(len(free), output_size=len(logprobs))
+    return SlateLogprobs(FreeTokens(logprobs, item, counted), entropy)

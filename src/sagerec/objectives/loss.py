@@ -40,6 +40,8 @@ class PolicyLoss(NamedTuple):
     """c: (B, G), or (B, G, T) for token ratios with 0 where the mask is False; detached."""
     diagnostics: dict[str, Tensor]
     """`ratio` and `at_bound` (bool), of the shape of the coefficient; detached."""
+    sound: Tensor
+    """() bool, on the device: nothing is out of range. True wherever `policy_loss` itself checks it."""
 
 
 class _WithGradient(torch.autograd.Function):
@@ -138,6 +140,7 @@ def policy_loss(
     denominator: float | Tensor | None = None,
     advantages: Tensor | None = None,
     spread: float | Tensor | None = None,
+    check: bool = True,
 ) -> PolicyLoss:
     """The loss of an objective, with its gradient to `logprobs`.
 
@@ -157,6 +160,9 @@ def policy_loss(
         advantages: (B, G) from `compute_advantages` on the global batch, in place of `rewards`.
         spread: `ratio_spread` of the global batch, the unit of boost and penalty where a row's `bound_unit` says so;
             that of this batch if not given.
+        check: look whether all is in range, which waits for the device. Without it, and in `torch.compile`, whose graph
+            nothing here breaks, nothing is read: the caller looks at `sound` when it reads other figures, and calls
+            again with the check to be told what is wrong.
 
     A slate without a counted token adds 0. Log-ratios are held within 20 nats of 0. bfloat16 and float16 are computed
     in float32.
@@ -170,17 +176,60 @@ def policy_loss(
     """
     row = find_objective(objective)
     _check(row, logprobs, old_logprobs, mask, rewards, advantages, diversity, coldness, denominator, spread)
-    if denominator is not None and not 0 < float(denominator) < math.inf:
-        raise NumericalError(f"denominator is {float(denominator)}, expected a finite number above 0")
-    if spread is not None and not 0 <= float(spread) < math.inf:
-        raise NumericalError(f"spread is {float(spread)}, expected a finite number of at least 0")
+    given: dict[str, Any] = {"logprobs": logprobs, "old_logprobs": old_logprobs}
+    facts: dict[str, Any] = {"mask": mask, "denominator": denominator, "spread": spread}
+    facts |= {"diversity": diversity if row.needs_diversity else None}
+    facts |= {"coldness": coldness if row.needs_coldness else None}
+    if not check or torch.compiler.is_compiling():
+        read = {name: x.where(mask, 0.0) for name, x in given.items()}
+        return _evaluate(row, **read, rewards=rewards, weights=weights, group=group, gain=advantages, **facts)[0]
+    found, _, _ = _evaluate(row, **given, rewards=rewards, weights=weights, group=group, gain=advantages, **facts)
+    if bool(found.sound):
+        return found
+    for name, number, least in (("denominator", denominator, "above 0"), ("spread", spread, "of at least 0")):
+        if number is not None and _fault(number, positive=name == "denominator") > 0:
+            raise NumericalError(f"{name} is {float(number)}, expected a finite number {least}")
+    what, gain = f"the loss of {row.name} is {found.loss.item()}", found.advantages
+    if rewards is not None:
+        gain = compute_advantages(row, rewards, weights=weights, group=group, tokens=mask.sum(dim=2))
+    # What stands at uncounted places is never read: it may be anything, and 0 times infinity is not 0.
+    read = {name: x.where(mask, 0.0) for name, x in given.items()}
+    faults = [_first_bad("advantages", gain), *(_first_bad(name, x, high=ROUNDING) for name, x in read.items())]
+    _refuse([*faults, *(_first_bad(name, facts[name], 0.0, 1.0) for name in ("diversity", "coldness"))], what)
+    found, slope, share = _evaluate(row, **read, gain=gain, **facts)
+    if not math.isfinite(found.loss.item()):
+        raise NumericalError(f"{what}: the inputs are finite, and their products overflow {found.loss.dtype}")
+    if not bool(found.sound):
+        raise NumericalError(
+            f"the gradient of {row.name} reaches {(slope * share).abs().max().item():.3g}, and {logprobs.dtype} holds "
+            f"{torch.finfo(logprobs.dtype).max:.3g}; expected smaller advantages, or log-probabilities in float32"
+        )
+    return found
+
+
+def _evaluate(
+    row: Objective,
+    *,
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    mask: Tensor,
+    gain: Tensor | None,
+    diversity: Tensor | None,
+    coldness: Tensor | None,
+    denominator: float | Tensor | None,
+    spread: float | Tensor | None,
+    rewards: Tensor | None = None,
+    weights: Tensor | None = None,
+    group: Tensor | None = None,
+) -> tuple[PolicyLoss, Tensor, Tensor]:
+    """`policy_loss` whatever is given, and the two factors of its gradient; nothing is read from a GPU."""
     counted = mask.view(torch.uint8).to(torch.promote_types(logprobs.dtype, torch.float32))
     counts = counted.sum(dim=2)
-    if advantages is None:
+    if gain is None:
         assert rewards is not None
         tokens = counts if row.advantage == "decoupled-token" else None
-        advantages = _advantages(row, rewards, weights, group, tokens)
-    new, old, gain = logprobs.detach().to(counted), old_logprobs.detach().to(counted), advantages.detach().to(counted)
+        gain = _advantages(row, rewards, weights, group, tokens)
+    new, old, gain = logprobs.detach().to(counted), old_logprobs.detach().to(counted), gain.detach().to(counted)
     divisor = counts.clamp(min=1)
     per_token = _token_weight(row, counts, divisor, mask.shape[2], denominator)  # (B, G), or () where all weigh alike
     if row.ratio != "token":
@@ -205,33 +254,25 @@ def policy_loss(
         found = found._replace(coefficient=found.coefficient.mul_(counted), at_bound=found.at_bound & mask)
         value = _dot(found.surrogate.mul_(counted).sum(dim=2), per_token.expand_as(counts))
         slope, share = (gain * per_token).unsqueeze(2), found.coefficient
-    shares = (diversity if row.needs_diversity else None, coldness if row.needs_coldness else None)
-    if not _is_sound(value, distance, (new, old), shares):
-        what = f"the loss of {row.name} is {value.item()}"
-        if rewards is not None:
-            gain = compute_advantages(row, rewards, weights=weights, group=group, tokens=counts)
-        # What stands at uncounted places is never read: it may be anything, and 0 times infinity is not 0.
-        given = {"logprobs": logprobs, "old_logprobs": old_logprobs}
-        read = {name: x.masked_fill(~mask, 0.0) for name, x in given.items()}
-        faults = [_first_bad("advantages", gain), *(_first_bad(name, x, high=ROUNDING) for name, x in read.items())]
-        faults += [_first_bad(name, x, 0.0, 1.0) for name, x in zip(("diversity", "coldness"), shares, strict=True)]
-        _refuse(faults, what)
-        if rewards is not None or not all(torch.equal(read[name], x) for name, x in given.items()):
-            facts: dict[str, Any] = {"diversity": diversity, "coldness": coldness, "denominator": denominator}
-            facts["spread"] = spread
-            return policy_loss(row, **read, mask=mask, advantages=gain, **facts)
-        if not math.isfinite(value.item()):
-            raise NumericalError(f"{what}: the inputs are finite, and their products overflow {value.dtype}")
-    if logprobs.dtype != counted.dtype and not bool((slope * share).to(logprobs.dtype).isfinite().all()):
-        raise NumericalError(
-            f"the gradient of {row.name} reaches {(slope * share).abs().max().item():.3g}, and {logprobs.dtype} holds "
-            f"{torch.finfo(logprobs.dtype).max:.3g}; expected smaller advantages, or log-probabilities in float32"
-        )
-    return PolicyLoss(
-        loss=_WithGradient.apply(logprobs, value, slope, share),  # type: ignore[no-untyped-call]
-        advantages=gain,
-        coefficient=found.coefficient,
-        diagnostics={"ratio": ratio, "at_bound": found.at_bound},
+    highest = [(x.amax(), ROUNDING) for x in (new, old) if x.numel()]
+    for one in (diversity, coldness):
+        if one is not None and one.numel():
+            least, most = one.aminmax()
+            highest += [(-least, 0.0), (most, 1.0)]
+    numbers = [_fault(x, positive=x is denominator) for x in (denominator, spread) if x is not None]
+    sound = _is_sound(value + distance, highest + [(fault, 0.0) for fault in numbers])
+    if logprobs.dtype != counted.dtype:
+        sound &= (slope * share).to(logprobs.dtype).isfinite().all()
+    return (
+        PolicyLoss(
+            loss=_WithGradient.apply(logprobs, value, slope, share),  # type: ignore[no-untyped-call]
+            advantages=gain,
+            coefficient=found.coefficient,
+            diagnostics={"ratio": ratio, "at_bound": found.at_bound},
+            sound=sound,
+        ),
+        slope,
+        share,
     )
 
 
@@ -244,22 +285,22 @@ def ratio_spread(objective: str | Objective, *, logprobs: Tensor, old_logprobs: 
     return (counted.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).square().sum() / n.clamp(min=1)).sqrt()
 
 
-def _is_sound(
-    value: Tensor, distance: Tensor, logprobs: tuple[Tensor, Tensor], shares: tuple[Tensor | None, Tensor | None]
-) -> bool:
-    """Whether all is in range, uncounted places included; a GPU is asked once."""
-    highest = [x.amax() for x in logprobs] if logprobs[0].numel() else []
-    ranges = [end for share in shares if share is not None and share.numel() for end in share.aminmax()]
-    asked = (value, distance, *highest, *ranges)
-    on_cpu = value.device.type == "cpu"
-    loss, moved, *found = [x.item() for x in asked] if on_cpu else torch.stack([x.to(value) for x in asked]).tolist()
-    tops, ends = found[: len(highest)], found[len(highest) :]
-    return (
-        math.isfinite(loss + moved)
-        and all(top <= ROUNDING for top in tops)
-        and all(low >= 0 for low in ends[::2])
-        and all(high <= 1 for high in ends[1::2])
-    )
+def _is_sound(finite: Tensor, highest: list[tuple[float | Tensor, float]]) -> Tensor:
+    """() bool: `finite` () is, and no number is above the limit beside it. Memory of the CPU is read at once, which
+    starts no kernel.
+    """
+    if finite.device.type == "cpu" and not torch.compiler.is_compiling():
+        return torch.tensor(math.isfinite(finite.item()) and all(float(x) <= limit for x, limit in highest))
+    excess = [x.to(finite) - limit if isinstance(x, Tensor) else finite.new_tensor(x - limit) for x, limit in highest]
+    return torch.stack([finite * 0.0, *excess]).amax() <= 0  # infinity times 0 is NaN, which amax hands on
+
+
+def _fault(number: float | Tensor, *, positive: bool) -> float | Tensor:
+    """1 where a number is not finite, is below 0 or, if it must be `positive`, 0; else 0."""
+    if isinstance(number, Tensor):
+        fine = number.isfinite() & ((number > 0) if positive else (number >= 0))
+        return 1.0 - fine.reshape(()).double()
+    return float(not (math.isfinite(number) and (number > 0 or (number == 0 and not positive))))
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:

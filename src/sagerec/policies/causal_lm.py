@@ -357,6 +357,10 @@ class CausalLM(Policy[States, States]):
 
     # Logits
 
+    def of_users(self, context: States, users: Tensor) -> States:
+        """The part of some users; see the protocol."""
+        return context.users(users)
+
     def root_logits(self, prefix: States) -> Tensor:
         """Logits of the root's children; see the protocol."""
         return self._root_logits(prefix.hidden)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sagerec.actions.dense import level_widths, wants_static
 from sagerec.actions.space import ActionSpace
 from sagerec.actions.trie import PADDING
 from sagerec.config import require
@@ -60,6 +61,7 @@ class HistoryEncoder(Policy[Context, PrefixT]):
             "the policy's setting content is on, and the items have no vectors; switch content off",
         )
         codes = space.padded()
+        self.widths = level_widths(space.trie)
         self.level_sizes = [int(size) for size in codes.max(dim=0).values + 1]
         self.register_buffer("codes", codes, persistent=False)
         offsets = torch.tensor([0, *self.level_sizes]).cumsum(0)[:-1]
@@ -112,12 +114,17 @@ class HistoryEncoder(Policy[Context, PrefixT]):
 
     def encode(self, items: Tensor, lengths: Tensor, *, slates: int = 1) -> Context:
         """Read histories; see the protocol."""
-        assert bool((lengths >= 1).all()), "every history needs an item"
+        assert wants_static(self.device) or bool((lengths >= 1).all()), "every history needs an item"
         states, caches = self.encode_all(items)
         at = torch.arange(len(items), device=items.device)
         visible = torch.arange(items.shape[1], device=items.device) < lengths[:, None]
         hidden = states[at, lengths - 1].unsqueeze(1)
         return Context(hidden.expand(-1, slates, -1), caches, visible.unsqueeze(1).expand(-1, slates, -1), lengths)
+
+    def of_users(self, context: Context, users: Tensor) -> Context:
+        """The part of some users; see the protocol."""
+        caches = tuple((key[users], value[users]) for key, value in context.caches)
+        return Context(context.hidden[users], caches, context.visible[users], context.positions[users])
 
     def append(self, context: Context, items: Tensor) -> Context:
         """Write one item to each slate; see the protocol."""

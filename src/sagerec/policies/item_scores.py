@@ -29,17 +29,20 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sagerec.actions.dense import node_at
+from sagerec.actions.filters import levels
 from sagerec.actions.groups import group_logsumexp
 from sagerec.actions.space import ActionSpace
 from sagerec.actions.trie import ROOT, Children, Trie
 from sagerec.config import at_least, between
 from sagerec.policies.history_encoder import Context, HistoryEncoder
 from sagerec.policies.layers import FastDropout, SimilarityLayer, check_shape
+from sagerec.policies.protocol import ItemTable
 from sagerec.policies.softmax import full_softmax_loss
 
 LARGEST_TABLE, LARGEST_TABLE_GPU = 2**22, 2**26
 """Numbers that are held at a time: scores, or parts of products."""
-MOST_USERS = 512
+MOST_USERS, MOST_USERS_GPU = 512, 4096
 """Users whose lists are written at a time, where their scores fit a table."""
 ENCODED_ROWS = 64
 """Sequences that training encodes at a time, of like length, so that little is padded."""
@@ -139,6 +142,10 @@ class ItemScores(HistoryEncoder[Prefix]):
     first: Tensor
     place: Tensor
     root_sizes: Tensor
+    above: Tensor
+    """(L, N) int64 which node of each depth a leaf stands under, one more than the last where its sequence ended."""
+    level_bounds: list[tuple[int, int]]
+    """First node of each depth below the root, and the one after its last."""
     frozen: tuple[Tensor, Tensor] | None = None
     """Vectors and biases of the leaves, once the weights do not change any more."""
 
@@ -161,6 +168,14 @@ class ItemScores(HistoryEncoder[Prefix]):
         self.register_buffer("first", first, persistent=False)
         self.register_buffer("place", first[space.leaf(every)], persistent=False)
         self.register_buffer("root_sizes", space.trie.size[children].long(), persistent=False)
+        self.level_bounds = levels(space.trie)[1:]
+        self.register_buffer("above", self._above(), persistent=False)
+
+    def _above(self) -> Tensor:
+        """See `above`."""
+        nodes = torch.stack([node_at(self.space, self.leaves, depth) for depth in range(len(self.level_bounds))])
+        bounds = torch.tensor(self.level_bounds, device=self.device)
+        return torch.where(nodes >= 0, nodes, bounds[:, 1:]) - bounds[:, :1]
 
     def count(self, events: Tensor) -> None:
         """Take how many training events (n_items,) each item has."""
@@ -211,7 +226,16 @@ class ItemScores(HistoryEncoder[Prefix]):
     @property
     def most_users(self) -> int:
         """As many as have a table of scores, of 16 at least."""
-        return min(MOST_USERS, max(16, self._largest_table // len(self.leaves)))
+        most = MOST_USERS if self.device.type == "cpu" else MOST_USERS_GPU
+        return min(most, max(16, self._largest_table // len(self.leaves)))
+
+    def score_items(self, context: Context) -> ItemTable:
+        """Scores of all sequences; see the protocol."""
+        prefix = self.begin(context)
+        scores = prefix.scores
+        if scores is None:
+            scores = biased_scores(prefix.states, prefix.vectors, prefix.bias)
+        return ItemTable(scores, self.leaves, self.place)
 
     def root_logits(self, prefix: Prefix) -> Tensor:
         """Logits of the root's children; see the protocol."""
@@ -235,11 +259,24 @@ class ItemScores(HistoryEncoder[Prefix]):
         sums = scores.new_zeros(len(scores), len(self.root_sizes)).index_add(1, child, (scores - top).exp())
         return sums.clamp(min=FLOOR).log() + top
 
+    def _sums_at(self, scores: Tensor, depth: int) -> Tensor:
+        """(U, n + 1) float32 log-sum-exp of scores (U, N) under each of the n nodes of a depth; the last is of none."""
+        begin, end = self.level_bounds[depth]
+        node = self.above[depth].expand_as(scores)
+        none = scores.new_full((len(scores), end - begin + 1), -torch.inf)
+        top = none.scatter_reduce(1, node, scores.detach(), "amax")
+        sums = torch.zeros_like(top).scatter_add(1, node, (scores - top.gather(1, node)).exp())
+        return sums.clamp(min=FLOOR).log() + top
+
     def child_logits(self, prefix: Prefix, children: Children) -> Tensor:
         """Logits of legal continuations; see the protocol."""
         if prefix.level == 0 and len(children.node) == len(prefix.row) * len(self.root_sizes):
             return self.root_logits(prefix).flatten()
-        size, state = self.space.trie.size[children.node].long(), prefix.row[children.parent]
+        state = prefix.row[children.parent]
+        if prefix.scores is not None and self.has_static_shapes:
+            sums, begin = self._sums_at(prefix.scores, prefix.level), self.level_bounds[prefix.level][0]
+            return sums.flatten()[state * sums.shape[1] + (children.node - begin).clamp(min=0)]
+        size = self.space.trie.size[children.node].long()
         if prefix.scores is not None:
             child, place = places_under(self.first[children.node], size)
             known = prefix.scores.flatten().index_select(0, state[child] * len(prefix.vectors) + place)
@@ -271,6 +308,10 @@ class ItemScores(HistoryEncoder[Prefix]):
         together, for batches hold rows of any.
         """
         vectors = self.item_vectors(torch.arange(self.space.n_items, device=items.device))
+        if self.has_static_shapes:
+            encoded, _ = self.encode_embedded(self.dropout(F.embedding(items, vectors)))
+            places, scored = self.place[targets.flatten()], self.dropout(vectors[self.leaves])
+            return full_softmax_loss(encoded.flatten(0, 1), scored, places, counted.flatten())
         # A row is read as far as its last counted place.
         lengths = (counted * torch.arange(1, items.shape[1] + 1, device=items.device)).amax(dim=1)
         states, wanted = [], []

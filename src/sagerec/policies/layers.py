@@ -46,6 +46,8 @@ class FastDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.threshold == 0:
             return x
+        if torch.compiler.is_compiling():  # a compiler draws in the kernel that multiplies
+            return x * ((torch.rand_like(x) >= self.threshold / 256).to(x.dtype) * (256 / (256 - self.threshold)))
         words = torch.empty((x.numel() + 7) // 8, dtype=torch.int64, device=x.device)
         bytes_ = words.random_(-(2**63), 2**63 - 1).view(torch.uint8)[: x.numel()].view(x.shape)
         return x * ((bytes_ >= self.threshold).to(x.dtype) * (256 / (256 - self.threshold)))
@@ -97,8 +99,11 @@ class Layer(nn.Module):
             query, key = rotate(query, positions), rotate(key, positions)
         if cache is not None:
             key, value = torch.cat([cache[0], key], dim=2), torch.cat([cache[1], value], dim=2)
-        causal = cache is None and mask is None
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
+        if length == 1 and mask is None:  # one position of few keys: a plain product beats a kernel that tiles them
+            attended = (query @ key.transpose(2, 3) / math.sqrt(key.shape[-1])).softmax(dim=-1) @ value
+        else:
+            causal = cache is None and mask is None
+            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal)
         merged = attended.transpose(1, 2).reshape(batch, length, width)
         x = x + self.dropout(self.attention_output(merged))
         inner = self.dropout(F.gelu(self.feed_forward_in(self.norm_feed_forward(x))))

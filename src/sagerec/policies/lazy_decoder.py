@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from sagerec.actions.dense import list_children, node_at
 from sagerec.actions.groups import group_log_softmax
 from sagerec.actions.space import ActionSpace
 from sagerec.actions.trie import ROOT, Children
@@ -27,6 +28,8 @@ from sagerec.policies.layers import FastDropout, KeyValue, Layer, check_shape
 
 DENSE_SHARE = 16
 """Above one child in this many codes of a level, a matrix product over all codes is faster than a gather."""
+GPU_NUMBERS = 2**28
+"""Logits that a GPU holds at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,7 @@ class LazyDecoder(HistoryEncoder[Prefix]):
         width = settings.width
         self.embed_by(space, width, content=settings.content, item_embedding=settings.item_embedding)
         sizes = self.level_sizes
+        self.level_begins = [sum(sizes[:level]) for level in range(len(sizes))]
         self.n_first_codes = len(space.trie.children(torch.tensor([ROOT], device=self.codes.device)).token)
         self.prefix_codes = nn.Embedding(sum(sizes), width)
         self.level_embedding = nn.Parameter(torch.empty(len(sizes), width))
@@ -90,6 +94,13 @@ class LazyDecoder(HistoryEncoder[Prefix]):
         self.decoder = nn.ModuleList(Layer(**shape) for _ in range(settings.decoder_layers))
         self.decoder_norm = nn.LayerNorm(width)
         self.dropout = FastDropout(settings.dropout)
+
+    @property
+    def most_users(self) -> int:
+        """On a GPU as many as it decodes with at most `GPU_NUMBERS` numbers at a time, were there 50 beams."""
+        if self.device.type == "cpu":
+            return super().most_users
+        return min(4096, max(16, GPU_NUMBERS // (50 * max(*self.level_sizes, *self.widths[1:], 1))))
 
     def layers(self) -> Iterable[nn.Module]:
         """The encoder's and the decoder's."""
@@ -139,9 +150,7 @@ class LazyDecoder(HistoryEncoder[Prefix]):
 
     def root_logits(self, prefix: Prefix) -> Tensor:
         """Logits of the root's children; see the protocol."""
-        return self._root_logits(
-            prefix.output, self.space.trie.children(prefix.output.new_zeros(1, dtype=torch.int64)).token
-        )
+        return self._root_logits(prefix.output, self._root_tokens())
 
     def child_logits(self, prefix: Prefix, children: Children) -> Tensor:
         """Logits of legal continuations; see the protocol."""
@@ -152,7 +161,7 @@ class LazyDecoder(HistoryEncoder[Prefix]):
 
         Where the children are few beside all codes of the level, only theirs are computed.
         """
-        begin, size = int(self.level_offsets[level]), self.level_sizes[level]
+        begin, size = self.level_begins[level], self.level_sizes[level]
         if level == 0 and len(children.token) == len(output) * self.n_first_codes:
             return self._root_logits(output, children.token[: self.n_first_codes]).flatten()
         if DENSE_SHARE * len(children.token) > len(output) * size:
@@ -162,6 +171,11 @@ class LazyDecoder(HistoryEncoder[Prefix]):
         products = output[children.parent].float() * weight.float()
         return products.sum(dim=1) + self.head_bias[children.token + begin]
 
+    def _root_tokens(self) -> Tensor:
+        """(n,) int64 tokens of the root's children."""
+        trie = self.space.trie
+        return trie.token[1 : 1 + self.n_first_codes].long()  # nodes are numbered by depth
+
     def _root_logits(self, output: Tensor, tokens: Tensor) -> Tensor:
         """(R, n) float32 logits of the root's n tokens from decoder outputs (R, D)."""
         return F.linear(output, self.head[tokens], self.head_bias[tokens]).float()
@@ -169,6 +183,9 @@ class LazyDecoder(HistoryEncoder[Prefix]):
     def next_item_loss(self, items: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
         """Mean negative log-probability of targets; see the protocol."""
         states, _ = self.encode_all(items)
+        if self.has_static_shapes:
+            nats = -self._static_logprobs(states.flatten(0, 1), targets.flatten())
+            return (nats * counted.flatten()).sum() / counted.sum().clamp(min=1)
         return -self.target_logprobs(states[counted], targets[counted]).sum(dim=1).mean()
 
     def target_logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -188,6 +205,26 @@ class LazyDecoder(HistoryEncoder[Prefix]):
                 block = self._block_logprobs(hidden[rows], codes[rows, :depth], states[rows, : depth + 1])
                 logprobs = logprobs.index_put((rows[:, None], torch.arange(depth, device=rows.device)), block)
         return logprobs
+
+    def _static_logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """`target_logprobs` summed over the codes, (P,), in static shapes: every sequence is read to the end."""
+        space, codes = self.space, self.codes[targets]
+        x = self.dropout(self.prefix_codes(codes[:, :-1].clamp(min=0) + self.level_offsets[:-1]))
+        x = torch.cat([hidden.unsqueeze(1), x], dim=1) + self.level_embedding[: codes.shape[1]]
+        for layer in self.decoder:
+            x, _ = layer(x)
+        x = self.decoder_norm(x)
+        first = self._root_logits(x[:, 0], self._root_tokens()).log_softmax(dim=-1)
+        total = first.gather(1, (node_at(space, targets, 0) - 1)[:, None]).squeeze(1)
+        for level in range(1, codes.shape[1]):
+            states, wanted = node_at(space, targets, level - 1), node_at(space, targets, level)
+            table = list_children(space.trie, states, self.widths[level])
+            logits = self._logits(x[:, level], level, table.children).view_as(table.legal)
+            going = wanted >= 0
+            steps = logits.masked_fill(~table.legal & going[:, None], -torch.inf).log_softmax(dim=1)
+            place = torch.where(going, wanted - table.first, 0)
+            total = total + steps.gather(1, place[:, None]).squeeze(1) * going
+        return total
 
     def _block_logprobs(self, hidden: Tensor, codes: Tensor, states: Tensor) -> Tensor:
         """Log-probabilities (P, n) of the first n codes (P, n), whose prefixes are states (P, n + 1)."""

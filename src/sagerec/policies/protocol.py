@@ -7,11 +7,12 @@ Shapes: B users, G slates of each user, K places, T history items, R prefixes (r
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Generic, Self, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, Self, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from sagerec.actions.dense import wants_static
 from sagerec.actions.space import ActionSpace
 from sagerec.actions.trie import Children
 from sagerec.errors import SettingsError
@@ -27,6 +28,14 @@ class Policy(nn.Module, Generic[ContextT, PrefixT]):
     """What it may write, on the policy's device."""
     max_items: int
     """History items that it reads, the latest ones."""
+    widths: tuple[int, ...] = ()
+    """For each depth of the trie the children of the state that has most (`actions.dense.level_widths`), where the
+    policy takes padded listings of them too; () where it takes ragged ones alone."""
+
+    @property
+    def has_static_shapes(self) -> bool:
+        """Whether lists and log-probabilities are computed in static shapes: on a GPU, and where they are compiled."""
+        return bool(self.widths) and wants_static(self.device)
 
     @property
     def device(self) -> torch.device:
@@ -39,8 +48,8 @@ class Policy(nn.Module, Generic[ContextT, PrefixT]):
 
     @property
     def most_users(self) -> int:
-        """Users whose lists are written at a time, at most."""
-        return 512
+        """Users whose lists are written at a time, at most: few enough for the memory, or a processor's caches."""
+        return 64 if self.device.type == "cpu" else 512
 
     def layers(self) -> Iterable[nn.Module]:
         """Modules that `torch.compile` may compile each for itself."""
@@ -109,6 +118,16 @@ class Policy(nn.Module, Generic[ContextT, PrefixT]):
         tokens = self.space.trie.token[paths.node[paths.depth < reach[paths.owner]]].long()
         return prefix, self.follow(prefix, states_before(slates).flatten(), tokens, reach)
 
+    def score_items(self, context: ContextT) -> "ItemTable | None":
+        """Scores of all sequences after every state, where the policy has them at once: lists are then their best, and
+        no beam is needed. None where it writes token by token.
+        """
+        return None
+
+    def of_users(self, context: ContextT, users: Tensor) -> ContextT | None:
+        """The part of some users (B',) of a context, so that they need not be encoded again; None where none is cut."""
+        return None
+
     def root_logits(self, prefix: PrefixT) -> Tensor:
         """(R, n) float32 logits of the root's n children after empty prefixes."""
         raise NotImplementedError
@@ -140,6 +159,17 @@ def states_before(slates: Tensor) -> Tensor:
     user = torch.arange(batch, device=slates.device)[:, None, None] * (1 + n_slates * (k - 1))
     later = 1 + torch.arange(n_slates * (k - 1), device=slates.device).view(1, n_slates, k - 1)
     return torch.cat([user.expand(-1, n_slates, 1), user + later], dim=2)
+
+
+class ItemTable(NamedTuple):
+    """Every sequence scored at once."""
+
+    scores: Tensor
+    """(R, n) float32 of R states, whose softmax is the policy's distribution."""
+    items: Tensor
+    """(n,) int64 the item that stands for each sequence."""
+    columns: Tensor
+    """(N,) int64 the sequence of each item."""
 
 
 AnyPolicy: TypeAlias = Policy[Any, Any]

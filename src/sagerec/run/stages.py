@@ -294,7 +294,9 @@ def align(run: Run, settings: AlignSettings, *, name: str | None = None) -> str:
     with making(folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed) as needed:
         if needed:
             space = run.space()
-            policy, reference = (read_policy(run.folder / start, space) for _ in range(2))
+            policy = read_policy(run.folder / start, space)
+            # The divergence from it is logged, and may be in the loss; the control has neither.
+            reference = None if settings.row.trains_on_targets else read_policy(run.folder / start, space)
             align_policy(
                 folder,
                 policy,

@@ -98,7 +98,7 @@ def criterion_value(found: dict[str, float], start: dict[str, float], weights: d
 def align_policy(
     folder: Path,
     start: AnyPolicy,
-    reference: AnyPolicy,
+    reference: AnyPolicy | None,
     data: Dataset,
     split: Split,
     settings: AlignSettings,
@@ -109,7 +109,8 @@ def align_policy(
 ) -> AnyPolicy:
     """Run the stage on the events of the part `align` and write its artefact to `folder`.
 
-    `start` is trained, `reference` a second copy of it that stays. Work in progress stands in `folder` + `.training`.
+    `start` is trained, `reference` a second copy of it that stays, None where
+    nothing reads it. Work in progress stands in `folder` + `.training`.
 
     Raises: SettingsError where no event is reserved; RewardError for a reward that this data cannot give;
     TrainingError where loss, gradient or weights are not finite, or what would be kept is lost.
@@ -136,7 +137,7 @@ def align_policy(
     stage = Stage(
         settings=settings,
         policy=start.move(device),
-        reference=reference.move(device).eval(),
+        reference=None if reference is None else reference.move(device).eval(),
         cases=cases,
         feedback=gather_feedback(data, split, cases, store, list(weights), facts),
         facts=to_device(facts, device),

@@ -6,6 +6,7 @@ Shapes: W windows, B windows of a batch, T items of the longest.
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from sagerec.catalogue.splits import Sequences
 from sagerec.errors import TrainingError
@@ -29,15 +30,35 @@ class Windows:
     def n_targets(self) -> int:
         return int(self.lengths.sum())
 
-    def batch(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Inputs (B, T) and targets (B, T) int64, padded with 0, and which places count (B, T) bool."""
+    def batch(self, index: np.ndarray, *, multiple: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Inputs (B, T) and targets (B, T) int64, padded with 0, and which places count (B, T) bool.
+
+        T is the longest, rounded up to a multiple.
+        """
         length = self.lengths[index]
-        places = np.arange(int(length.max()))
+        places = np.arange(-(-int(length.max()) // multiple) * multiple)
         counted = places < length[:, None]
         at = np.where(counted, self.begins[index][:, None] + places, 0)
         inputs = np.where(counted, self.items[at], 0).astype(np.int64)
         targets = np.where(counted, self.items[np.where(counted, at + 1, 0)], 0).astype(np.int64)
         return inputs, targets, counted
+
+
+ROUNDED = 8
+"""On a GPU lengths are multiples of this, so that few shapes occur: each has its own plans, and its own graph."""
+
+
+def on_device(device: torch.device, *arrays: np.ndarray) -> tuple[torch.Tensor, ...]:
+    """Arrays as tensors on a device; a GPU takes them from pinned memory while the host goes on."""
+    tensors = tuple(torch.from_numpy(x) for x in arrays)
+    if device.type != "cuda":
+        return tuple(x.to(device) for x in tensors)
+    return tuple(x.pin_memory().to(device, non_blocking=True) for x in tensors)
+
+
+def device_batch(windows: Windows, index: np.ndarray, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """`Windows.batch` on a device."""
+    return on_device(device, *windows.batch(index, multiple=1 if device.type == "cpu" else ROUNDED))
 
 
 def make_windows(sequences: Sequences, max_items: int) -> Windows:

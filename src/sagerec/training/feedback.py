@@ -98,10 +98,12 @@ class Feedback:
             known = torch.from_numpy(value[index]).to(device)
             found[name] = (slates == targets[:, None, None]) * known[:, None, None]
         if self.similar is not None:
-            scores = torch.from_numpy(history_scores(self.similar, history, lengths, decay=DECAY))
-            best = scores.amax(dim=1).clamp(min=1e-9)[:, None, None]
-            picked = scores.gather(1, slates.cpu().flatten(1)).view(shape)
-            found[rewards.COLLABORATIVE] = (picked / best).float().to(device)
+            scores = history_scores(self.similar, history, lengths, decay=DECAY)
+            asked = slates.cpu().flatten(1).numpy()
+            picked = scores[np.arange(len(asked)).repeat(asked.shape[1]), asked.ravel()]
+            best = np.maximum(scores.max(axis=1).toarray(), 1e-9)
+            values = (np.asarray(picked).reshape(asked.shape) / best).astype(np.float32)
+            found[rewards.COLLABORATIVE] = torch.from_numpy(values).view(shape).to(device)
         return {name: value * there for name, value in found.items()}
 
 

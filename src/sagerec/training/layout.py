@@ -29,6 +29,15 @@ class Layout:
     mask: Tensor
     """(B', G, T) bool: the places that hold one."""
 
+    def part(self, rows: slice) -> "Layout":
+        """Of the units `rows`, all those of some contexts."""
+        cells = self.mask[0].numel()
+        begin, end = rows.start * cells, rows.stop * cells
+        if len(self.place) == self.mask.numel():  # every place of the table has a token, whether it counts or not
+            return Layout(self.place[begin:end] - begin, self.mask[rows])
+        first, last = (int(self.mask[:row].sum()) for row in (rows.start, rows.stop))
+        return Layout(self.place[first:last] - begin, self.mask[rows])
+
     def fill(self, values: Tensor) -> Tensor:
         """Values (F,) of the tokens as a table (B', G, T), 0 where there is none."""
         return values.new_zeros(self.mask.numel()).index_put((self.place,), values).view(self.mask.shape)
@@ -37,6 +46,12 @@ class Layout:
 def lay_out(tokens: FreeTokens, slates: tuple[int, int, int], *, per_item: bool) -> Layout:
     """The layout of the free tokens of slates (B, G, K) by units: slates, or items with the place as their group."""
     batch, group, k = slates
+    if tokens.counted is not None:  # as many places an item: where each stands hangs on nothing else
+        places = len(tokens.item) // (batch * group * k)
+        at = torch.arange(len(tokens.item), device=tokens.item.device).view(batch, group, k, places)
+        order = as_units(at, per_item)
+        place = torch.empty_like(tokens.item).scatter(0, order.flatten(), torch.arange(at.numel(), device=at.device))
+        return Layout(place, tokens.counted[order.flatten()].view(order.shape))
     unit = tokens.item // k
     if per_item:
         unit = (tokens.item // (group * k) * k + tokens.item % k) * group + unit % group

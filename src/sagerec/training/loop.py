@@ -23,7 +23,7 @@ from sagerec.catalogue.splits import Cases
 from sagerec.errors import SettingsError, TrainingError
 from sagerec.progress import Bar, progress_bar
 from sagerec.training import parallel, sharding
-from sagerec.training.batches import Windows, shuffled_batches
+from sagerec.training.batches import Windows, device_batch, shuffled_batches
 from sagerec.training.checkpoints import find_checkpoint, load_checkpoint, read_progress, save_checkpoint
 from sagerec.training.settings import TrainSettings
 from sagerec.training.soundness import check_kept
@@ -49,6 +49,9 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         known = ["auto", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         raise SettingsError(f"device is {name!r}, which is not there; expected one of {', '.join(known)}") from error
+    if device.type == "cuda":
+        # cuDNN's attention builds a plan for every new shape, 20 ms a call; the other kernels need none.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 
@@ -189,7 +192,7 @@ def _sample_loss(model: nn.Module, windows: Windows, settings: TrainSettings, lo
     """The loss of the first windows, a batch of them, in nats an item, without dropout."""
     device = next(model.parameters()).device
     index = np.arange(min(len(windows), settings.batch_size))
-    return float(loss(*(torch.from_numpy(x).to(device) for x in windows.batch(index))))
+    return float(loss(*device_batch(windows, index, device)))
 
 
 def _is_done(progress: dict[str, Any], settings: TrainSettings) -> bool:
@@ -218,7 +221,7 @@ def _train_epoch(
     if rank := parallel.rank():  # the first rank draws as one process does, every other one for itself
         torch.manual_seed(settings.seed * 7_368_787 + epoch + rank * 1_000_000_007)
     model.train()
-    losses, norms = torch.zeros(len(batches)), torch.zeros(len(batches))
+    losses, norms = torch.zeros(len(batches), device=device), torch.zeros(len(batches))
     for number, index in enumerate(batches):
         step = epoch * len(batches) + number
         for group in optimizer.param_groups:
@@ -228,14 +231,15 @@ def _train_epoch(
         own = index[parallel.own_share(len(index))]
         share = windows.lengths[own].sum() / windows.lengths[index].sum()
         own = own if len(own) else index[:1]  # with a share of 0, so that all ranks compute in step
-        inputs, targets, counted = (torch.from_numpy(x).to(device) for x in windows.batch(own))
+        inputs, targets, counted = device_batch(windows, own, device)
         with autocast(settings.precision, device):
             value = loss(inputs, targets, counted) * float(share)
         optimizer.zero_grad()
         value.backward()  # type: ignore[no-untyped-call]
         parallel.add_gradients_up(model)
         norm = parallel.clip_gradients(model, settings.clip_norm)
-        if not bool(torch.isfinite(norm)):
+        norms[number] = norm.item()  # the one wait for the device of a step
+        if not math.isfinite(norms[number]):
             path = work / f"bad-batch-{step}{f'-rank{rank}' if rank else ''}.safetensors"
             save_file({"inputs": inputs.cpu(), "targets": targets.cpu(), "counted": counted.cpu()}, path)
             raise TrainingError(
@@ -243,6 +247,6 @@ def _train_epoch(
                 "Lower the learning rate, or use float32"
             )
         optimizer.step()
-        losses[number], norms[number] = value.detach(), norm
+        losses[number] = value.detach()
         bar.update(step + 1, f"epoch {epoch + 1}")
-    return parallel.add_up(losses.to(device)).mean().item(), norms.mean().item()
+    return parallel.add_up(losses).mean().item(), norms.mean().item()

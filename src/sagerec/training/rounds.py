@@ -6,7 +6,8 @@ or items with credit "item": B' = B of G slates each, or B K of G items each; T 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,117 +15,44 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sagerec.catalogue.splits import Cases
 from sagerec.decoding.rollouts import roll_out
 from sagerec.decoding.slates import slate_logprobs
 from sagerec.errors import NumericalError, TrainingError
 from sagerec.objectives.loss import PolicyLoss, compute_advantages, policy_loss, ratio_spread
-from sagerec.objectives.rewards import Facts, RewardInputs, compute_rewards, of_items, slate_coldness, slate_diversity
+from sagerec.objectives.rewards import RewardInputs, compute_rewards, of_items, slate_coldness, slate_diversity
 from sagerec.objectives.table import Objective
 from sagerec.policies.protocol import AnyPolicy
 from sagerec.training import parallel, sharding
-from sagerec.training.batches import Windows, shuffled_batches
-from sagerec.training.feedback import Feedback
-from sagerec.training.layout import Layout, as_units, lay_out
-from sagerec.training.loop import learning_rate_at
+from sagerec.training.batches import Windows, device_batch, on_device, shuffled_batches
+from sagerec.training.layout import as_units, lay_out
+from sagerec.training.loop import autocast, learning_rate_at
+from sagerec.training.minibatches import CaseBatch as CaseBatch
+from sagerec.training.minibatches import Minibatch as Minibatch
+from sagerec.training.minibatches import Rollouts as Rollouts
+from sagerec.training.minibatches import Stage as Stage
+from sagerec.training.minibatches import pieces
 from sagerec.training.settings import AlignSettings
 
+UNSOUND = "unsound"
+"""Ranks on which something that a policy loss reads is out of range."""
+SUMMED = (UNSOUND, "loss", "policy_loss", "sft_loss_nats", "replay_loss_nats")
+"""Figures of a minibatch's pieces that add up; the others are means."""
 REPLAY = 1
 """Tells the replay's random order from that of the contexts."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """What a running alignment works with."""
-
-    settings: AlignSettings
-    """How."""
-    policy: AnyPolicy
-    """That is aligned."""
-    reference: AnyPolicy
-    """That alignment started from."""
-    optimizer: torch.optim.Optimizer
-    """Of the policy."""
-    cases: Cases
-    """The reserved events."""
-    exclude_history: bool
-    """Whether slates leave out what the user had."""
-    rewards: dict[str, float]
-    """Expression -> weight."""
-    facts: Facts
-    """What rewards know of the catalogue."""
-    feedback: Feedback
-    """Who answers for the users."""
-    work: Path
-    """Where a bad batch is saved."""
-    longest: int = 1
-    """Free tokens that a unit of K items can have, at most: the constant of the aggregation "constant"."""
-    replay: Windows | None = None
-    """Training sequences for the replay, None without one."""
-
-
-@dataclass(frozen=True, slots=True)
-class CaseBatch:
-    """The rank's share of a minibatch."""
-
-    total: int
-    """Contexts of the minibatch over all ranks."""
-    index: np.ndarray
-    """(B,) the cases."""
-    items: Tensor
-    """(B, T) histories."""
-    lengths: Tensor
-    """(B,) their lengths."""
-    excluded: Tensor | None
-    """(B, X) items that no slate may hold."""
-    targets: Tensor
-    """(B,) what the users took next."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rollouts:
-    """The slates of a minibatch's contexts."""
-
-    slates: Tensor
-    """(B, G, K) items."""
-    layout: Layout
-    """Of their free tokens, which alone count."""
-    old_logprobs: Tensor
-    """(B', G, T) nats, under the policy that wrote them."""
-    reference: Tensor | None
-    """(B', G, T) nats, under the policy that alignment started from; None where nobody asks."""
-    rewards: Tensor
-    """(B', G, M) of units."""
-    diversity: Tensor
-    """(B', G) H of the unit's slate."""
-    coldness: Tensor
-    """(B', G) share of cold items in the unit."""
-
-
-@dataclass(frozen=True, slots=True)
-class Minibatch:
-    """What an update learns from; without rollouts, from the targets alone."""
-
-    contexts: CaseBatch
-    rollouts: Rollouts | None = None
-    advantages: Tensor | None = None
-    """(B', G)."""
 
 
 def read_cases(stage: Stage, index: np.ndarray) -> CaseBatch:
     """The rank's share of the cases `index`."""
     own, policy = index[parallel.own_share(len(index))], stage.policy
     history, length = stage.cases.histories(own, policy.max_items)
-    items, lengths = (torch.from_numpy(x).to(policy.device) for x in (history, length))
-    excluded = None
-    if stage.exclude_history:
-        excluded = torch.from_numpy(stage.cases.taken(own)).to(policy.device)
-    targets = torch.from_numpy(policy.space.listed_as(stage.cases.targets[own])).to(policy.device).long()
-    return CaseBatch(len(index), own, items, lengths, excluded, targets)
+    items, lengths, targets = on_device(policy.device, history, length, stage.cases.targets[own].astype(np.int64))
+    excluded = on_device(policy.device, stage.cases.taken(own))[0] if stage.exclude_history else None
+    space = policy.space
+    return CaseBatch(len(index), own, items, lengths, excluded, space.trie.item[space.leaf(targets)].long())
 
 
-def roll_minibatch(stage: Stage, contexts: CaseBatch, generator: torch.Generator, *, with_reference: bool) -> Rollouts:
-    """Slates for the contexts and what they earn."""
+def roll_contexts(stage: Stage, contexts: CaseBatch, generator: torch.Generator) -> Rollouts:
+    """Slates for the contexts and what they earn, without the reference's word on them."""
     settings, policy = stage.settings, stage.policy
     rollout, per_item = settings.rollout, settings.credit == "item"
     # Every rank draws for all contexts and takes its own, so that a context's slates do not hang on the ranks.
@@ -134,13 +62,6 @@ def roll_minibatch(stage: Stage, contexts: CaseBatch, generator: torch.Generator
     rolled = roll_out(policy, *history, rollout, excluded=contexts.excluded, uniforms=uniforms.to(policy.device))
     slates = rolled.items
     layout = lay_out(rolled.tokens, (len(slates), rollout.slates, rollout.k), per_item=per_item)
-    reference = None
-    if with_reference:
-        with torch.no_grad():
-            scored = slate_logprobs(
-                stage.reference, *history, slates, temperature=settings.temperature, excluded=contexts.excluded
-            )
-            reference = layout.fill(scored.tokens.logprobs)
     inputs = RewardInputs(
         sample_ids=torch.from_numpy(stage.cases.rows[contexts.index]).to(policy.device),
         slates=slates,
@@ -149,8 +70,7 @@ def roll_minibatch(stage: Stage, contexts: CaseBatch, generator: torch.Generator
         facts=stage.facts,
         feedback=stage.feedback.answers(
             contexts.index,
-            contexts.items.cpu().numpy(),
-            contexts.lengths.cpu().numpy(),
+            *stage.cases.histories(contexts.index, policy.max_items),
             slates=slates,
             targets=contexts.targets,
         ),
@@ -162,23 +82,46 @@ def roll_minibatch(stage: Stage, contexts: CaseBatch, generator: torch.Generator
         diversity = as_units(diversity.unsqueeze(2).expand_as(slates), True)
         coldness = as_units(of_items(stage.facts.cold, slates).float(), True)
     old = layout.fill(rolled.tokens.logprobs)
-    return Rollouts(slates, layout, old, reference, earned, diversity, coldness)
+    return Rollouts(slates, layout, old, None, earned, diversity, coldness)
+
+
+@torch.no_grad()
+def with_reference(stage: Stage, contexts: CaseBatch, rolled: Rollouts) -> Rollouts:
+    """The rollouts with their log-probabilities under the policy that alignment started from."""
+    assert stage.reference is not None
+    given = {"temperature": stage.settings.temperature, "excluded": contexts.excluded}
+    scored = slate_logprobs(stage.reference, contexts.items, contexts.lengths, rolled.slates, **given)
+    return replace(rolled, reference=rolled.layout.fill(scored.tokens.logprobs))
+
+
+def roll_together(
+    stage: Stage, batches: Sequence[np.ndarray], generator: torch.Generator
+) -> tuple[list[CaseBatch], list[Rollouts]]:
+    """The contexts of minibatches and their slates, rolled out all at once where a GPU has static shapes for it."""
+    if len(batches) == 1 or not stage.policy.has_static_shapes or parallel.n_ranks() > 1:
+        contexts = [read_cases(stage, index) for index in batches]
+        return contexts, [roll_contexts(stage, c, generator) for c in contexts]
+    whole = read_cases(stage, np.concatenate(batches))
+    rolled = roll_contexts(stage, whole, generator)
+    ends = np.cumsum([len(index) for index in batches]).tolist()
+    rows = [slice(end - len(index), end) for index, end in zip(batches, ends, strict=True)]
+    return [whole.part(own) for own in rows], [rolled.part(own) for own in rows]
 
 
 def roll_round(stage: Stage, batches: Sequence[np.ndarray], number: int) -> tuple[list[Minibatch], dict[str, float]]:
     """The minibatches of round `number`, with advantages over all of them and all ranks, and what is logged."""
     settings, policy = stage.settings, stage.policy
-    contexts = [read_cases(stage, index) for index in batches]
     if settings.row.trains_on_targets:
-        return [Minibatch(c) for c in contexts], {}
+        return [Minibatch(read_cases(stage, index)) for index in batches], {}
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
     policy.eval()
     # The divergence is logged of the first minibatch, and of all where the loss holds it.
-    with sharding.gathered(policy), sharding.gathered(stage.reference):
-        rolled = [
-            roll_minibatch(stage, c, generator, with_reference=i == 0 or settings.kl_weight > 0)
-            for i, c in enumerate(contexts)
-        ]
+    gathered_reference = nullcontext() if stage.reference is None else sharding.gathered(stage.reference)
+    with autocast(settings.precision, policy.device), sharding.gathered(policy), gathered_reference:
+        contexts, rolled = roll_together(stage, batches, generator)
+        for i, c in enumerate(contexts if stage.reference is not None else []):
+            if i == 0 or settings.kl_weight > 0:
+                rolled[i] = with_reference(stage, c, rolled[i])
     per_item = settings.credit == "item"
     units = settings.k if per_item else 1
     gathered, tokens = [], []
@@ -211,24 +154,25 @@ def rollout_figures(stage: Stage, made: list[Minibatch], rewards: Tensor, advant
     items = torch.cat([r.slates.flatten(1) for r in rolled]).sort(dim=1).values
     repeats = ((items[:, 1:] == items[:, :-1]) & (items[:, 1:] >= 0)).float()
     first = rolled[0]
-    assert first.reference is not None
-    means = rewards.flatten(0, 1).mean(dim=0).tolist()
-    return {f"reward/{name}": value for name, value in zip(stage.rewards, means, strict=True)} | {
-        "groups_with_hit": hits.float().mean().item(),
-        "advantage_std": advantages.std().item(),
-        "advantage_max": advantages.abs().max().item(),
+    means = rewards.flatten(0, 1).mean(dim=0)
+    figures = {f"reward/{name}": value for name, value in zip(stage.rewards, means, strict=True)} | {
+        "groups_with_hit": hits.float().mean(),
+        "advantage_std": advantages.std(),
+        "advantage_max": advantages.abs().max(),
         **dict(
             zip(
                 ("diversity_q10", "diversity_q50", "diversity_q90"),
-                torch.quantile(diversity, levels).tolist(),
+                torch.quantile(diversity, levels),
                 strict=True,
             )
         ),
-        "coldness": torch.cat([r.coldness.flatten() for r in rolled]).mean().item(),
-        "kl_nats": k3(first.old_logprobs, first.reference, first.layout.mask).item(),
-        "invalid_rate": (items < 0).float().mean().item(),
-        "duplicate_rate": repeats.sum().item() / items.numel(),
+        "coldness": torch.cat([r.coldness.flatten() for r in rolled]).mean(),
+        "invalid_rate": (items < 0).float().mean(),
+        "duplicate_rate": repeats.sum() / items.numel(),
     }
+    if first.reference is not None:
+        figures["kl_nats"] = k3(first.old_logprobs, first.reference, first.layout.mask)
+    return read_figures(figures)
 
 
 def k3(new: Tensor, reference: Tensor, counted: Tensor, total: Tensor | None = None) -> Tensor:
@@ -242,63 +186,85 @@ def k3(new: Tensor, reference: Tensor, counted: Tensor, total: Tensor | None = N
     return ((difference.exp() - difference - 1) * counted).sum() / divisor.clamp(min=1)
 
 
-def losses(stage: Stage, batch: Minibatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """The rank's part of the loss of a minibatch, and detached figures."""
+def losses(
+    stage: Stage, batch: Minibatch, step: int, *, whole: Minibatch | None = None, check: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The rank's part of the loss of a minibatch, and detached figures, `unsound` among them: whether anything is out
+    of range. With `check` that is a NumericalError.
+
+    Of a piece of the minibatch `whole` it is that piece's part; the first has the replay.
+    """
+    whole = batch if whole is None else whole
     settings, policy, contexts = stage.settings, stage.policy, batch.contexts
-    row = settings.row
     share = len(contexts.index) / contexts.total
     total = torch.zeros((), device=policy.device)
     logged: dict[str, Tensor] = {}
     if batch.rollouts is not None:
-        assert batch.advantages is not None
         policy.eval()
-        layout = batch.rollouts.layout
-        scored, entropy = slate_logprobs(
-            policy,
-            contexts.items,
-            contexts.lengths,
-            batch.rollouts.slates,
-            temperature=settings.temperature,
-            excluded=contexts.excluded,
-        )
-        new, mask = layout.fill(scored.logprobs), layout.mask
-        n_units = mask.new_tensor(mask.shape[0] * mask.shape[1], dtype=torch.float32)
-        sizes = {"slate": n_units, "token": mask.sum().float(), "constant": n_units * stage.longest}
-        found = policy_loss(
-            row,
-            logprobs=new,
-            old_logprobs=batch.rollouts.old_logprobs,
-            mask=mask,
-            advantages=batch.advantages,
-            diversity=batch.rollouts.diversity,
-            coldness=batch.rollouts.coldness,
-            denominator=parallel.add_up(sizes[row.aggregation]).clamp(min=1),
-            spread=global_spread(row, new, batch.rollouts.old_logprobs, mask) if row.needs_spread else None,
-        )
-        total = total + settings.policy_weight * found.loss
-        logged |= bound_figures(found, mask)
-        logged |= {"policy_loss": found.loss.detach(), "entropy_nats": entropy.detach()}
-        if settings.kl_weight:
-            assert batch.rollouts.reference is not None
-            n_tokens = parallel.add_up(mask.sum().float())
-            total = total + settings.kl_weight * k3(new, batch.rollouts.reference, mask, n_tokens)
-        if settings.entropy_weight:
-            total = total - settings.entropy_weight * share * entropy
+        total, logged = slate_loss(stage, batch, settings.row, whole=whole, check=check)
     # Dropout hangs on seed, update and rank alone, so that a resumed run draws the same masks.
     torch.manual_seed(settings.seed * 7_368_787 + step + parallel.rank() * 1_000_000_007)
     policy.train()
-    if weight := 1.0 if row.trains_on_targets else settings.sft_weight:
+    if weight := 1.0 if settings.row.trains_on_targets else settings.sft_weight:
         # One target a context, after its last item; the rank's part of the mean over all contexts.
         last = torch.arange(contexts.items.shape[1], device=policy.device) == contexts.lengths[:, None] - 1
         targets = contexts.targets[:, None].expand_as(contexts.items)
         sft = policy.next_item_loss(contexts.items, targets, last) * share
         total = total + weight * sft
         logged["sft_loss_nats"] = sft.detach()
-    if stage.replay is not None:
+    if stage.replay is not None and (batch is whole or contexts.index[0] == whole.contexts.index[0]):
         replayed = replay_loss(policy, stage.replay, step, settings)
         total = total + settings.replay_weight * replayed
         logged["replay_loss_nats"] = replayed.detach()
     policy.eval()
+    return total, logged
+
+
+def slate_loss(
+    stage: Stage, batch: Minibatch, row: Objective, *, whole: Minibatch | None = None, check: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The part of `losses` that slates have in it: policy loss, divergence and entropy, with what is logged of them.
+
+    Without `check`, and in static shapes, nothing is read from the device and no operation hangs on values.
+    """
+    settings, policy, contexts, rolled = stage.settings, stage.policy, batch.contexts, batch.rollouts
+    assert rolled is not None
+    assert batch.advantages is not None
+    layout = rolled.layout
+    scored, entropy = slate_logprobs(
+        policy,
+        contexts.items,
+        contexts.lengths,
+        rolled.slates,
+        temperature=settings.temperature,
+        excluded=contexts.excluded,
+    )
+    new, mask = layout.fill(scored.logprobs), layout.mask
+    every = mask if whole is None or whole.rollouts is None else whole.rollouts.layout.mask
+    n_units = torch.full((), every.shape[0] * every.shape[1], dtype=torch.float32, device=mask.device)
+    sizes = {"slate": n_units, "token": every.sum().float(), "constant": n_units * stage.longest}
+    found = policy_loss(
+        row,
+        logprobs=new,
+        old_logprobs=rolled.old_logprobs,
+        mask=mask,
+        advantages=batch.advantages,
+        diversity=rolled.diversity,
+        coldness=rolled.coldness,
+        denominator=parallel.add_up(sizes[row.aggregation]).clamp(min=1),
+        spread=global_spread(row, new, rolled.old_logprobs, mask) if row.needs_spread else None,
+        check=check,
+    )
+    total = settings.policy_weight * found.loss
+    logged = bound_figures(found, mask)
+    logged |= {"policy_loss": found.loss.detach(), "entropy_nats": entropy.detach()}
+    logged[UNSOUND] = parallel.add_up(1.0 - found.sound.float())
+    if settings.kl_weight:
+        assert rolled.reference is not None
+        n_tokens = parallel.add_up(every.sum().float())
+        total = total + settings.kl_weight * k3(new, rolled.reference, mask, n_tokens)
+    if settings.entropy_weight:
+        total = total - settings.entropy_weight * (len(contexts.index) / contexts.total) * entropy
     return total, logged
 
 
@@ -319,7 +285,7 @@ def replay_loss(policy: AnyPolicy, windows: Windows, step: int, settings: AlignS
     if not len(own):  # fewer sequences than ranks
         parallel.add_up(torch.zeros((), device=policy.device))
         return torch.zeros((), device=policy.device)
-    inputs, targets, counted = (torch.from_numpy(x).to(policy.device) for x in windows.batch(own))
+    inputs, targets, counted = device_batch(windows, own, policy.device)
     n_own = counted.sum().float()
     return policy.next_item_loss(inputs, targets, counted) * n_own / parallel.add_up(n_own.clone())
 
@@ -331,18 +297,17 @@ def bound_figures(found: PolicyLoss, mask: Tensor) -> dict[str, Tensor]:
     """
     ratio, at_bound = found.diagnostics["ratio"], found.diagnostics["at_bound"]
     coefficient, advantages = found.coefficient, found.advantages
-    if ratio.ndim == 3:
-        advantages = advantages.unsqueeze(2).expand_as(ratio)[mask]
-        ratio, at_bound, coefficient = ratio[mask], at_bound[mask], coefficient[mask]
-    positive, negative = advantages > 0, advantages < 0
-    sample = ratio.flatten()[:: max(1, ratio.numel() // 4096)].float()
-    low, middle, high = torch.quantile(sample, sample.new_tensor([0.05, 0.5, 0.95])).unbind()
+    counted = mask if ratio.ndim == 3 else torch.ones_like(at_bound)
+    advantages = advantages.unsqueeze(2).expand_as(ratio) if ratio.ndim == 3 else advantages
+    positive, negative, n = counted & (advantages > 0), counted & (advantages < 0), counted.sum().clamp(min=1)
+    sample = ratio.masked_fill(~counted, math.nan).flatten()[:: max(1, ratio.numel() // 4096)].float()
+    low, middle, high = torch.nanquantile(sample, sample.new_tensor([0.05, 0.5, 0.95])).unbind()
     return {
         "ratio_q05": low,
         "ratio_q50": middle,
         "ratio_q95": high,
-        "share_at_upper": (at_bound & positive).float().mean(),
-        "share_at_lower": (at_bound & negative).float().mean(),
+        "share_at_upper": (at_bound & positive).sum() / n,
+        "share_at_lower": (at_bound & negative).sum() / n,
         "coefficient_positive": (coefficient * positive).sum() / positive.sum().clamp(min=1),
         "coefficient_negative": (coefficient * negative).sum() / negative.sum().clamp(min=1),
     }
@@ -352,32 +317,44 @@ def update(stage: Stage, batch: Minibatch, step: int, total_steps: int) -> dict[
     """One step of AdamW on a minibatch. Raises: TrainingError where loss or gradient is not finite, the batch saved."""
     settings, policy = stage.settings, stage.policy
     stage.optimizer.zero_grad()
-    try:
-        loss, logged = losses(stage, batch, step)
-    except NumericalError as error:
-        raise TrainingError(
-            f"update {step}: {error}; the batch is saved in {save_batch(stage, batch, step)}. "
-            "Lower --learning-rate, or look at the rewards in metrics.jsonl"
-        ) from error
-    if loss.requires_grad:
-        loss.backward()  # type: ignore[no-untyped-call]
+    logged: dict[str, Tensor] = {}
+    for piece in pieces(batch, settings.micro_users):
+        with autocast(settings.precision, policy.device):
+            loss, found = losses(stage, piece, step, whole=batch)
+        if loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]
+        share = 1.0 if piece is batch else len(piece.contexts.index) / len(batch.contexts.index)
+        for name, value in (found | {"loss": loss.detach()}).items():
+            logged[name] = logged.get(name, 0.0) + value * (1.0 if name in SUMMED else share)
     parallel.add_gradients_up(policy)
-    norm = parallel.clip_gradients(policy, settings.clip_norm)
-    if not math.isfinite(float(norm)) or not math.isfinite(float(loss.detach())):
+    logged["gradient_norm"] = parallel.clip_gradients(policy, settings.clip_norm)
+    figures = read_figures(logged)
+    if figures.pop(UNSOUND, 0.0) or not math.isfinite(figures["gradient_norm"] + figures["loss"]):
         path = save_batch(stage, batch, step)
+        try:
+            with autocast(settings.precision, policy.device):
+                for piece in pieces(batch, settings.micro_users):
+                    losses(stage, piece, step, whole=batch, check=True)
+        except NumericalError as error:
+            raise TrainingError(
+                f"update {step}: {error}; the batch is saved in {path}. "
+                "Lower --learning-rate, or look at the rewards in metrics.jsonl"
+            ) from error
         raise TrainingError(
-            f"loss {loss.item()} with gradient norm {norm.item()} at update {step}; the batch is saved in {path}. "
-            "Lower --learning-rate, or look at the rewards in metrics.jsonl"
+            f"loss {figures['loss']} with gradient norm {figures['gradient_norm']} at update {step}; the batch is "
+            f"saved in {path}. Lower --learning-rate, or look at the rewards in metrics.jsonl"
         )
     rate = learning_rate_at(step, total_steps, settings.learning_rate, settings.warmup_share)
     for group in stage.optimizer.param_groups:
         group["lr"] = rate
     stage.optimizer.step()
-    return {name: value.item() for name, value in logged.items()} | {
-        "loss": float(loss.detach()),
-        "gradient_norm": float(norm),
-        "learning_rate": rate,
-    }
+    return figures | {"learning_rate": rate}
+
+
+def read_figures(logged: dict[str, Tensor]) -> dict[str, float]:
+    """Figures () off the device, all in one wait for it."""
+    read = torch.stack([value.detach().double() for value in logged.values()]).tolist()
+    return dict(zip(logged, read, strict=True))
 
 
 def save_batch(stage: Stage, batch: Minibatch, step: int) -> Path:
