@@ -262,13 +262,21 @@ def test_static_rollouts_store_what_the_loss_recomputes(
     torch.testing.assert_close(found[1].scores(), found[0].scores(), rtol=1e-4, atol=1e-4)
 
 
+def move(policy: Any) -> None:
+    """Move the weights a little, so that ratios leave 1."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+
+
 def stage(kind: str, folder: Path, **change: Any) -> Stage:
     """An alignment of a small policy on made-up events, rewarded for hits."""
     policy, reference = (KINDS[kind]() for _ in range(2))
     events = np.random.default_rng(0).integers(0, N, (8, 6)).astype(np.int32)
     starts = np.arange(8, dtype=np.int64) * 6
     settings = AlignSettings(
-        reward=("hit=1",), slates=4, batch_users=4, round_users=8, kl_weight=0.1, device="cpu", **change
+        reward=("hit=1", "cold=1"), slates=4, batch_users=4, round_users=8, kl_weight=0.1, device="cpu", **change
     ).resolved()
     cluster = torch.arange(N)[:, None] % 5
     cases = Cases(np.arange(8, dtype=np.int32), events[:, -1], starts + 5, starts, events.ravel())
@@ -279,7 +287,7 @@ def stage(kind: str, folder: Path, **change: Any) -> Stage:
         optimizer=make_optimizer(policy, 0.01, 0.0),
         cases=cases,
         exclude_history=True,
-        rewards={"hit": 1.0},
+        rewards={"hit": 1.0, "cold": 1.0},
         facts=Facts(
             cold=torch.arange(N) % 4 == 0,
             novelty=torch.zeros(N),
@@ -304,13 +312,13 @@ def stage(kind: str, folder: Path, **change: Any) -> Stage:
 def test_the_loss_of_an_alignment_is_one_graph(
     kind: str, change: dict[str, Any], tmp_path: Path, as_on_a_gpu: Callable[[bool], None]
 ) -> None:
-    """After an update, where the ratio has left 1: loss, figures and gradient of the ragged stage, and of the graph."""
+    """Where the ratio has left 1: loss, figures and gradient of the ragged stage, and of the graph."""
     found = []
     for on in (False, True):
         as_on_a_gpu(on)
         made = stage(kind, tmp_path, **change)
         minibatches, _ = roll_round(made, [np.arange(4), np.arange(4, 8)], 0)
-        update(made, minibatches[0], 0, 10)
+        move(made.policy)
         row = made.settings.row
         call = traced(lambda batch, made=made, row=row: slate_loss(made, batch, row, check=False)) if on else None
         if call is None:
@@ -323,25 +331,26 @@ def test_the_loss_of_an_alignment_is_one_graph(
     torch.testing.assert_close(found[1][2], found[0][2], rtol=1e-2, atol=1e-4)
 
 
-@kinds
-@pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("change", [{}, {"objective": "dapo"}, {"k": 2, "credit": "item", "entropy_weight": 0.1}])
+@pytest.mark.parametrize(("kind", "static"), [("lazy-decoder", True), ("item-scores", False), ("item-scores", True)])
+@pytest.mark.parametrize("change", [{"objective": "dapo"}, {"k": 2, "credit": "item", "entropy_weight": 0.1}])
 def test_an_update_in_pieces_is_that_of_the_whole(
     kind: str, static: bool, change: dict[str, Any], tmp_path: Path, as_on_a_gpu: Callable[[bool], None]
 ) -> None:
-    """Gradients of one and three contexts add up, after an update that has moved the ratio from 1."""
+    """Gradients of one and three contexts add up, where the ratio has left 1."""
     as_on_a_gpu(static)
-    figures, weights = [], []
+    figures, gradients = [], []
     for size in (0, 1, 3):
-        made = stage(kind, tmp_path, micro_users=size, sft_weight=0.0, **change)
+        made = stage(kind, tmp_path, micro_users=size, sft_weight=0.0, clip_norm=1e6, **change)
         minibatches, _ = roll_round(made, [np.arange(4), np.arange(4, 8)], 0)
-        update(made, minibatches[0], 0, 10)
+        move(made.policy)
         figures.append(update(made, minibatches[1], 1, 10))
-        weights.append(made.policy.item_codes.weight.detach().clone())
+        gradients.append(made.policy.item_codes.weight.grad.clone())
+    assert abs(figures[0]["loss"]) > 0.01
     for name in ("loss", "policy_loss", "gradient_norm", "entropy_nats"):
-        assert figures[1][name] == pytest.approx(figures[0][name], rel=1e-3, abs=1e-5)
-        assert figures[2][name] == pytest.approx(figures[0][name], rel=1e-3, abs=1e-5)
-    torch.testing.assert_close(weights[1:], [weights[0], weights[0]], rtol=1e-3, atol=1e-3)
+        for found in figures[1:]:
+            assert found[name] == pytest.approx(figures[0][name], rel=1e-3, abs=1e-5)
+    for gradient in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0], rtol=1e-3, atol=1e-4)
 
 
 @kinds

@@ -13,6 +13,8 @@ import faiss
 import numpy as np
 
 ITERATIONS = 25
+MOST_POINTS, LEAST_POINTS = 2**18, 64
+"""Points that centroids are fitted to, drawn from all: at most, and for each centroid at least."""
 Clustering = Callable[[np.ndarray, int, int], tuple[np.ndarray, np.ndarray]]
 """Points (N, D), number of clusters C and seed -> centroids (C, D) float32 and the cluster (N,) int32 of each."""
 
@@ -47,7 +49,7 @@ def kmeans(points: np.ndarray, size: int, seed: int) -> tuple[np.ndarray, np.nda
         niter=ITERATIONS,
         seed=seed,
         min_points_per_centroid=1,
-        max_points_per_centroid=1024,
+        max_points_per_centroid=max(LEAST_POINTS, MOST_POINTS // size),
     )
     model.train(points)
     _, nearest = model.index.search(points, 1)
