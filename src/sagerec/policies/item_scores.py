@@ -300,7 +300,7 @@ class ItemScores(HistoryEncoder[Prefix]):
         return sums.clamp(min=FLOOR).log() + top
 
     def _static_sums(self, prefix: Prefix, cells: Tensor) -> Tensor:
-        """(R, C) float32 log-sum-exp of the scores under nodes `cells` (R, C) of the next depth, counted from its first.
+        """(R, C) float32 log-sum-exp of scores under nodes `cells` (R, C) of the next depth, counted from its first.
 
         In static shapes: scores are summed by all nodes of the depth, as many rows at a time as a table holds.
         """
