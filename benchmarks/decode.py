@@ -200,7 +200,8 @@ def main() -> int:
         "results": {
             "contenders": list(results.values()),
             "items_alone_after_codes": [
-                float((trie.size[states] == 1).float().mean()) for states in trie.walk(policy.codes)[:, 1:].unbind(1)
+                float((trie.size[states] == 1).float().mean())
+                for states in trie.walk(policy.codes.cpu())[:, 1:].unbind(1)
             ],
             "proven_in_one_pass": float(first_pass.exact.float().mean()),
             "probability_of_lists": float(exact.logprobs.exp().sum(dim=1).mean()),

@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sagerec.actions.dense import spend
 from sagerec.catalogue.splits import Cases
-from sagerec.decoding.beam import BeamLists, beam_lists, best_of, exact_lists
+from sagerec.decoding.beam import BLOCK, BeamLists, beam_lists, best_of, exact_lists, highest
+from sagerec.decoding.captured import capture_lists
 from sagerec.decoding.rollouts import RolloutSettings, roll_out
 from sagerec.decoding.slates import slate_logprobs
 from sagerec.decoding.static_beam import beam_step, begin_beam, static_lists
-from sagerec.errors import TrainingError
+from sagerec.errors import SettingsError, TrainingError
 from sagerec.objectives.loss import policy_loss
 from sagerec.objectives.rewards import Facts, Membership
 from sagerec.policies import history_encoder, protocol
@@ -385,3 +387,74 @@ def test_an_update_that_is_not_sound_saves_its_batch_and_says_why(tmp_path: Path
         update(made, minibatches[0], 3, 10)
     assert torch.equal(made.policy.item_codes.weight, before)
     assert (tmp_path / "bad-batch-3-rank0.safetensors").is_file()
+
+
+def capture(policy: Any) -> Callable[[Tensor, Tensor, Tensor], BeamLists]:
+    return capture_lists(policy, n_users=1, longest=12, excluded=4, k=5)
+
+
+def test_a_capture_needs_a_gpu() -> None:
+    with pytest.raises(SettingsError, match=r"a LazyDecoder on cpu cannot be captured; expected .* on a GPU"):
+        capture(small_policy())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@kinds
+def test_captured_lists_are_those_of_a_pass(kind: str) -> None:
+    policy = KINDS[kind]().move("cuda")
+    items, lengths = (x.cuda() for x in histories(2, batch=3))
+    replay = capture(policy)
+    for row in range(3):
+        barred = items[row : row + 1, :2]
+        given = (items[row : row + 1], lengths[row : row + 1])
+        expected = beam_lists(policy, policy.encode(*given), 1, k=5, beams=50, excluded=barred)
+        assert_same_lists(replay(*given, barred), expected)
+
+
+@kinds
+def test_static_shapes_read_nothing_from_the_device(kind: str, as_on_a_gpu: Callable[[bool], None]) -> None:
+    """Lists, log-probabilities and the next-item loss without one operation whose result or shape the host must know:
+    what keeps a GPU waiting, and a graph from being captured. The policy is frozen, as for serving.
+    """
+    as_on_a_gpu(True)
+    policy = KINDS[kind]()
+    items, lengths = histories(3)
+    excluded, slates = items[:, :2].contiguous(), torch.arange(20, 30).view(5, 2, 1)
+    counted = torch.arange(items.shape[1]) < lengths[:, None]
+    asked: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            asked.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        policy.next_item_loss(items, items, counted)
+        slate_logprobs(policy, items, lengths, slates, excluded=excluded)
+        policy.freeze()
+        with torch.no_grad():
+            beam_lists(policy, policy.encode(items, lengths), len(items), k=5, beams=9, excluded=excluded)
+    assert len(asked) > 100
+    waits = {
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "unique_dim",
+        "_unique2",
+        "bincount",
+        "equal",
+        "is_nonzero",
+    }
+    assert not waits & set(asked)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_highest_by_blocks_are_the_highest(seed: int) -> None:
+    """Also with many equal values and with rows that are nearly empty."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(0, 50, (6, 20 * BLOCK), generator=generator).float()
+    values[0, 7:] = -torch.inf
+    best, place = highest(values, 9)
+    assert torch.equal(best, values.topk(9, dim=1).values)
+    assert torch.equal(values.gather(1, place), best)
+    assert all(len(set(row.tolist())) == 9 for row in place)

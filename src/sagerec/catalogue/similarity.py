@@ -33,7 +33,8 @@ def item_similarities(train: Sequences, n_items: int, *, neighbours: int, shrink
         _neighbours_of(by_item, taken, counts, range(begin, end), neighbours=neighbours, shrinkage=shrinkage)
         for begin, end in pairwise(bounds)
     ]
-    return sparse.vstack(parts, format="csr")
+    found: sparse.csr_matrix = sparse.vstack(parts, format="csr")
+    return found
 
 
 def _neighbours_of(
@@ -68,4 +69,5 @@ def history_scores(
     user = np.broadcast_to(np.arange(len(history))[:, None], history.shape)
     shape = (len(history), similar.shape[0])
     profile = sparse.csr_matrix((weight[inside], (user[inside], history[inside])), shape=shape)
-    return profile @ similar
+    found: sparse.csr_matrix = profile @ similar
+    return found

@@ -26,6 +26,8 @@ from sagerec.decoding.static_beam import static_lists
 from sagerec.errors import SettingsError
 from sagerec.policies.protocol import ContextT, ItemTable, Policy, PrefixT
 
+BLOCK = 64
+"""Neighbouring scores of which the highest is looked at first."""
 ROUNDING = 1e-3
 """Nats by which sums of float32 log-probabilities may be off."""
 
@@ -202,19 +204,31 @@ def best_of(
     table: ItemTable, k: int, excluded: Tensor | None, filters: Filters | None, policy: Policy[Any, Any]
 ) -> BeamLists:
     """The K highest scores (B, n) of sequences that are not left out, with their shares of the softmax over all."""
-    scores = table.scores
-    normaliser = scores.logsumexp(dim=1, keepdim=True)
+    logprobs = table.scores.log_softmax(dim=1)
     if filters is not None:
         leaf = policy.space.leaf(table.items)
         closed = torch.stack([one.open[leaf] == 0 for one in filters.filters])
-        scores = scores.masked_fill(closed[filters.which], -math.inf)
+        logprobs = logprobs.masked_fill(closed[filters.which], -math.inf)
+    n = logprobs.shape[1]
+    # To whole blocks, with a column at least to which what is no item goes.
+    wide = F.pad(logprobs, (0, BLOCK - n % BLOCK), value=-math.inf)
     if excluded is not None and excluded.shape[1]:
-        # What is no item bars a column of its own.
-        column = torch.where(excluded >= 0, table.columns[excluded.clamp(min=0)], scores.shape[1])
-        wide = torch.cat([scores, scores.new_zeros(len(scores), 1)], dim=1)
-        scores = wide.scatter(1, column, -math.inf)[:, :-1]
-    best, place = scores.topk(min(k, scores.shape[1]), dim=1)
-    items = table.items[place].masked_fill(best == -math.inf, NO_ITEM)
+        wide = wide.scatter(1, torch.where(excluded >= 0, table.columns[excluded.clamp(min=0)], n), -math.inf)
+    best, place = highest(wide, min(k, n))
+    items = table.items[place.clamp(max=n - 1)].masked_fill(best == -math.inf, NO_ITEM)
     missing = k - best.shape[1]
-    items, logprobs = F.pad(items, (0, missing), value=NO_ITEM), F.pad(best - normaliser, (0, missing), value=-math.inf)
-    return BeamLists(items, logprobs, best.new_ones(len(best), dtype=torch.bool))
+    items, best = F.pad(items, (0, missing), value=NO_ITEM), F.pad(best, (0, missing), value=-math.inf)
+    return BeamLists(items, best, best.new_ones(len(best), dtype=torch.bool))
+
+
+def highest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`topk` of values (B, n) in whole blocks: the K highest lie in the K blocks whose highest are highest, so that
+    only these are sorted.
+    """
+    blocks = values.unflatten(1, (-1, BLOCK))
+    if blocks.shape[1] <= k:
+        return values.topk(k, dim=1)
+    chosen = blocks.amax(dim=2).topk(k, dim=1).indices
+    best, place = blocks.gather(1, chosen[:, :, None].expand(-1, -1, BLOCK)).flatten(1).topk(k, dim=1)
+    block = torch.div(place, BLOCK, rounding_mode="floor")
+    return best, chosen.gather(1, block) * BLOCK + place % BLOCK

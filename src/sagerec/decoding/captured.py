@@ -40,7 +40,7 @@ def capture_lists(
     def write() -> BeamLists:
         return beam_lists(policy, policy.encode(items, lengths), n_users, k=k, beams=beams, excluded=out)
 
-    aside = torch.cuda.Stream(device)
+    aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     aside.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(aside):
         for _ in range(WARM_UPS):

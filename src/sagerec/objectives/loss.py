@@ -223,7 +223,8 @@ def _evaluate(
     group: Tensor | None = None,
 ) -> tuple[PolicyLoss, Tensor, Tensor]:
     """`policy_loss` whatever is given, and the two factors of its gradient; nothing is read from a GPU."""
-    counted = mask.view(torch.uint8).to(torch.promote_types(logprobs.dtype, torch.float32))
+    bits = mask if torch.compiler.is_compiling() else mask.view(torch.uint8)  # without a compiler bytes convert faster
+    counted = bits.to(torch.promote_types(logprobs.dtype, torch.float32))
     counts = counted.sum(dim=2)
     if gain is None:
         assert rewards is not None

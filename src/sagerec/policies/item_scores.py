@@ -192,7 +192,7 @@ class ItemScores(HistoryEncoder[Prefix]):
         self.register_buffer("first", first, persistent=False)
         self.register_buffer("place", first[space.leaf(every)], persistent=False)
         self.register_buffer("root_sizes", space.trie.size[children].long(), persistent=False)
-        self.level_bounds = levels(space.trie)[1:]
+        self.level_bounds, self.is_unique = levels(space.trie)[1:], space.is_unique
         self.register_buffer("above", self._above(), persistent=False)
 
     def _above(self) -> Tensor:
@@ -207,7 +207,7 @@ class ItemScores(HistoryEncoder[Prefix]):
 
     def embed_items(self, items: Tensor) -> Tensor:
         """Embeddings (…, D) of item indices (…) as the encoder reads them."""
-        if self.frozen is not None and self.space.is_unique:
+        if self.frozen is not None and self.is_unique:
             return F.embedding(self.place[items], self.frozen[0])
         embedded: Tensor = self.dropout(self.item_vectors(items))
         return embedded

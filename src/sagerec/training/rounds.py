@@ -300,8 +300,8 @@ def bound_figures(found: PolicyLoss, mask: Tensor) -> dict[str, Tensor]:
     counted = mask if ratio.ndim == 3 else torch.ones_like(at_bound)
     advantages = advantages.unsqueeze(2).expand_as(ratio) if ratio.ndim == 3 else advantages
     positive, negative, n = counted & (advantages > 0), counted & (advantages < 0), counted.sum().clamp(min=1)
-    sample = ratio.masked_fill(~counted, math.nan).flatten()[:: max(1, ratio.numel() // 4096)].float()
-    low, middle, high = torch.nanquantile(sample, sample.new_tensor([0.05, 0.5, 0.95])).unbind()
+    some = slice(None, None, max(1, ratio.numel() // 4096))
+    low, middle, high = quantiles(ratio.flatten()[some].float(), counted.flatten()[some], (0.05, 0.5, 0.95))
     return {
         "ratio_q05": low,
         "ratio_q50": middle,
@@ -311,6 +311,20 @@ def bound_figures(found: PolicyLoss, mask: Tensor) -> dict[str, Tensor]:
         "coefficient_positive": (coefficient * positive).sum() / positive.sum().clamp(min=1),
         "coefficient_negative": (coefficient * negative).sum() / negative.sum().clamp(min=1),
     }
+
+
+def quantiles(values: Tensor, counted: Tensor, shares: Sequence[float]) -> list[Tensor]:
+    """Quantiles () of those of values (n,) that are counted (n,), between neighbours in proportion, as `torch.quantile`
+    gives them; that looks at values to check them.
+    """
+    ordered, last = values.masked_fill(~counted, math.inf).sort().values, (counted.sum() - 1).clamp(min=0)
+    found = []
+    for share in shares:
+        at = last * share
+        below = at.floor().long()
+        low, high = ordered[below], ordered[torch.minimum(below + 1, last)]
+        found.append(torch.lerp(low, high, (at - below).to(low.dtype)))
+    return found
 
 
 def update(stage: Stage, batch: Minibatch, step: int, total_steps: int) -> dict[str, float]:
