@@ -88,7 +88,7 @@ def main() -> int:
     return 1 if record["ok"] is False else 0
 
 
-def draw_inputs(shape: tuple[int, int, int], seed: int) -> dict[str, Tensor]:
+def draw_inputs(shape: tuple[int, int, int], seed: int) -> dict[str, Any]:
     """Log-probabilities, ratios about 1, a mask, three rewards, diversity and coldness."""
     generator = torch.Generator().manual_seed(seed)
     rand = partial(torch.rand, generator=generator)
@@ -106,13 +106,13 @@ def draw_inputs(shape: tuple[int, int, int], seed: int) -> dict[str, Tensor]:
     }
 
 
-def plain_step(x: dict[str, Tensor]) -> Tensor:
+def plain_step(x: dict[str, Any]) -> Tensor:
     """Gradient of the masked cross-entropy mean."""
     loss = -(x["logprobs"] * x["mask"]).sum() / x["mask"].sum()
     return torch.autograd.grad(loss, x["logprobs"])[0]
 
 
-def objective_step(name: str, x: dict[str, Tensor]) -> Tensor:
+def objective_step(name: str, x: dict[str, Any]) -> Tensor:
     """Gradient of an objective's loss."""
     return torch.autograd.grad(policy_loss(name, **x).loss, x["logprobs"])[0]
 

@@ -43,7 +43,7 @@ from sagerec.policies.softmax import full_softmax_loss
 
 LARGEST_TABLE, LARGEST_TABLE_GPU = 2**22, 2**26
 """Numbers that are held at a time: scores, or parts of products."""
-MOST_USERS, MOST_USERS_GPU = 512, 4096
+MOST_USERS, MOST_USERS_GPU = 128, 4096
 """Users whose lists are written at a time, where their scores fit a table."""
 ENCODED_ROWS = 64
 """Sequences that training encodes at a time, of like length, so that little is padded."""
