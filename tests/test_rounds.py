@@ -121,3 +121,11 @@ def test_the_rate_follows_its_schedule_and_the_gradient_is_clipped(run: Run) -> 
     assert figures["gradient_norm"] > 1e-3
     norm = sum(float(p.grad.square().sum()) for p in stage.policy.parameters() if p.grad is not None) ** 0.5
     assert norm == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_quantiles_are_those_of_what_is_counted() -> None:
+    """Of 1, 2, 4, 8 the median is 3 and the quartile 1.75; of one value all are that value."""
+    values, counted = torch.tensor([9.0, 4.0, 1.0, 8.0, 2.0]), torch.tensor([False, True, True, True, True])
+    found = rounds.quantiles(values, counted, (0.0, 0.25, 0.5, 1.0))
+    assert [float(x) for x in found] == [1.0, 1.75, 3.0, 8.0]
+    assert float(rounds.quantiles(values, values == 4, (0.3,))[0]) == 4.0

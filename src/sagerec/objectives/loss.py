@@ -292,7 +292,7 @@ def _is_sound(finite: Tensor, highest: list[tuple[float | Tensor, float]]) -> Te
     """
     if finite.device.type == "cpu" and not torch.compiler.is_compiling():
         return torch.tensor(math.isfinite(finite.item()) and all(float(x) <= limit for x, limit in highest))
-    excess = [x.to(finite) - limit if isinstance(x, Tensor) else finite.new_tensor(x - limit) for x, limit in highest]
+    excess = [x.to(finite) - limit if isinstance(x, Tensor) else finite.new_full((), x - limit) for x, limit in highest]
     return torch.stack([finite * 0.0, *excess]).amax() <= 0  # infinity times 0 is NaN, which amax hands on
 
 

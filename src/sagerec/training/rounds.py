@@ -322,7 +322,8 @@ def quantiles(values: Tensor, counted: Tensor, shares: Sequence[float]) -> list[
     for share in shares:
         at = last * share
         below = at.floor().long()
-        low, high = ordered[below], ordered[torch.minimum(below + 1, last)]
+        ends = torch.stack([below, torch.minimum(below + 1, last)])
+        low, high = ordered.gather(0, ends).unbind()
         found.append(torch.lerp(low, high, (at - below).to(low.dtype)))
     return found
 
