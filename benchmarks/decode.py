@@ -211,7 +211,10 @@ def main() -> int:
         "ok": all(entry["ok"] for entry in checks + limits),
     }
     if not settings.quick:
-        policies = {"LazyDecoder": policy, "item scores": make_item_scores(codes, settings).move(settings.device)}
+        policies: dict[str, AnyPolicy] = {
+            "LazyDecoder": policy,
+            "item scores": make_item_scores(codes, settings).move(settings.device),
+        }
         record["results"]["over_encoding"] = {
             name: over_encoding(one, histories, settings) for name, one in policies.items()
         }

@@ -23,7 +23,6 @@ import torch
 import tyro
 from rich.console import Console
 from text import TextSettings, draw_titles, write_space
-from torch.autograd import DeviceType
 from trie import GB, describe_run, machine_line, table
 
 from sagerec.catalogue.splits import Cases
@@ -110,7 +109,7 @@ def measure(name: str, step: Callable[[], Any], device: torch.device, repetition
         events = profile.key_averages()
         row["launches"] = sum(e.count for e in events if e.key in LAUNCHES)
         row["waits"] = sum(e.count for e in events if e.key in WAITS) - 1
-        row["device_ms"] = sum(e.self_device_time_total for e in events if e.device_type == DeviceType.CUDA) / 1e3
+        row["device_ms"] = sum(e.self_device_time_total for e in events if e.device_type.name == "CUDA") / 1e3
         row["peak_gb"] = torch.cuda.max_memory_allocated(device) / GB
     return row
 
@@ -132,7 +131,7 @@ def of_run(settings: StepSettings, device: torch.device) -> list[dict[str, Any]]
         with autocast("auto", device):
             loss = policy.next_item_loss(*given)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         assert bool(norm.isfinite())
         optimizer.step()

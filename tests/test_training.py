@@ -29,7 +29,7 @@ from sagerec.policies.lazy_decoder import LazyDecoderSettings
 from sagerec.policies.registry import read_policy
 from sagerec.run.folder import Run
 from sagerec.run.stages import RunSettings, evaluate, make_actions, prepare, train
-from sagerec.training.batches import make_windows, shuffled_batches
+from sagerec.training.batches import Windows, device_batch, make_windows, shuffled_batches
 from sagerec.training.checkpoints import newest_checkpoint, save_checkpoint
 from sagerec.training.loop import fit, learning_rate_at
 from sagerec.training.settings import TrainSettings
@@ -427,3 +427,11 @@ def test_a_damaged_checkpoint_is_gone_on_without(tmp_path: Path, caplog: pytest.
     state.write_bytes(state.read_bytes()[:-1] + b"x")
     assert newest_checkpoint(tmp_path) is None
     assert "state.safetensors was changed after it was written" in caplog.text
+
+
+def test_on_a_gpu_lengths_are_rounded_up() -> None:
+    """Three inputs become eight, of which five do not count; the meta device stands for a GPU."""
+    windows = Windows(np.arange(9, dtype=np.int32), np.array([0, 4]), np.array([3, 2]))
+    plain = device_batch(windows, np.array([0, 1]), torch.device("cpu"))
+    assert [x.shape for x in plain] == [(2, 3)] * 3
+    assert [x.shape for x in device_batch(windows, np.array([0, 1]), torch.device("meta"))] == [(2, 8)] * 3

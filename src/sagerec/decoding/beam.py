@@ -174,7 +174,7 @@ def exact_lists(
     """
     if len(items) > policy.most_users:
         parts = []
-        for rows in torch.arange(len(items), device=items.device).split(policy.most_users):
+        for rows in torch.split(torch.arange(len(items), device=items.device), policy.most_users):
             out = None if excluded is None else excluded[rows]
             of_rows = None if filters is None else filters.of_rows(rows)
             given: dict[str, Any] = {"k": k, "beams": beams, "excluded": out, "filters": of_rows, "widen": widen}
@@ -225,7 +225,7 @@ def highest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """`topk` of values (B, n) in whole blocks: the K highest lie in the K blocks whose highest are highest, so that
     only these are sorted.
     """
-    blocks = values.unflatten(1, (-1, BLOCK))
+    blocks = values.view(len(values), -1, BLOCK)
     if blocks.shape[1] <= k:
         return values.topk(k, dim=1)
     chosen = blocks.amax(dim=2).topk(k, dim=1).indices

@@ -140,7 +140,6 @@ def policy_loss(
     denominator: float | Tensor | None = None,
     advantages: Tensor | None = None,
     spread: float | Tensor | None = None,
-    check: bool = True,
 ) -> PolicyLoss:
     """The loss of an objective, with its gradient to `logprobs`.
 
@@ -160,9 +159,6 @@ def policy_loss(
         advantages: (B, G) from `compute_advantages` on the global batch, in place of `rewards`.
         spread: `ratio_spread` of the global batch, the unit of boost and penalty where a row's `bound_unit` says so;
             that of this batch if not given.
-        check: look whether all is in range, which waits for the device. Without it, and in `torch.compile`, whose graph
-            nothing here breaks, nothing is read: the caller looks at `sound` when it reads other figures, and calls
-            again with the check to be told what is wrong.
 
     A slate without a counted token adds 0. Log-ratios are held within 20 nats of 0. bfloat16 and float16 are computed
     in float32.
@@ -171,16 +167,58 @@ def policy_loss(
     value, for what is not finite or out of its range: a counted log-probability above 0 (by more than rounding), a
     diversity or coldness outside [0, 1] that the row reads, a denominator of 0 or less, a spread below 0; and where
     loss or gradient is not finite in the type in which it is returned. (A gradient that only the loss scaling of the
-    caller takes out of range is infinite, as its GradScaler expects.)
+    caller takes out of range is infinite, as its GradScaler expects.) To see that nothing is out of range waits for a
+    GPU; in `torch.compile`, whose graph nothing here breaks, it is left to the caller, as in `deferred_policy_loss`.
 
     """
-    row = find_objective(objective)
+    return _policy_loss(
+        find_objective(objective),
+        reads=not torch.compiler.is_compiling(),
+        logprobs=logprobs,
+        old_logprobs=old_logprobs,
+        mask=mask,
+        rewards=rewards,
+        weights=weights,
+        diversity=diversity,
+        coldness=coldness,
+        group=group,
+        denominator=denominator,
+        advantages=advantages,
+        spread=spread,
+    )
+
+
+def deferred_policy_loss(objective: str | Objective, **given: Any) -> PolicyLoss:
+    """`policy_loss` of the same arguments that reads nothing from the device and refuses no value.
+
+    The caller looks at `sound` when it reads other figures, and calls `policy_loss` to be told what is wrong.
+    """
+    return _policy_loss(find_objective(objective), reads=False, **given)
+
+
+def _policy_loss(
+    row: Objective,
+    *,
+    reads: bool,
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    mask: Tensor,
+    rewards: Tensor | None = None,
+    weights: Tensor | None = None,
+    diversity: Tensor | None = None,
+    coldness: Tensor | None = None,
+    group: Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    advantages: Tensor | None = None,
+    spread: float | Tensor | None = None,
+) -> PolicyLoss:
+    """Both of the above; values are looked at only if it `reads`."""
     _check(row, logprobs, old_logprobs, mask, rewards, advantages, diversity, coldness, denominator, spread)
     given: dict[str, Any] = {"logprobs": logprobs, "old_logprobs": old_logprobs}
     facts: dict[str, Any] = {"mask": mask, "denominator": denominator, "spread": spread}
     facts |= {"diversity": diversity if row.needs_diversity else None}
     facts |= {"coldness": coldness if row.needs_coldness else None}
-    if not check or torch.compiler.is_compiling():
+    if not reads:
         read = {name: x.where(mask, 0.0) for name, x in given.items()}
         return _evaluate(row, **read, rewards=rewards, weights=weights, group=group, gain=advantages, **facts)[0]
     found, _, _ = _evaluate(row, **given, rewards=rewards, weights=weights, group=group, gain=advantages, **facts)

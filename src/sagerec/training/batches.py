@@ -30,13 +30,10 @@ class Windows:
     def n_targets(self) -> int:
         return int(self.lengths.sum())
 
-    def batch(self, index: np.ndarray, *, multiple: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Inputs (B, T) and targets (B, T) int64, padded with 0, and which places count (B, T) bool.
-
-        T is the longest, rounded up to a multiple.
-        """
+    def batch(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Inputs (B, T) and targets (B, T) int64, padded with 0, and which places count (B, T) bool."""
         length = self.lengths[index]
-        places = np.arange(-(-int(length.max()) // multiple) * multiple)
+        places = np.arange(int(length.max()))
         counted = places < length[:, None]
         at = np.where(counted, self.begins[index][:, None] + places, 0)
         inputs = np.where(counted, self.items[at], 0).astype(np.int64)
@@ -57,8 +54,12 @@ def on_device(device: torch.device, *arrays: np.ndarray) -> tuple[torch.Tensor, 
 
 
 def device_batch(windows: Windows, index: np.ndarray, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """`Windows.batch` on a device."""
-    return on_device(device, *windows.batch(index, multiple=1 if device.type == "cpu" else ROUNDED))
+    """`Windows.batch` on a device, on a GPU with T rounded up."""
+    arrays = windows.batch(index)
+    if device.type != "cpu":
+        missing = -arrays[0].shape[1] % ROUNDED
+        arrays = tuple(np.pad(x, ((0, 0), (0, missing))) for x in arrays)
+    return on_device(device, *arrays)
 
 
 def make_windows(sequences: Sequences, max_items: int) -> Windows:

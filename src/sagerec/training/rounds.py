@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,13 @@ from torch import Tensor
 from sagerec.decoding.rollouts import roll_out
 from sagerec.decoding.slates import slate_logprobs
 from sagerec.errors import NumericalError, TrainingError
-from sagerec.objectives.loss import PolicyLoss, compute_advantages, policy_loss, ratio_spread
+from sagerec.objectives.loss import (
+    PolicyLoss,
+    compute_advantages,
+    deferred_policy_loss,
+    policy_loss,
+    ratio_spread,
+)
 from sagerec.objectives.rewards import RewardInputs, compute_rewards, of_items, slate_coldness, slate_diversity
 from sagerec.objectives.table import Objective
 from sagerec.policies.protocol import AnyPolicy
@@ -89,7 +96,7 @@ def roll_contexts(stage: Stage, contexts: CaseBatch, generator: torch.Generator)
 def with_reference(stage: Stage, contexts: CaseBatch, rolled: Rollouts) -> Rollouts:
     """The rollouts with their log-probabilities under the policy that alignment started from."""
     assert stage.reference is not None
-    given = {"temperature": stage.settings.temperature, "excluded": contexts.excluded}
+    given: dict[str, Any] = {"temperature": stage.settings.temperature, "excluded": contexts.excluded}
     scored = slate_logprobs(stage.reference, contexts.items, contexts.lengths, rolled.slates, **given)
     return replace(rolled, reference=rolled.layout.fill(scored.tokens.logprobs))
 
@@ -243,7 +250,7 @@ def slate_loss(
     every = mask if whole is None or whole.rollouts is None else whole.rollouts.layout.mask
     n_units = torch.full((), every.shape[0] * every.shape[1], dtype=torch.float32, device=mask.device)
     sizes = {"slate": n_units, "token": every.sum().float(), "constant": n_units * stage.longest}
-    found = policy_loss(
+    found = (policy_loss if check else deferred_policy_loss)(
         row,
         logprobs=new,
         old_logprobs=rolled.old_logprobs,
@@ -253,7 +260,6 @@ def slate_loss(
         coldness=rolled.coldness,
         denominator=parallel.add_up(sizes[row.aggregation]).clamp(min=1),
         spread=global_spread(row, new, rolled.old_logprobs, mask) if row.needs_spread else None,
-        check=check,
     )
     total = settings.policy_weight * found.loss
     logged = bound_figures(found, mask)
