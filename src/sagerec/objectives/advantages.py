@@ -81,10 +81,10 @@ def decoupled(
     scale = torch.add(weights / (deviation + eps), deviation, alpha=0.0)  # infinity times 0 is NaN
     total = (centred * scale).sum(dim=2)
     if tokens is None:
-        total = total - total.mean()
-        spread = torch.linalg.vector_norm(total) / math.sqrt(max(total.numel() - 1, 1))
-        return torch.add(total / (spread + eps), spread, alpha=0.0)
+        total -= total.mean()
+        spread = torch.linalg.vector_norm(total).div_(math.sqrt(max(total.numel() - 1, 1)))
+        return torch.add(total.div_(spread + eps), spread, alpha=0.0)
     share = tokens.to(total.dtype)
-    total = total - (share * total).sum() / share.sum().clamp(min=1)
+    total -= (share * total).sum() / share.sum().clamp(min=1)
     spread = ((share * total.square()).sum() / (share.sum() - 1).clamp(min=1)).sqrt()
     return torch.add(total / (spread + eps), spread, alpha=0.0)

@@ -29,6 +29,9 @@ ROUNDING = 0.01
 """Log-probabilities may lie this many nats above 0: a log-softmax is rounded."""
 
 
+SOUND, UNSOUND = torch.tensor(True), torch.tensor(False)
+
+
 class PolicyLoss(NamedTuple):
     """What an objective says of a batch."""
 
@@ -293,15 +296,16 @@ def _evaluate(
         found = found._replace(coefficient=found.coefficient.mul_(counted), at_bound=found.at_bound & mask)
         value = _dot(found.surrogate.mul_(counted).sum(dim=2), per_token.expand_as(counts))
         slope, share = (gain * per_token).unsqueeze(2), found.coefficient
-    highest = [(x.amax(), ROUNDING) for x in (new, old) if x.numel()]
+    ranges: list[tuple[float | Tensor, float, float]] = [(x, -math.inf, math.inf) for x in (value, distance)]
+    ranges += [(x.amax(), -math.inf, ROUNDING) for x in (new, old) if x.numel()]
     for one in (diversity, coldness):
         if one is not None and one.numel():
-            least, most = one.aminmax()
-            highest += [(-least, 0.0), (most, 1.0)]
+            ends = one.aminmax()
+            ranges += [(ends.min, 0.0, math.inf), (ends.max, -math.inf, 1.0)]
     numbers = [_fault(x, positive=x is denominator) for x in (denominator, spread) if x is not None]
-    sound = _is_sound(value + distance, highest + [(fault, 0.0) for fault in numbers])
+    sound = _are_within(ranges + [(fault, 0.0, 0.0) for fault in numbers], value)
     if logprobs.dtype != counted.dtype:
-        sound &= (slope * share).to(logprobs.dtype).isfinite().all()
+        sound = sound & (slope * share).to(logprobs.dtype).isfinite().all()
     return (
         PolicyLoss(
             loss=_WithGradient.apply(logprobs, value, slope, share),  # type: ignore[no-untyped-call]
@@ -324,14 +328,19 @@ def ratio_spread(objective: str | Objective, *, logprobs: Tensor, old_logprobs: 
     return (counted.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).square().sum() / n.clamp(min=1)).sqrt()
 
 
-def _is_sound(finite: Tensor, highest: list[tuple[float | Tensor, float]]) -> Tensor:
-    """() bool: `finite` () is, and no number is above the limit beside it. Memory of the CPU is read at once, which
-    starts no kernel.
+def _are_within(ranges: list[tuple[float | Tensor, float, float]], like: Tensor) -> Tensor:
+    """() bool: every number is finite and between the two beside it, on the device of `like`. Memory of the CPU is read
+    at once, which starts no kernel.
     """
-    if finite.device.type == "cpu" and not torch.compiler.is_compiling():
-        return torch.tensor(math.isfinite(finite.item()) and all(float(x) <= limit for x, limit in highest))
-    excess = [x.to(finite) - limit if isinstance(x, Tensor) else finite.new_full((), x - limit) for x, limit in highest]
-    return torch.stack([finite * 0.0, *excess]).amax() <= 0  # infinity times 0 is NaN, which amax hands on
+    if like.device.type == "cpu" and not torch.compiler.is_compiling():
+        for x, low, high in ranges:
+            if not (low <= (number := float(x)) <= high and math.isfinite(number)):
+                return UNSOUND
+        return SOUND
+    held = [x.to(like) if isinstance(x, Tensor) else like.new_full((), x) for x, _, _ in ranges]
+    excess = [torch.maximum(x - high, low - x) for x, (_, low, high) in zip(held, ranges, strict=True)]
+    finite = torch.stack(held).isfinite().all()
+    return finite & (torch.stack(excess).amax() <= 0)
 
 
 def _fault(number: float | Tensor, *, positive: bool) -> float | Tensor:
