@@ -5,6 +5,7 @@ torchrun … tests/ranks.py FOLDER        all of `on_ranks`, for copies of a run
 
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sagerec.policies.registry import PolicySettings
-from sagerec.run.folder import open_run
+from sagerec.run.folder import Run, open_run
 from sagerec.run.stages import align, train
 from sagerec.training import alignment, loop, parallel, sharding
 from sagerec.training.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
@@ -37,6 +38,20 @@ ALIGN = replace(
 )
 
 
+LM_TRAIN = replace(TRAIN, epochs=2, learning_rate=0.1, validation_users=8)
+LM_ALIGN = replace(
+    ALIGN,
+    learning_rate=0.05,
+    k=2,
+    batch_users=8,
+    round_users=16,
+    max_contexts=27,
+    passes=1,
+    kl_weight=0.1,
+    validations=0,
+)
+
+
 def plain_steps(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=learning_rate)
 
@@ -45,11 +60,27 @@ class StoppedError(Exception):
     """A stage that was ended after its first checkpoint."""
 
 
+def language_settings(folder: Path) -> PolicySettings:
+    """A tiny Qwen3 that reads in pieces, of which the ranks have unlike numbers, and drops what is old."""
+    model = str(folder.parent / "model")
+    return PolicySettings(kind="causal-lm", model=model, max_items=20, max_tokens=24, micro_tokens=256)
+
+
+STAGES: dict[str, Callable[[Run], object]] = {
+    "train": lambda run: train(run, NO_DROPOUT, TRAIN),
+    "align": lambda run: align(run, ALIGN),
+    "lm-train": lambda run: train(run, language_settings(run.folder), LM_TRAIN),
+    "lm-align": lambda run: align(run, LM_ALIGN),
+}
+"""Of the LazyDecoder, which every rank holds whole, and of a language model in shards."""
+
+
 def run_stage(stage: str, folder: Path, *, stop: bool = False) -> None:
     """A stage of a run, by plain gradient steps; `stop` ends it after its first checkpoint."""
 
-    def save_and_stop(*given: Any, **named: Any) -> None:
-        save_checkpoint(*given, **named)
+    def save_and_stop(work: Path, step: int, model: nn.Module, *given: Any, **named: Any) -> None:
+        assert sharding.is_sharded(model.parameters()) == (stage.startswith("lm") and parallel.n_ranks() > 1)
+        save_checkpoint(work, step, model, *given, **named)
         parallel.share_from_first(None)  # no rank ends before the checkpoint is there
         raise StoppedError
 
@@ -60,10 +91,7 @@ def run_stage(stage: str, folder: Path, *, stop: bool = False) -> None:
                 patched.setattr(module, "save_checkpoint", save_and_stop)
         run = open_run(folder)
         try:
-            if stage == "train":
-                train(run, NO_DROPOUT, TRAIN)
-            else:
-                align(run, ALIGN)
+            STAGES[stage](run)
         except StoppedError:
             assert stop
 
@@ -112,7 +140,7 @@ def run_shards(out: Path, source: Path) -> None:
 
 def on_ranks(folder: Path) -> None:
     """Each stage whole, and the second half of one that one process began; a first half; a model in shards."""
-    for stage in ("train", "align"):
+    for stage in STAGES:
         run_stage(stage, folder / f"{stage}-two")
         run_stage(stage, folder / f"{stage}-one-then-two")
         run_stage(stage, folder / f"{stage}-two-then-one", stop=True)

@@ -46,6 +46,10 @@ class Policy(nn.Module, Generic[ContextT, PrefixT]):
         """Modules that `torch.compile` may compile each for itself."""
         return ()
 
+    def blocks(self) -> Iterable[nn.Module]:
+        """Modules that several ranks hold in shards, and that run in `forward` alone; without any all hold all."""
+        return ()
+
     def count(self, events: Tensor) -> None:
         """Take how many training events (N,) float32 each item has, before training; most policies need not know."""
 
@@ -132,6 +136,10 @@ class Policy(nn.Module, Generic[ContextT, PrefixT]):
         Args: items, targets (B, T) item indices; counted (B, T) bool. Each token is normalised over the legal ones.
         """
         raise NotImplementedError
+
+    def n_targets(self, items: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
+        """() float32 places that `next_item_loss` of these takes the mean over."""
+        return counted.sum().float()
 
 
 def states_before(slates: Tensor) -> Tensor:

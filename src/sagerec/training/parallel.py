@@ -74,6 +74,11 @@ def add_up(values: Tensor) -> Tensor:
     return values
 
 
+def share_of(own: Tensor) -> Tensor:
+    """What a rank's count () is of that of all ranks, 1 without others: the weight of its mean in theirs."""
+    return own / add_up(own.clone()).clamp(min=1) if n_ranks() > 1 else torch.ones_like(own)
+
+
 def add_gradients_up(model: nn.Module) -> None:
     """Replace every gradient by its sum over the ranks, in one message; those of weights in shards are sums already."""
     if n_ranks() == 1:
