@@ -1,12 +1,15 @@
 """What the tests of `test_torchrun` run: in their own process, and on the ranks of torchrun.
 
 torchrun … tests/ranks.py FOLDER        all of `on_ranks`, for copies of a run that stand in FOLDER
+torchrun … tests/ranks.py FOLDER tasks  three tasks of a study, one of which fails
 """
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from sagerec.errors import SettingsError
 from sagerec.policies.registry import PolicySettings
 from sagerec.run.folder import Run, open_run
 from sagerec.run.stages import align, train
+from sagerec.study.workers import do_tasks, over_ranks
 from sagerec.training import alignment, loop, parallel, sharding
 from sagerec.training.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
 from tests.conftest import SMALL_TRAIN
@@ -138,6 +143,15 @@ def run_shards(out: Path, source: Path) -> None:
     parallel.share_from_first(None)
 
 
+def mark(folder: Path, number: int, threads: int, device: str) -> str:
+    """A task of a study: leaves a file that says which rank did it, and is one process as far as it can see."""
+    if number == 1:
+        raise SettingsError("task 1 cannot be done")
+    assert parallel.n_ranks() == parallel.launched() == 1
+    (folder / f"{number}-by-{os.environ['RANK']}").touch()
+    return str(number)
+
+
 def on_ranks(folder: Path) -> None:
     """Each stage whole, and the second half of one that one process began; a first half; a model in shards."""
     for stage in STAGES:
@@ -150,5 +164,9 @@ def on_ranks(folder: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.INFO)
-    parallel.join_ranks(torch.device("cpu"))
-    on_ranks(Path(sys.argv[1]))
+    target = Path(sys.argv[1])
+    if sys.argv[2:] == ["tasks"]:
+        over_ranks(lambda: do_tasks([(partial(mark, target, i), "cpu") for i in range(3)], 1), 1)
+    else:
+        parallel.join_ranks(torch.device("cpu"))
+        on_ranks(target)

@@ -208,3 +208,28 @@ def test_two_ranks_share_the_weights_of_a_language_model(done: Path) -> None:
     assert len(weights) > 20
     assert all(torch.equal(again[name], two[name]) for name in weights)
     assert all(torch.equal(resumed[name], one[name]) for name in weights)
+
+
+def test_ranks_share_the_jobs_of_a_study(store_folder: Path, tmp_path: Path) -> None:
+    """`sagerec compare` under torchrun gives the table of one process; the second rank does its part of the jobs."""
+    flags = ["--objectives", "sage", "--seeds", "1", "--trials", "0", "--baselines", "popularity"]
+    flags += ["--bootstrap-samples", "100", "--run.ids.levels", "2", "--run.ids.codebook-size", "16"]
+    flags += ["--run.policy.width", "32", "--run.policy.max-items", "20", "--run.train.epochs", "1"]
+    flags += ["--run.train.device", "cpu", "--run.evaluate.k", "10", "--run.evaluate.beams", "20"]
+    flags += ["--align.slates", "4", "--align.epochs", "1", "--align.device", "cpu", "--align.validations", "1"]
+    compare = ["-m", "sagerec.cli", "compare", store_folder]
+    said = finish(start(2, *compare, *flags, "--out", tmp_path / "two"))
+    finish(start(1, *compare, *flags, "--out", tmp_path / "one"))
+    assert "is done; the other processes do theirs" in said
+    one, two = (json.loads((tmp_path / name / "study.json").read_text()) for name in ("one", "two"))
+    for first, second in zip(one["rows"], two["rows"], strict=True):
+        assert first["metrics"] == second["metrics"]
+    refused = finish(start(2, *compare, *flags, "--processes", "2", "--out", tmp_path / "two"), status=1)
+    assert "processes is 2, and torchrun starts 2; leave it out" in " ".join(refused.split())
+
+
+def test_the_tasks_of_a_study_are_split_and_what_fails_is_named(tmp_path: Path) -> None:
+    """Two ranks, three tasks of which the second rank's fails: the others are done, and the first rank says whose."""
+    said = finish(start(2, RANKS, tmp_path, "tasks"), status=1)
+    assert "process 1 of the study: task 1 cannot be done" in " ".join(said.split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0-by-0", "2-by-0"]

@@ -456,7 +456,8 @@ class CausalLM(Policy[States, States]):
 
     def outputs(self, token: Tensor, rows: Rows) -> Tensor:
         """Outputs (M, D) of texts of tokens (M,), each text a row, read from the beginning."""
-        return self(rows, token, rows.slot, None, ())[0]
+        hidden: Tensor = self(rows, token, rows.slot, None, ())[0]
+        return hidden
 
     def _pieces(self, rows: Tensor, widths: Tensor) -> list[Tensor]:
         """Rows (n,) that are `widths` (n,) tokens wide, in pieces of like width that `micro_tokens` bear."""
