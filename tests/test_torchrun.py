@@ -22,11 +22,12 @@ from safetensors.torch import load_file
 from sagerec.catalogue.splits import SplitSettings
 from sagerec.cli import main
 from sagerec.cli.failures import explain
+from sagerec.errors import SettingsError
 from sagerec.policies.registry import PolicySettings
 from sagerec.run.folder import open_run
 from sagerec.run.stages import make_actions, prepare, train
 from sagerec.training import loop, parallel
-from sagerec.training.checkpoints import read_progress
+from sagerec.training.checkpoints import find_checkpoint, read_progress
 from sagerec.training.settings import TrainSettings
 from sagerec.training.tracking import read_metrics
 from tests.conftest import ENVIRONMENT, ROOT, SMALL_IDS, SMALL_TRAIN
@@ -192,6 +193,12 @@ def test_a_lost_rank_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert explain(error, [], while_parsing=False) == (1, parallel.LOST)
     assert explain(RuntimeError("shapes differ"), [], while_parsing=False) is None
+
+
+def test_a_rank_with_other_settings_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(parallel, "share_from_first", lambda value: [{"epochs": 2}, {}])
+    with pytest.raises(SettingsError, match=r"has another training than the first: got .*'epochs': 3.*, expected"):
+        find_checkpoint(tmp_path, [{"epochs": 3}, {}], "training")
 
 
 def test_two_ranks_share_the_weights_of_a_language_model(done: Path) -> None:

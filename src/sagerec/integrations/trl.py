@@ -231,12 +231,13 @@ def _check_vocabulary(model: Any, ends: Sequence[int], legal: LegalTokens) -> No
         f"the model has {known} tokens, and `legal` writes ids up to {legal.vocabulary - 1}; expected a model whose "
         "embeddings were resized for the Semantic IDs' tokens",
     )
-    inside = sorted({*legal.space.trie.token[1:].tolist()} & {*ends})
     require(
-        legal.end in ends and not inside,
-        f"completions end at the tokens {list(ends)} (of tokenizer and model), those of `legal` at {legal.end}"
-        f"{f', and {inside} stand within items' if inside else ''}; expected that token among them, and none of an item",
+        legal.end in ends,
+        f"completions end at the tokens {list(ends)} (of tokenizer and model), and those of `legal` at {legal.end}; "
+        "expected that token among them",
     )
+    inside = sorted({*legal.space.trie.token[1:].tolist()} & {*ends})
+    require(not inside, f"the end tokens {inside} of tokenizer or model stand within items; expected others")
 
 
 def _check_row(row: Objective, facts: Mapping[str, Any]) -> None:
