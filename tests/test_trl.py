@@ -339,7 +339,7 @@ def test_a_diversity_that_is_no_share_is_named(given: list[Any], message: str, m
 @pytest.mark.parametrize(
     ("end", "model", "message"),
     [
-        (23, {}, "completions end at the tokens .1. .of tokenizer and model., those of `legal` at 23; expected that"),
+        (23, {}, "completions end at the tokens .1. .of tokenizer and model., and those of `legal` at 23; expected"),
         (40, {}, "the model has 24 tokens, and `legal` writes ids up to 40; expected a model whose embeddings"),
         (END, {"eos_token_id": [END, 10]}, "the end tokens .10. of tokenizer or model stand within"),
     ],
