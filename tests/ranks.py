@@ -48,6 +48,7 @@ LM_ALIGN = replace(
     ALIGN,
     learning_rate=0.05,
     k=2,
+    beam_slates=1,
     batch_users=8,
     round_users=16,
     max_contexts=27,

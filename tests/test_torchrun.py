@@ -221,6 +221,7 @@ def test_ranks_share_the_jobs_of_a_study(store_folder: Path, tmp_path: Path) -> 
     """`sagerec compare` under torchrun gives the table of one process; the second rank does its part of the jobs."""
     flags = ["--objectives", "sage", "--seeds", "1", "--trials", "0", "--baselines", "popularity"]
     flags += ["--bootstrap-samples", "100", "--run.ids.levels", "2", "--run.ids.codebook-size", "16"]
+    flags += ["--run.ids.text-dimensions", "16", "--run.ids.collaborative-dimensions", "16"]
     flags += ["--run.policy.width", "32", "--run.policy.max-items", "20", "--run.train.epochs", "1"]
     flags += ["--run.train.device", "cpu", "--run.evaluate.k", "10", "--run.evaluate.beams", "20"]
     flags += ["--align.slates", "4", "--align.epochs", "1", "--align.device", "cpu", "--align.validations", "1"]
