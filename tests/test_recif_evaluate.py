@@ -154,6 +154,28 @@ def test_rows_are_skipped_as_published_and_counted(tmp_path: Path, evaluate: Run
     assert found["notes"][0] == "1 answers name no item and count as misses"
 
 
+def test_json_as_python_writes_it_is_read(tmp_path: Path, evaluate: Run) -> None:
+    """NaN and halves of surrogate pairs, which strict JSON does not have, are no reason to skip a row; a row whose answer
+    is NaN is. Users that are NaN are users of their own. An id that is null counts and is hit by nothing, as published.
+    """
+    folder, nan = tmp_path / "b", float("nan")
+    rows = [
+        row(tag(A), uid=nan, score=nan, answer_pid=[None, 11]),
+        row(tag(A), uid=nan, answer_pid=f"[11, {nan}]".replace("nan", "NaN")),
+        row(nan),
+        row(tag(B), title="x") | {"messages": json.dumps([{"role": "user", "content": "\ud83d"}])},
+    ]
+    write_task(folder, "video", rows)
+    write_map(folder, {1: [(11, 1)]})
+    record = evaluate([{"task": "video", "row": r, "predictions": [tag(A)]} for r in (0, 1, 3)])
+    found = record["tasks"]["video"]
+    assert (found["samples"], found["skipped_by_reason"]) == (3, {"answer is empty": 1})
+    assert found["metrics"]["pass@1"] == 2 / 3
+    assert found["metrics"]["pid_recall@1"] == (1 / 2 + 1 / 2) / 3
+    assert found["metrics"]["pid_position1_pass@1"] == 1 / 3
+    assert found["intervals"]["pass@1"] != [2 / 3, 2 / 3]
+
+
 def test_metadata_as_object_and_answers_in_columns(tmp_path: Path, evaluate: Run) -> None:
     folder = tmp_path / "b"
     table = {
