@@ -33,6 +33,9 @@ class RecifEvaluate:
     """Run folder, of a dataset that `sagerec import recif` made."""
     policy: tuple[str, ...] = ("policy",)
     """Which policies of the run, each a row of the table; later ones are compared with earlier ones."""
+    unconstrained: bool = True
+    """Also report what a language model writes without the trie, as the published evaluation does, as a row of its own
+    named POLICY-unconstrained."""
     measure: Annotated[RecifSettings, FLAT] = field(default_factory=RecifSettings)
     """What is measured."""
     judge_folder: Path | None = None
@@ -61,7 +64,8 @@ class RecifEvaluate:
         systems: list[System] = [PredictionsFile(path) for path in self.predictions]
         if self.run is not None:
             run = open_run(self.run)
-            systems += [RunPolicy(run, name, self.device) for name in self.policy]
+            for policy in (RunPolicy(run, name, self.device) for name in self.policy):
+                systems += policy.ways if self.unconstrained else [policy]
         evaluate_systems(
             benchmark, systems, self.out, self.measure, judge=self.judge(), save_predictions=self.save_predictions
         )
