@@ -1,5 +1,6 @@
 """RecIF-Bench by a language model that writes titles: imported, trained, aligned, evaluated both ways."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -84,8 +85,19 @@ def test_titles_are_evaluated_constrained_and_unconstrained(text_run: Run, bench
             assert found["metrics"]["recall@32"] > 0
     assert len(record["differences"]) == 6 * 2
     assert "| policy-sage | policy | video |" in (tmp_path / "recif.md").read_text(encoding="utf-8")
-    assert main([*words, "--no-unconstrained"]) == 0
-    assert list(read_record(tmp_path / "recif.json")["systems"]) == ["policy", "policy-sage"]
+
+
+def test_policies_of_several_runs_stand_in_one_table(text_run: Run, benchmark: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(text_run.folder, other)
+    small = tmp_path / "b" / "video"
+    shutil.copytree(benchmark / "benchmark_data" / "video", small)
+    words = ["recif", "evaluate", "--benchmark", str(small.parent), "--run", str(text_run.folder), str(other)]
+    assert main([*words, "--device", "cpu", "--no-unconstrained", "--out", str(tmp_path / "out")]) == 0
+    record = read_record(tmp_path / "out" / "recif.json")
+    assert list(record["systems"]) == ["run-policy", "other-policy"]
+    (found,) = record["differences"]
+    assert (found["system"], found["metrics"]["recall@32"]["value"]) == ("other-policy", 0)
 
 
 def test_titles_become_the_benchmarks_ids(text_run: Run) -> None:

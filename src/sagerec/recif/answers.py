@@ -198,10 +198,12 @@ class RunPolicy:
     """cpu, cuda, cuda:1 …."""
     free: bool = False
     """Whether it writes over the whole vocabulary."""
+    prefix: str = ""
+    """What its name begins with."""
 
     @property
     def name(self) -> str:
-        return f"{self.policy_name}-unconstrained" if self.free else self.policy_name
+        return f"{self.prefix}{self.policy_name}{'-unconstrained' if self.free else ''}"
 
     @property
     def ways(self) -> list["RunPolicy"]:
