@@ -298,9 +298,28 @@ def test_predictions_as_parquet_and_gzip_say_the_same(tmp_path: Path) -> None:
     expected = [Prediction("video", 0, [tag(A), tag(B)]), Prediction("label_pred", 3, p_yes=0.5)]
     for name in ("p.parquet", "p.jsonl.gz"):
         assert list(read_predictions(tmp_path / name, Counter())) == expected
+    pl.DataFrame(lines).with_columns(p_yes=pl.Series([np.nan, 0.5]), p_no=np.nan).write_parquet(tmp_path / "n.parquet")
+    assert list(read_predictions(tmp_path / "n.parquet", Counter())) == expected
     pl.DataFrame({"id": [1]}).write_parquet(tmp_path / "q.parquet")
     with pytest.raises(DatasetError, match="got the columns id; expected task, row, and predictions"):
         list(read_predictions(tmp_path / "q.parquet", Counter()))
+
+
+def test_lines_as_python_writes_them_are_read(tmp_path: Path) -> None:
+    """Infinities beside what is read and half of a surrogate pair, which strict JSON has not; p_yes is a number."""
+    lines = [
+        {"task": "video", "row": 0, "predictions": [tag(A)], "logprobs": [-np.inf]},
+        {"task": "video", "row": 1, "predictions": ["\ud83d", tag(B)]},
+        {"task": "label_pred", "row": 0, "p_yes": np.nan},
+        {"task": "label_pred", "row": 0, "p_yes": np.inf},
+    ]
+    path, faults = tmp_path / "p.jsonl", Counter[str]()
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    assert list(read_predictions(path, faults)) == [
+        Prediction("video", 0, [tag(A)]),
+        Prediction("video", 1, ["?", tag(B)]),
+    ]
+    assert faults == {"lines that cannot be read": 2}
 
 
 def test_several_systems_and_their_differences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -129,7 +129,7 @@ def constrained_lists(
 ) -> list[list[int]]:
     """The PLACES most probable keys of each case, exactly, best first, among those that the task's map has.
 
-    A list in which too many items of other tasks stand is decoded again, twice as long, up to WIDEST times as long.
+    A list with too many items of other tasks, or of one key, is decoded again, twice as long, up to WIDEST times it.
     """
     allowed = np.ones(len(known.keys), bool) if item_map is None else item_map.places(known.keys) >= 0
     found: list[list[int]] = [[] for _ in range(len(cases))]
@@ -144,7 +144,7 @@ def constrained_lists(
             shown = shown[allowed[shown]]
             found[case] = list(dict.fromkeys(known.keys[shown].tolist()))[:PLACES]
         on_batch = None
-        again = width < min(WIDEST * PLACES, policy.space.n_sequences) and item_map is not None
+        again = width < min(WIDEST * PLACES, policy.space.n_sequences)
         pending = np.array([case for case in pending.tolist() if again and len(found[case]) < PLACES], dtype=np.int64)
         width *= 2
     return found
