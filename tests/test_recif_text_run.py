@@ -55,7 +55,7 @@ def text_run(benchmark: Path) -> Run:
         text=TitleSettings(max_tokens=12),
         policy=PolicySettings(kind="causal-lm", model=str(folder / "lm"), max_items=4, free_weight=1.0),
         train=TrainSettings(epochs=2, batch_size=16, learning_rate=5e-3, validate_every=0, device="cpu"),
-        evaluate=EvaluateSettings(k=(10,), beams=10, bootstrap_samples=10),
+        evaluate=EvaluateSettings(k=(10,), beams=10, bootstrap_samples=100),
     )
     run_all(folder / "data", folder / "run", settings)
     align(open_run(folder / "run"), replace(QUICK, start="supervised"), name="sage")
