@@ -15,6 +15,7 @@ Shapes: B users, G slates of each, K places, R states, S columns, M tokens, V vo
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -187,7 +188,6 @@ class CausalLM(Policy[States, States]):
                 f"{len(self.prefix) + 2 * space.longest}: the instruction and two of the longest items"
             )
         language.tie(self)
-        self._readings: Readings | None = None
         self.title_tokens: list[list[int]] = []
         self._written: list[list[int]] = []
 
@@ -397,11 +397,20 @@ class CausalLM(Policy[States, States]):
 
     def write_freely(self, items: Tensor, lengths: Tensor, *, k: int, beams: int, nearest: bool = False) -> Tensor:
         """Beam search over the whole vocabulary; see the protocol and `free_writing`."""
-        if self._readings is None:
-            self._readings = Readings(self)
         texts = search_freely(self, items, lengths, k=k, beams=beams)
-        found = [[self._readings.item_of(text, nearest=nearest) for text in own] for own in texts]
+        found = [[self.readings.item_of(text, nearest=nearest) for text in own] for own in texts]
         return torch.tensor([own + [-1] * (k - len(own)) for own in found], device=items.device)
+
+    def write_texts(self, items: Tensor, lengths: Tensor, *, k: int, beams: int) -> list[list[tuple[int, str]]]:
+        """The same as texts; see the protocol."""
+        texts = search_freely(self, items, lengths, k=k, beams=beams)
+        known, read = self.readings.item_of, self.language.tokenizer.decode
+        return [[(known(text, nearest=False), read(text).strip()) for text in own] for own in texts]
+
+    @cached_property
+    def readings(self) -> Readings:
+        """What the items read like."""
+        return Readings(self)
 
     def read_tokens(self, states: States, rows: Tensor, tokens: Tensor) -> States:
         """States of rows (R',), each after one more token (R',) of the vocabulary."""

@@ -141,6 +141,13 @@ class Policy(nn.Module, Generic[ContextT, PrefixT]):
         """
         raise SettingsError("this policy writes nothing else than items; expected lists beam or slate")
 
+    def write_texts(self, items: Tensor, lengths: Tensor, *, k: int, beams: int) -> list[list[tuple[int, str]]]:
+        """The same as texts: at most K of each history, best first, each with the item that it is, -1 for none.
+
+        Raises: SettingsError where the policy writes nothing else than items.
+        """
+        raise SettingsError("this policy writes nothing else than items; expected lists beam or slate")
+
     def next_item_loss(self, items: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
         """Mean over counted places of -log P(target | items up to it) in nats an item, with gradient; of P as it is
         trained, before what a policy adds to it on purpose (a popularity tilt).
