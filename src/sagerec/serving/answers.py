@@ -51,11 +51,11 @@ class Job:
             return (self.version.id, self.policy, max(16, 1 << (query.k - 1).bit_length()))
         return (self.version.id, self.policy, query.k, query.temperature, query.top_p)
 
-    def most_rows(self, memory_bytes: int) -> int:
-        """Jobs like this one that a batch of so much memory holds."""
-        version = self.version
-        children = version.policies[self.policy].space.trie.max_children
-        return max(1, memory_bytes // row_bytes(version.widths, children, self.query.k))
+    @property
+    def row_bytes(self) -> int:
+        """Memory that it takes of a batch, at most."""
+        children = self.version.policies[self.policy].space.trie.max_children
+        return row_bytes(self.version.widths, children, self.query.k)
 
 
 def resolve(version: Version, query: Query) -> Job:

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from fastapi import Request
+from fastapi import Request, Response
 from pydantic import BaseModel, ValidationError
+from pydantic_core import to_json
 
 from sagerec.serving.settings import MAX_BODY_BYTES
 
@@ -20,6 +21,15 @@ class RefusedError(Exception):
         super().__init__(error)
         self.status, self.error = status, error
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+    def response(self) -> Response:
+        """The answer that says so."""
+        return json_response({"error": self.error}, self.status, self.headers)
+
+
+def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A JSON answer of plain values."""
+    return Response(to_json(value), status_code=status, media_type="application/json", headers=dict(headers or {}))
 
 
 async def read_body(request: Request) -> bytes:

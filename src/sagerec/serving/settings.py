@@ -53,6 +53,10 @@ class ServeSettings:
     """Folder for the versions in use, whose files are links to the run's where they can be; a temporary one if not
     given."""
 
+    def most_rows(self, row_bytes: int) -> int:
+        """Queries of so much memory each that are decoded at a time."""
+        return max(1, min(self.batch, self.batch_bytes // row_bytes))
+
     def __post_init__(self) -> None:
         check_fields(
             self,
