@@ -138,6 +138,25 @@ def test_gradients_of_the_root_equal_the_slow_twin(table: int, monkeypatch: pyte
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
+def test_sums_read_off_the_table_of_scores_equal_those_computed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log-probabilities of the same slates and their gradients, with the table and without."""
+    policy = small_policy(reads_slate=True)
+    items, lengths = histories()
+    slates = torch.arange(30).view(5, 2, 3)
+    wanted = [policy.item_codes.weight, policy.get_parameter("encoder.0.query.weight")]
+    found, gradients = [], []
+    for table in (2**22, 4 * N):
+        monkeypatch.setattr(item_scores, "LARGEST_TABLE", table)
+        held = policy.begin(policy.encode(items, lengths)).scores
+        assert (held is None) == (table == 4 * N)
+        logprobs = slate_logprobs(policy, items, lengths, slates).tokens.logprobs
+        found.append(logprobs)
+        gradients.append(torch.autograd.grad((logprobs * torch.linspace(-1, 1, len(logprobs))).sum(), wanted))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
 def test_lists_are_the_top_of_the_softmax() -> None:
     policy = small_policy()
     items, lengths = histories()

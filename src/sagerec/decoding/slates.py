@@ -108,19 +108,21 @@ def write_slates(
     if uniforms is None:
         uniforms = torch.rand(batch, slates, k, generator=generator, device=device, dtype=torch.float64)
     context = policy.encode(items, lengths)
-    barred = bar(space, out, filters)
+    barred, prefix = bar(space, out, filters), policy.begin(context)
     written, parts = [], []
     for place in range(k):
         # All slates of a user share the first place's distribution: one prefix, and a draw for each.
         draws = uniforms[:, :, place] if place == 0 else uniforms[:, :, place].reshape(-1, 1)
-        found, tokens = _write_item(policy, policy.begin(context), barred, draws, temperature, top_p)
+        found, tokens = _write_item(policy, prefix, barred, draws, temperature, top_p)
         written.append(found.view(batch, slates))
         parts.append(FreeTokens(tokens.logprobs, tokens.item * k + place))
         if place + 1 < k:
             if place == 0:
                 context, barred = policy.encode(items, lengths, slates=slates), barred.repeated(slates)
             barred = barred.with_items(space, found.view(-1, 1))
-            context = policy.append(context, written[-1])
+            grown = policy.append(context, written[-1])
+            if place == 0 or grown is not context:  # else the slate is not read, and every place begins alike
+                context, prefix = grown, policy.begin(grown)
     return Slates(torch.stack(written, dim=2), join_tokens(parts))
 
 

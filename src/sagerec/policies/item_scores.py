@@ -13,8 +13,9 @@ the item's training events n_i (logit adjustment, Menon et al. 2021) is 0 in the
 it is; it evens out how often rare items occur, of which a handful of events says little, and leaves the others as the
 log has them.
 
-An item that shares its sequence is scored through the item that stands for them all. Only the root sums over the
-catalogue, at a cost of N x D a state; deeper nodes sum over the items under them.
+An item that shares its sequence is scored through the item that stands for them all. All items are scored once a
+state, at a cost of N x D, and every node sums over the scores under it; where the scores of the states are too many
+for a table, the root computes them piece by piece and deeper nodes anew for the items under them.
 
 Shapes: B users, T history items, R prefixes of U states, M children, N leaves (distinct sequences), n the root's
 children, D width.
@@ -38,6 +39,8 @@ from sagerec.policies.softmax import full_softmax_loss
 
 LARGEST_TABLE, LARGEST_TABLE_GPU = 2**22, 2**26
 """Numbers that are held at a time: scores, or parts of products."""
+MOST_USERS = 512
+"""Users whose lists are written at a time, where their scores fit a table."""
 ENCODED_ROWS = 64
 """Sequences that training encodes at a time, of like length, so that little is padded."""
 FLOOR = 1e-30
@@ -100,6 +103,17 @@ def leaf_order(trie: Trie) -> tuple[Tensor, Tensor]:
     return torch.empty_like(found).scatter(0, first[found], trie.item[found].long()), first
 
 
+def places_under(first: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """Each of the places first (M,) … first + size (M,) - 1 of M nodes, one after another, and its node before it."""
+    node = torch.repeat_interleave(size)
+    return node, torch.arange(len(node), device=node.device) + (first - size.cumsum(0) + size)[node]
+
+
+def biased_scores(states: Tensor, vectors: Tensor, bias: Tensor) -> Tensor:
+    """(U, N) float32 scores x . v of states (U, D) and vectors (N, D), plus bias (N,)."""
+    return torch.addmm(bias, states, vectors.T).float()
+
+
 class Prefix(NamedTuple):
     """R partly written items, all of the same number of codes."""
 
@@ -113,6 +127,8 @@ class Prefix(NamedTuple):
     """(N,) what is added to the scores: the popularity tilt."""
     level: int
     """Codes written so far."""
+    scores: Tensor | None
+    """(U, N) float32 biased scores in the order of the leaves, where the table holds them."""
 
 
 class ItemScores(HistoryEncoder[Prefix]):
@@ -175,7 +191,9 @@ class ItemScores(HistoryEncoder[Prefix]):
         users, slates = context.hidden.shape[:2]
         states = context.hidden.flatten(0, 1) if self.reads_slate else context.hidden[:, 0]
         row = torch.arange(users * slates, device=self.device)
-        return Prefix(states, row if self.reads_slate else row // slates, vectors, bias, 0)
+        held = len(states) * len(vectors) <= self._largest_table
+        scores = biased_scores(states, vectors, bias) if held else None
+        return Prefix(states, row if self.reads_slate else row // slates, vectors, bias, 0, scores)
 
     def step(self, prefix: Prefix, rows: Tensor, tokens: Tensor) -> Prefix:
         """Longer prefixes; see the protocol."""
@@ -190,11 +208,16 @@ class ItemScores(HistoryEncoder[Prefix]):
     def _largest_table(self) -> int:
         return LARGEST_TABLE if self.device.type == "cpu" else LARGEST_TABLE_GPU
 
+    @property
+    def most_users(self) -> int:
+        """As many as have a table of scores, of 16 at least."""
+        return min(MOST_USERS, max(16, self._largest_table // len(self.leaves)))
+
     def root_logits(self, prefix: Prefix) -> Tensor:
         """Logits of the root's children; see the protocol."""
+        if prefix.scores is not None:
+            return self._sums_by_child(prefix.scores)[prefix.row]
         size = max(1, self._largest_table // len(prefix.vectors))
-        if len(prefix.states) <= size:
-            return self._root_sums(prefix.states, prefix.vectors, prefix.bias)[prefix.row]
         parts = [
             checkpoint(self._root_sums, states, prefix.vectors, prefix.bias, use_reentrant=False)
             for states in torch.split(prefix.states, size)
@@ -202,20 +225,25 @@ class ItemScores(HistoryEncoder[Prefix]):
         return torch.cat(parts)[prefix.row]
 
     def _root_sums(self, states: Tensor, vectors: Tensor, bias: Tensor) -> Tensor:
-        """(U, n) float32 log-sum-exp of the scores under each of the root's children: items first, for a child's are
-        consecutive rows.
-        """
-        scores = F.linear(vectors, states).float() + bias[:, None]
-        top = scores.detach().amax(dim=0)
-        child = torch.repeat_interleave(self.root_sizes)
-        sums = scores.new_zeros(len(self.root_sizes), len(states)).index_add(0, child, (scores - top).exp())
-        return (sums.clamp(min=FLOOR).log() + top).T
+        """(U, n) float32 log-sum-exp of the scores under each of the root's children."""
+        return self._sums_by_child(biased_scores(states, vectors, bias))
+
+    def _sums_by_child(self, scores: Tensor) -> Tensor:
+        """The same of scores (U, N); those under a child are consecutive columns."""
+        top = scores.detach().amax(dim=1, keepdim=True)
+        child = torch.repeat_interleave(self.root_sizes, output_size=len(self.leaves))
+        sums = scores.new_zeros(len(scores), len(self.root_sizes)).index_add(1, child, (scores - top).exp())
+        return sums.clamp(min=FLOOR).log() + top
 
     def child_logits(self, prefix: Prefix, children: Children) -> Tensor:
         """Logits of legal continuations; see the protocol."""
         if prefix.level == 0 and len(children.node) == len(prefix.row) * len(self.root_sizes):
             return self.root_logits(prefix).flatten()
         size, state = self.space.trie.size[children.node].long(), prefix.row[children.parent]
+        if prefix.scores is not None:
+            child, place = places_under(self.first[children.node], size)
+            known = prefix.scores.flatten().index_select(0, state[child] * len(prefix.vectors) + place)
+            return group_logsumexp(known, child, len(size))
         piece = (size.cumsum(0) - 1) * prefix.vectors.shape[1] // self._largest_table
         pieces = torch.bincount(piece).tolist()
         given = (prefix.states, prefix.vectors, prefix.bias)
@@ -233,8 +261,7 @@ class ItemScores(HistoryEncoder[Prefix]):
         """(M,) float32 log-sum-exp of the scores of items at places first (M,) … first + size (M,) - 1 after states
         `state` (M,).
         """
-        child = torch.repeat_interleave(size)
-        place = torch.arange(len(child), device=child.device) + (first - size.cumsum(0) + size)[child]
+        child, place = places_under(first, size)
         own = F.embedding(state[child], states).float()
         scores = (own * F.embedding(place, vectors).float()).sum(dim=1) + bias[place]
         return group_logsumexp(scores, child, len(size))
