@@ -28,7 +28,7 @@ from sagerec.serving.bodies import RefusedError, explain, json_response, read_mo
 from sagerec.serving.gate import ADMIN_TOKEN, TOKEN, Endpoint, Gate
 from sagerec.serving.metrics import Metrics
 from sagerec.serving.queries import Answer, AnswerBatch, FoundItems, Item, Problem, Query, QueryBatch
-from sagerec.serving.settings import MAX_BODY_BYTES, MAX_IDS, MAX_K, MAX_ROWS, ServeSettings
+from sagerec.serving.settings import MAX_BODY_BYTES, MAX_IDS, MAX_K, MAX_ROWS, MAX_SLATE, ServeSettings
 from sagerec.serving.store import Store
 from sagerec.serving.versions import Version
 
@@ -62,7 +62,7 @@ class Service:
         sys.setswitchinterval(SWITCH_SECONDS)
         self.batcher = Batcher(
             answer,
-            most_rows=lambda job: self.settings.most_rows(job.row_bytes),
+            most_rows=lambda job: job.most_rows(self.settings),
             queue=self.settings.queue,
             wait_seconds=self.settings.wait_seconds,
             patience_seconds=self.settings.timeout_seconds / 2,
@@ -110,6 +110,7 @@ class Service:
         try:
             return await together
         except asyncio.CancelledError:
+            self.batcher.forget()
             if gone.done():
                 raise RefusedError(499, "the client went away") from None
             raise
@@ -153,6 +154,7 @@ def create_app(run: Path, state: Path, settings: ServeSettings) -> FastAPI:
     """The application of one worker."""
     service = Service(run, state, settings)
     app = App(title="sagerec", lifespan=service.lifespan, docs_url=None, redoc_url=None, telemetry=NO_TELEMETRY)
+    app.router.redirect_slashes = False
     direct: dict[str, Endpoint] = {}
     app.add_middleware(
         Gate,
@@ -188,11 +190,16 @@ def create_app(run: Path, state: Path, settings: ServeSettings) -> FastAPI:
         return json_response({"error": "the server failed; its log says where"}, 500)
 
     async def timed(request: Request, model: type[Any]) -> list[dict[str, Any]]:
+        read = False
         try:
             async with asyncio.timeout(settings.timeout_seconds):
                 body = await read_model(request, model)
+                read = True
                 return await service.ask(request, body.queries if isinstance(body, QueryBatch) else [body])
         except TimeoutError:
+            if not read:
+                said = f"the body was not sent in {settings.timeout_seconds:g} s; expected it at once"
+                raise RefusedError(408, said, connection="close") from None
             raise RefusedError(504, f"not answered in {settings.timeout_seconds:g} s; ask for less, or later") from None
 
     @app.post("/recommend", response_model=Answer, responses=PROBLEMS, openapi_extra=_takes(Query))
@@ -294,6 +301,7 @@ def describe(service: Service) -> dict[str, Any]:
         "limits": {
             "body_bytes": MAX_BODY_BYTES,
             "k": MAX_K,
+            "slate": MAX_SLATE,
             "ids": MAX_IDS,
             "queries": min(MAX_ROWS, settings.queue),
             "timeout_seconds": settings.timeout_seconds,

@@ -92,6 +92,11 @@ class Batcher:
                 self._changed.notify()
         return [entry.future for entry in entries]
 
+    def forget(self) -> None:
+        """Let jobs go that were taken back: they hold no room."""
+        with self._changed:
+            self._entries = deque(entry for entry in self._entries if not entry.future.cancelled())
+
     def stop(self) -> None:
         """Answer what waits, and end the thread."""
         with self._changed:

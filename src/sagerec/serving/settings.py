@@ -9,6 +9,12 @@ MAX_BODY_BYTES = 2**20
 """Bytes of a request."""
 MAX_K = 1000
 """Items of a list."""
+MAX_SLATE = 100
+"""Items of a slate."""
+MOST_PLACES = 1280
+"""Places of what is decoded place by place at a time; a request that comes then waits for all of them."""
+SHOWN = 60
+"""Characters of what was got that an error repeats."""
 MAX_IDS = 10_000
 """Item ids of a history, or of a filter."""
 MAX_ROWS = 256
@@ -52,10 +58,6 @@ class ServeSettings:
     state: Path | None = None
     """Folder for the versions in use, whose files are links to the run's where they can be; a temporary one if not
     given."""
-
-    def most_rows(self, row_bytes: int) -> int:
-        """Queries of so much memory each that are decoded at a time."""
-        return max(1, min(self.batch, self.batch_bytes // row_bytes))
 
     def __post_init__(self) -> None:
         check_fields(

@@ -136,7 +136,7 @@ def warm_up(version: Version, settings: ServeSettings) -> None:
     """Answer a full batch by each policy: what is slow once is slow now, and what cannot answer never serves."""
     for name, policy in version.policies.items():
         job = resolve(version, Query(history=version.catalogue.ids[: policy.max_items], policy=name))
-        answer([job] * settings.most_rows(job.row_bytes))
+        answer([job] * job.most_rows(settings))
 
 
 def _describe(before: Record | None, record: Record, started: float) -> Swap:
