@@ -56,7 +56,7 @@ class Service:
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        """Warm up beside the first requests; at the end answer what waits."""
+        """Warm up, beside the first requests where no other worker can answer these; at the end answer what waits."""
         torch.set_num_threads(self.settings.threads)
         # Each of a batch's hundreds of tensor operations takes the interpreter's lock anew, and would wait 5 ms for it.
         sys.setswitchinterval(SWITCH_SECONDS)
@@ -69,6 +69,8 @@ class Service:
             on_batch=self.metrics.on_batch,
         )
         following = asyncio.create_task(self.store.follow())
+        while self.settings.workers > 1 and not (self.store.current or self.store.failure):
+            await asyncio.sleep(0.02)
         yield
         following.cancel()
         with suppress(asyncio.CancelledError):
