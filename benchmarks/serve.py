@@ -394,9 +394,7 @@ def show(record: dict[str, Any]) -> None:
         shown.add_row(name, *map(str, figures), " ".join(f"{k}: {v}" for k, v in part["statuses"].items()))
     console.print(shown)
     plain = ", ".join(f"{speed} by {n} threads" for n, speed in results["plain_per_second_by_threads"].items())
-    console.print(
-        f"exact_lists without HTTP, users a second: {plain}; over the faster: {results['share_of_plain']}"
-    )
+    console.print(f"exact_lists without HTTP, users a second: {plain}; over the faster: {results['share_of_plain']}")
     console.print(f"memory in MB: {results['memory_mb']}; two workers {results['kill']['memory_of_two_workers_mb']}")
     console.print(machine_line(record))
     show_limits(console, record)
