@@ -514,7 +514,7 @@ def test_a_body_that_does_not_come_is_the_fault_of_its_sender(
 def test_what_is_decoded_place_by_place_holds_up_no_one_for_long(client: TestClient, ids: Any) -> None:
     """Else one request for 256 slates of 1,000 items keeps the decoding thread for minutes after its time is up."""
     version = client.app.state.service.store.current  # type: ignore[attr-defined]
-    queries = [
+    queries: list[dict[str, Any]] = [
         {"k": 10},
         {"k": 100, "kind": "slate"},
         {"k": 1000, "filters": {"max_per_category": 1}},
