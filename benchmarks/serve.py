@@ -173,6 +173,7 @@ def served(run: Path, settings: ServeBenchmarkSettings, *, workers: int) -> Iter
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "sagerec.cli", "serve", str(run), "--port", str(port), "--policy", "policy"]
     command += ["--batch", str(settings.batch), "--threads", str(settings.threads), "--workers", str(workers)]
+    command += ["--queue", str(512 // workers)]  # of all workers together less than the client's connections
     environment = os.environ | {"SAGEREC_ADMIN_TOKEN": TOKEN}
     environment.pop("SAGEREC_TOKEN", None)
     with tempfile.TemporaryFile() as log:
