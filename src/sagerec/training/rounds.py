@@ -203,7 +203,6 @@ def losses(
     """
     whole = batch if whole is None else whole
     settings, policy, contexts = stage.settings, stage.policy, batch.contexts
-    share = len(contexts.index) / contexts.total
     total = torch.zeros((), device=policy.device)
     logged: dict[str, Tensor] = {}
     if batch.rollouts is not None:
@@ -213,10 +212,14 @@ def losses(
     torch.manual_seed(settings.seed * 7_368_787 + step + parallel.rank() * 1_000_000_007)
     policy.train()
     if weight := 1.0 if settings.row.trains_on_targets else settings.sft_weight:
-        # One target a context, after its last item; the rank's part of the mean over all contexts.
-        last = torch.arange(contexts.items.shape[1], device=policy.device) == contexts.lengths[:, None] - 1
-        targets = contexts.targets[:, None].expand_as(contexts.items)
-        sft = policy.next_item_loss(contexts.items, targets, last) * share
+        # One target a context, after its last item; the rank's part of the mean over all targets.
+        given = last_targets(contexts)
+        sft = policy.next_item_loss(*given)
+        n_own = n_all = policy.n_targets(*given)
+        if batch is not whole:
+            n_all = policy.n_targets(*last_targets(whole.contexts))
+            sft = sft * n_own / n_all.clamp(min=1)
+        sft = sft * parallel.share_of(n_all)
         total = total + weight * sft
         logged["sft_loss_nats"] = sft.detach()
     if stage.replay is not None and (batch is whole or contexts.index[0] == whole.contexts.index[0]):
@@ -225,6 +228,12 @@ def losses(
         logged["replay_loss_nats"] = replayed.detach()
     policy.eval()
     return total, logged
+
+
+def last_targets(contexts: CaseBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """What `next_item_loss` takes of contexts: histories, targets and the last places (B, T) each."""
+    last = torch.arange(contexts.items.shape[1], device=contexts.items.device) == contexts.lengths[:, None] - 1
+    return contexts.items, contexts.targets[:, None].expand_as(contexts.items), last
 
 
 def slate_loss(
@@ -292,8 +301,8 @@ def replay_loss(policy: AnyPolicy, windows: Windows, step: int, settings: AlignS
         parallel.add_up(torch.zeros((), device=policy.device))
         return torch.zeros((), device=policy.device)
     inputs, targets, counted = device_batch(windows, own, policy.device)
-    n_own = counted.sum().float()
-    return policy.next_item_loss(inputs, targets, counted) * n_own / parallel.add_up(n_own.clone())
+    share = parallel.share_of(policy.n_targets(inputs, targets, counted))
+    return policy.next_item_loss(inputs, targets, counted) * share
 
 
 def bound_figures(found: PolicyLoss, mask: Tensor) -> dict[str, Tensor]:
@@ -339,21 +348,22 @@ def update(stage: Stage, batch: Minibatch, step: int, total_steps: int) -> dict[
     settings, policy = stage.settings, stage.policy
     stage.optimizer.zero_grad()
     logged: dict[str, Tensor] = {}
-    for piece in pieces(batch, settings.micro_users):
-        with autocast(settings.precision, policy.device):
-            loss, found = losses(stage, piece, step, whole=batch)
-        if loss.requires_grad:
-            loss.backward()  # type: ignore[no-untyped-call]
-        share = 1.0 if piece is batch else len(piece.contexts.index) / len(batch.contexts.index)
-        for name, value in (found | {"loss": loss.detach()}).items():
-            logged[name] = logged.get(name, 0.0) + value * (1.0 if name in SUMMED else share)
+    with sharding.gathered(policy):
+        for piece in pieces(batch, settings.micro_users):
+            with autocast(settings.precision, policy.device):
+                loss, found = losses(stage, piece, step, whole=batch)
+            if loss.requires_grad:
+                loss.backward()  # type: ignore[no-untyped-call]
+            share = 1.0 if piece is batch else len(piece.contexts.index) / len(batch.contexts.index)
+            for name, value in (found | {"loss": loss.detach()}).items():
+                logged[name] = logged.get(name, 0.0) + value * (1.0 if name in SUMMED else share)
     parallel.add_gradients_up(policy)
     logged["gradient_norm"] = parallel.clip_gradients(policy, settings.clip_norm)
     figures = read_figures(logged)
     if figures.pop(UNSOUND, 0.0) or not math.isfinite(figures["gradient_norm"] + figures["loss"]):
         path = save_batch(stage, batch, step)
         try:
-            with autocast(settings.precision, policy.device):
+            with autocast(settings.precision, policy.device), sharding.gathered(policy):
                 for piece in pieces(batch, settings.micro_users):
                     losses(stage, piece, step, whole=batch, check=True)
         except NumericalError as error:
