@@ -55,7 +55,7 @@ def on_device(device: torch.device, *arrays: np.ndarray) -> tuple[torch.Tensor, 
 
 def device_batch(windows: Windows, index: np.ndarray, device: torch.device) -> tuple[torch.Tensor, ...]:
     """`Windows.batch` on a device, on a GPU with T rounded up."""
-    arrays = windows.batch(index)
+    arrays: tuple[np.ndarray, ...] = windows.batch(index)
     if device.type != "cpu":
         missing = -arrays[0].shape[1] % ROUNDED
         arrays = tuple(np.pad(x, ((0, 0), (0, missing))) for x in arrays)
