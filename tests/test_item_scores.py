@@ -314,3 +314,12 @@ def test_settings_of_the_command_line_are_those_of_the_kind() -> None:
         PolicySettings(decoder_layers=2)
     with pytest.raises(SettingsError, match="popularity_tilt is no setting of the policy 'lazy-decoder'"):
         PolicySettings(kind="lazy-decoder", popularity_tilt=0.1)
+
+
+def test_what_a_frozen_policy_keeps_moves_with_its_weights() -> None:
+    """Onto the meta device, for want of another one in every machine."""
+    policy = small_policy()
+    policy.freeze()
+    policy.to("meta")
+    assert policy.frozen is not None
+    assert {kept.device.type for kept in policy.frozen} == {"meta"}

@@ -114,7 +114,7 @@ class TitleTable(Policy[Tensor, Prefix]):
         return [Prefix(prefix.last[rows[m]], tokens[begin[m] + d]) for d, m in enumerate(longer)]
 
     def root_logits(self, prefix: Prefix) -> Tensor:
-        tokens = self.space.trie.children(torch.full((1,), ROOT)).token
+        tokens = self.space.trie.children(torch.full((1,), ROOT, device=self.device)).token
         return self.table[prefix.last][:, tokens] + self.bigram[self.words, tokens]
 
     def child_logits(self, prefix: Prefix, children: Children) -> Tensor:

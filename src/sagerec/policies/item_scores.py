@@ -22,8 +22,9 @@ Shapes: B users, T history items, R prefixes of U states, M children, N leaves (
 children, D width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -217,6 +218,13 @@ class ItemScores(HistoryEncoder[Prefix]):
         """Keep the item vectors, which are most of the work of a small batch; see the protocol."""
         assert not self.training, "dropout draws them anew each time"
         self.frozen = self._scored()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move what is kept along with the weights."""
+        moved: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.frozen is not None:
+            self.frozen = (fn(self.frozen[0]), fn(self.frozen[1]))
+        return moved
 
     def _scored(self) -> tuple[Tensor, Tensor]:
         """Vectors (N, D) of the leaves, with what dropout left of them, and what is added to their scores (N,)."""
