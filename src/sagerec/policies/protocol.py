@@ -125,6 +125,22 @@ class Policy(nn.Module, Generic[ContextT, PrefixT]):
         """
         raise SettingsError("this policy writes nothing else than items; expected lists beam or slate")
 
+    def sample_texts(
+        self, items: Tensor, lengths: Tensor, uniforms: Tensor, *, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Texts (B, G, L) drawn without the trie after histories (B, T), a token at each of `uniforms` (B, G, L)
+        float64, -1 after the last; and the items (B, G) that they are, -1 for none.
+
+        Raises: SettingsError where the policy writes nothing else than items.
+        """
+        raise SettingsError("this policy writes nothing else than items; expected writing items")
+
+    def text_logprobs(
+        self, items: Tensor, lengths: Tensor, texts: Tensor, *, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (F,) of all tokens of such texts, text after text, and the mean entropy () of the first."""
+        raise NotImplementedError
+
     def next_item_loss(self, items: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
         """Mean over counted places of -log P(target | items up to it) in nats an item, with gradient; of P as it is
         trained, before what a policy adds to it on purpose (a popularity tilt).

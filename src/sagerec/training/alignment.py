@@ -144,7 +144,7 @@ def align_policy(
         optimizer=make_optimizer(start, settings.learning_rate, settings.weight_decay),
         work=work,
         rewards=weights,
-        longest=settings.k * most_choices(start.space),
+        longest=start.space.longest if settings.writing == "free" else settings.k * most_choices(start.space),
         replay=make_windows(known, start.max_items) if settings.replay_weight else None,
     )
     validation = split.cases(data, "valid").sample(settings.validation_users, np.random.default_rng(settings.seed))

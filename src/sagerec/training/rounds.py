@@ -15,8 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sagerec.catalogue.splits import Cases
-from sagerec.decoding.rollouts import roll_out
-from sagerec.decoding.slates import slate_logprobs
+from sagerec.decoding.rollouts import roll_out, score_slates
 from sagerec.errors import NumericalError, TrainingError
 from sagerec.objectives.loss import PolicyLoss, compute_advantages, policy_loss, ratio_spread
 from sagerec.objectives.rewards import Facts, RewardInputs, compute_rewards, of_items, slate_coldness, slate_diversity
@@ -99,6 +98,8 @@ class Rollouts:
     """(B', G) H of the unit's slate."""
     coldness: Tensor
     """(B', G) share of cold items in the unit."""
+    texts: Tensor | None = None
+    """(B, G, L) tokens of slates that were written freely, -1 after the last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +129,8 @@ def roll_minibatch(stage: Stage, contexts: CaseBatch, generator: torch.Generator
     settings, policy = stage.settings, stage.policy
     rollout, per_item = settings.rollout, settings.credit == "item"
     # Every rank draws for all contexts and takes its own, so that a context's slates do not hang on the ranks.
-    shape = (contexts.total, rollout.slates - rollout.n_beams, rollout.k)
+    draws = rollout.k if rollout.writing == "items" else policy.space.longest
+    shape = (contexts.total, rollout.slates - rollout.n_beams, draws)
     uniforms = torch.rand(shape, generator=generator, dtype=torch.float64)[parallel.own_share(contexts.total)]
     history = (contexts.items, contexts.lengths)
     rolled = roll_out(policy, *history, rollout, excluded=contexts.excluded, uniforms=uniforms.to(policy.device))
@@ -137,8 +139,13 @@ def roll_minibatch(stage: Stage, contexts: CaseBatch, generator: torch.Generator
     reference = None
     if with_reference:
         with torch.no_grad():
-            scored = slate_logprobs(
-                stage.reference, *history, slates, temperature=settings.temperature, excluded=contexts.excluded
+            scored = score_slates(
+                stage.reference,
+                *history,
+                slates,
+                rolled.texts,
+                temperature=settings.temperature,
+                excluded=contexts.excluded,
             )
             reference = layout.fill(scored.tokens.logprobs)
     inputs = RewardInputs(
@@ -162,7 +169,7 @@ def roll_minibatch(stage: Stage, contexts: CaseBatch, generator: torch.Generator
         diversity = as_units(diversity.unsqueeze(2).expand_as(slates), True)
         coldness = as_units(of_items(stage.facts.cold, slates).float(), True)
     old = layout.fill(rolled.tokens.logprobs)
-    return Rollouts(slates, layout, old, reference, earned, diversity, coldness)
+    return Rollouts(slates, layout, old, reference, earned, diversity, coldness, rolled.texts)
 
 
 def roll_round(stage: Stage, batches: Sequence[np.ndarray], number: int) -> tuple[list[Minibatch], dict[str, float]]:
@@ -253,11 +260,12 @@ def losses(stage: Stage, batch: Minibatch, step: int) -> tuple[Tensor, dict[str,
         assert batch.advantages is not None
         policy.eval()
         layout = batch.rollouts.layout
-        scored, entropy = slate_logprobs(
+        scored, entropy = score_slates(
             policy,
             contexts.items,
             contexts.lengths,
             batch.rollouts.slates,
+            batch.rollouts.texts,
             temperature=settings.temperature,
             excluded=contexts.excluded,
         )

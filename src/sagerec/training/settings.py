@@ -23,7 +23,7 @@ OF_A_ROW = ("boost", "boost_form", "boost_scope", "entropy_penalty", "clip_low",
 """Settings of alignment that stand in place of those of the objective's row."""
 LOSS_WEIGHTS = ("policy_weight", "sft_weight", "kl_weight", "entropy_weight")
 OF_ROLLOUTS = (
-    *("reward", "reward_module", "k", "slates", "beam_slates", "temperature", "top_p", "credit", "clusters"),
+    *("reward", "reward_module", "k", "slates", "beam_slates", "temperature", "top_p", "writing", "credit", "clusters"),
     *LOSS_WEIGHTS,
 )
 """Settings that only an objective with rollouts reads: the control has none, and one loss of weight 1."""
@@ -123,6 +123,9 @@ class AlignSettings:
     """Of sampling, and of the log-probabilities in the loss."""
     top_p: float = 1.0
     """Sample only among the most probable codes that together hold this share."""
+    writing: Literal["items", "free"] = "items"
+    """items: over what the trie allows; free: by a language model over its whole vocabulary, one sampled text a slate.
+    One that is no item earns 0 of every reward; `--reward validity=1` pays for the others."""
     credit: Literal["slate", "item"] = "slate"
     """What a reward is credited to: the slate, or the item that earned it (its own codes alone)."""
     clusters: ClusterKind = "coarse"
@@ -229,7 +232,8 @@ class AlignSettings:
         A reward module stands with the SHA-256 of its source, so that a changed one is another setting.
         """
         values = to_json(self.resolved()) | {"reward_module": self.reward_sources}
-        return {name: value for name, value in values.items() if name not in ("device", "track", "checkpoint_every")}
+        beside = ("device", "track", "checkpoint_every", *(("writing",) if self.writing == "items" else ()))
+        return {name: value for name, value in values.items() if name not in beside}
 
     @property
     def reward_sources(self) -> dict[str, str]:
@@ -245,7 +249,7 @@ class AlignSettings:
     @property
     def rollout(self) -> RolloutSettings:
         """How slates are written."""
-        return RolloutSettings(self.k, self.slates, self.beam_slates, self.temperature, self.top_p)
+        return RolloutSettings(self.k, self.slates, self.beam_slates, self.temperature, self.top_p, self.writing)
 
 
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(AlignSettings)}
