@@ -100,7 +100,7 @@ def score_freely(
     read[:, -1] = False
     before = states.hidden[user][:, None].repeat(1, texts.shape[2], 1)
     if bool(read.any()):
-        hidden = policy.read_tree(states, chains(flat[read], user, read.sum(dim=1)))
+        hidden, _, _ = policy.read_tree(states, chains(flat[read], user, read.sum(dim=1)))
         text, place = read.nonzero(as_tuple=True)
         before = before.index_put((text, place + 1), hidden)
     first = vocabulary_logprobs(policy.language, states.hidden, temperature)
