@@ -78,7 +78,7 @@ def sample_freely(
         if not len(rows) or place + 1 == longest:
             break
         states, live = policy.read_tokens(states, rows, token[rows]), live[rows]
-    return texts
+    return texts.view(n_users, group, longest)
 
 
 def _draw(logprobs: Tensor, uniforms: Tensor) -> Tensor:
