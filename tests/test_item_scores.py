@@ -13,7 +13,7 @@ from sagerec.actions.semantic_ids.quantisers import separate
 from sagerec.actions.space import ActionSpace, make_space
 from sagerec.actions.trie import ROOT
 from sagerec.decoding.beam import exact_lists
-from sagerec.decoding.slates import slate_logprobs, write_slates
+from sagerec.decoding.slates import Slates, slate_logprobs, write_slates
 from sagerec.errors import SettingsError
 from sagerec.policies import item_scores
 from sagerec.policies.history_encoder import grow_weights
@@ -190,6 +190,71 @@ def test_slates_are_scored_in_one_pass_as_they_are_written(reads_slate: bool) ->
     assert torch.equal(written.tokens.item, scored.tokens.item)
     torch.testing.assert_close(written.tokens.logprobs, scored.tokens.logprobs.detach(), rtol=1e-4, atol=1e-4)
     assert scored.tokens.logprobs.requires_grad
+
+
+def plackett_luce(policy: ItemScores, items: Tensor, lengths: Tensor, slates: Tensor) -> Tensor:
+    """(B, G, K) log-probability of each item of slates (B, G, K) given those before it: item by item, over all items.
+
+    s_i - log of the sum of exp(s_j) over the items j that do not stand in the slate yet.
+    """
+    found = []
+    for user, own in enumerate(slates):
+        for slate in own.tolist():
+            history = torch.cat([items[user, : lengths[user]], torch.tensor(slate, dtype=torch.int64)])
+            for place, item in enumerate(slate):
+                read = int(lengths[user]) + (place if policy.settings.reads_slate else 0)
+                scores = scores_of(policy, history[None, :read], torch.tensor([read]))[0]
+                left = torch.ones(N, dtype=torch.bool).index_fill(0, torch.tensor(slate[:place], dtype=torch.int64), 0)
+                found.append(scores[item] - scores[left].logsumexp(0))
+    return torch.stack(found).view(slates.shape)
+
+
+@pytest.mark.parametrize("settings", [{}, {"reads_slate": True}, {"variable_length": True}, {"shared": True}])
+@pytest.mark.parametrize("table", [2**22, 300])
+def test_a_slate_draws_items_without_replacement_from_the_softmax(
+    settings: dict[str, Any], table: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Log-probabilities of sampled slates of five, and gradients, against the sum over all items that are left."""
+    monkeypatch.setattr(item_scores, "LARGEST_TABLE", table)
+    policy, (items, lengths) = small_policy(**settings), histories(batch=2)
+    with torch.no_grad():  # the neighbours of what was drawn are likely, so that a share that they get is seen
+        policy.get_parameter("encoder_norm.weight").mul_(0.3)
+    written = write_slates(policy, items, lengths, k=5, slates=2, generator=torch.Generator().manual_seed(1))
+    scored = slate_logprobs(policy, items, lengths, written.items).tokens
+    expected = plackett_luce(policy, items, lengths, written.items)
+    torch.testing.assert_close(written.scores(), expected.detach(), rtol=1e-4, atol=1e-4)
+    found = Slates(written.items, scored).scores()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    weights = torch.linspace(-1, 1, found.numel()).view_as(found)
+    inputs = [policy.item_codes.weight, policy.get_parameter("encoder.0.query.weight")]
+    gradients = [torch.autograd.grad((x * weights).sum(), inputs, retain_graph=True) for x in (found, expected)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_what_is_drawn_does_not_drain_its_cluster() -> None:
+    """Shares .6 and .1 under one code, .3 under another: after the first item the second place is 1/4 to 3/4.
+
+    Kept in the sum of its code, the share of the first would go to its neighbour, which had .7 then.
+    """
+    policy = ItemScores(ItemScoresSettings(width=4, content=False), make_space(np.array([[0, 0], [0, 1], [1, 0]])))
+    prefix = policy.begin(policy.encode(torch.tensor([[0]]), torch.tensor([1])))
+    prefix = prefix._replace(scores=torch.tensor([[0.6, 0.1, 0.3]]).log())
+    torch.testing.assert_close(policy.root_logits(prefix).exp(), torch.tensor([[0.7, 0.3]]))
+    left = policy.without(prefix, torch.tensor([[0, -1]]))
+    torch.testing.assert_close(policy.root_logits(left).softmax(1), torch.tensor([[0.25, 0.75]]))
+
+
+def test_all_items_in_one_slate_have_finite_gradients() -> None:
+    """The last places have clusters without an item left, whose sums are asked for all the same."""
+    policy, (items, lengths) = small_policy(), histories()
+    generator = torch.Generator().manual_seed(0)
+    written = write_slates(policy, items[:2], lengths[:2], k=N, slates=2, generator=generator)
+    assert torch.equal(written.items.sort(dim=2).values, torch.arange(N).expand(2, 2, N))
+    scored = slate_logprobs(policy, items[:2], lengths[:2], written.items).tokens
+    torch.testing.assert_close(Slates(written.items, scored).scores(), written.scores(), rtol=1e-4, atol=1e-3)
+    (gradient,) = torch.autograd.grad(scored.logprobs.sum(), [policy.item_codes.weight])
+    assert bool(gradient.isfinite().all())
 
 
 def test_appending_to_a_shared_history_equals_encoding_each_slate_anew() -> None:

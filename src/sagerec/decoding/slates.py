@@ -2,7 +2,8 @@
 
 P(i_1 … i_K | u) = prod_k P(i_k | u, i_<k), each token from softmax(logits / temperature) over the legal tokens. The
 history is encoded once and shared by a user's G slates, in writing and in the loss; an item that already stands in a
-slate is barred in the trie, token by token, and the rest renormalised.
+slate is barred in the trie, token by token, and the rest renormalised; a policy whose codes add up items leaves it out
+of its sums too, and then draws each item from its distribution over those that are left (Plackett and Luce).
 
 Where only one token is legal its log-probability is 0 under every policy. Such forced tokens are left out of all that
 is returned: only free tokens enter ratios, means, objectives and divergences.
@@ -23,7 +24,7 @@ from sagerec.actions.legal import NO_ITEM, Barred, bar, items_left
 from sagerec.actions.trie import ROOT
 from sagerec.decoding.beam import beam_lists
 from sagerec.errors import SettingsError
-from sagerec.policies.protocol import ContextT, Policy, PrefixT, states_before
+from sagerec.policies.protocol import ContextT, Policy, PrefixT, items_before, states_before
 
 LEAST_BEAMS = 20
 """Beams of a beam list, at least."""
@@ -110,8 +111,8 @@ def write_slates(
     if uniforms is None:
         uniforms = torch.rand(batch, slates, k, generator=generator, device=device, dtype=torch.float64)
     context = policy.encode(items, lengths)
-    barred, prefix = bar(space, out, filters), policy.begin(context)
-    written, parts = [], []
+    barred, begun = bar(space, out, filters), policy.begin(context)
+    prefix, written, parts = begun, [], []
     for place in range(k):
         # All slates of a user share the first place's distribution: one prefix, and a draw for each.
         draws = uniforms[:, :, place] if place == 0 else uniforms[:, :, place].reshape(-1, 1)
@@ -124,7 +125,8 @@ def write_slates(
             barred = barred.with_items(space, found.view(-1, 1))
             grown = policy.append(context, written[-1])
             if place == 0 or grown is not context:  # else the slate is not read, and every place begins alike
-                context, prefix = grown, policy.begin(grown)
+                context, begun = grown, policy.begin(grown)
+            prefix = policy.without(begun, torch.stack(written, dim=2).flatten(0, 1))
     return Slates(torch.stack(written, dim=2), join_tokens(parts))
 
 
@@ -264,10 +266,7 @@ def slate_logprobs(
     trie = space.trie
     out = torch.full((batch, 0), NO_ITEM, device=device) if excluded is None else excluded
     if k > 1:
-        # Before place p of a slate, its first p items are used.
-        used = torch.ones(k - 1, k - 1, dtype=torch.bool, device=device).tril()
-        before = slates[:, :, None, :-1].masked_fill(~used, NO_ITEM).flatten(1, 2)
-        before = torch.cat([before.new_full((batch, 1, k - 1), NO_ITEM), before], dim=1)
+        before = items_before(slates)
         filters = None if filters is None else filters.repeated(before.shape[1])
         out = torch.cat([out[:, None].expand(-1, before.shape[1], -1), before], dim=2).flatten(0, 1)
     barred, source, paths = bar(space, out, filters), states_before(slates).flatten(), space.paths(slates.flatten())

@@ -8,7 +8,8 @@ the softmax is written code by code: a child v of a trie node has the logit
     log sum_{i under v} exp(s_i - tau log(1 + min(n_i, n_max))),
 
 normalised over the node's legal children. Along an item's way the sums telescope to its share of the softmax: one
-proper distribution over the trie, the same in lists, slates, rollouts and the policy loss. The popularity tilt tau with
+proper distribution over the trie, the same in lists, slates, rollouts and the policy loss. Items that stand in a slate
+leave the sums, so that the next one is drawn from the softmax over the others. The popularity tilt tau with
 the item's training events n_i (logit adjustment, Menon et al. 2021) is 0 in the next-item loss, which learns the log as
 it is; it evens out how often rare items occur, of which a handful of events says little, and leaves the others as the
 log has them.
@@ -29,6 +30,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sagerec.actions.filters import NO_ITEM
 from sagerec.actions.groups import group_logsumexp
 from sagerec.actions.space import ActionSpace
 from sagerec.actions.trie import ROOT, Children, Trie
@@ -45,6 +47,8 @@ ENCODED_ROWS = 64
 """Sequences that training encodes at a time, of like length, so that little is padded."""
 FLOOR = 1e-30
 """Least share of the highest score's weight that a sum over items is taken for."""
+LEFT_OUT = -1e30
+"""Score of an item that stands in the slate: finite, for the sum under a node that is closed is asked for too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +113,20 @@ def places_under(first: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     return node, torch.arange(len(node), device=node.device) + (first - size.cumsum(0) + size)[node]
 
 
+def left_out_at(gone: Tensor, row: Tensor, first: Tensor, size: Tensor) -> Tensor:
+    """Positions in the listing of `places_under(first, size)` at which a place is one of those gone from its row.
+
+    gone (R, X) places, -1 = none; row (M,) of gone that each node is asked for, and first (M,) in a row, ascend.
+    """
+    owner, column = (gone >= 0).nonzero(as_tuple=True)
+    place = gone[owner, column]
+    width = int((first + size).max())  # one more than any place that is listed
+    key, wanted = row * width + first, owner * width + place
+    node = (torch.searchsorted(key, wanted, right=True) - 1).clamp(min=0)
+    inside = (row[node] == owner) & (first[node] <= place) & (place < first[node] + size[node])
+    return (size.cumsum(0)[node] - size[node] + place - first[node])[inside]
+
+
 def biased_scores(states: Tensor, vectors: Tensor, bias: Tensor) -> Tensor:
     """(U, N) float32 scores x . v of states (U, D) and vectors (N, D), plus bias (N,)."""
     return torch.addmm(bias, states, vectors.T).float()
@@ -129,6 +147,13 @@ class Prefix(NamedTuple):
     """Codes written so far."""
     scores: Tensor | None
     """(U, N) float32 biased scores in the order of the leaves, where the table holds them."""
+    gone: Tensor | None = None
+    """(R, X) int64 places of the leaves that stand in the slate already, -1 = none."""
+
+    def of(self, rows: Tensor, level: int) -> "Prefix":
+        """Rows (R',), with `level` codes."""
+        gone = None if self.gone is None else self.gone[rows]
+        return self._replace(row=self.row[rows], level=level, gone=gone)
 
 
 class ItemScores(HistoryEncoder[Prefix]):
@@ -195,14 +220,18 @@ class ItemScores(HistoryEncoder[Prefix]):
         scores = biased_scores(states, vectors, bias) if held else None
         return Prefix(states, row if self.reads_slate else row // slates, vectors, bias, 0, scores)
 
+    def without(self, prefix: Prefix, items: Tensor) -> Prefix:
+        """Leave the slate's items out of the sums; see the protocol."""
+        return prefix._replace(gone=self.place[items].masked_fill(items < 0, NO_ITEM))
+
     def step(self, prefix: Prefix, rows: Tensor, tokens: Tensor) -> Prefix:
         """Longer prefixes; see the protocol."""
-        return prefix._replace(row=prefix.row[rows], level=prefix.level + 1)
+        return prefix.of(rows, prefix.level + 1)
 
     def follow(self, prefix: Prefix, rows: Tensor, tokens: Tensor, lengths: Tensor) -> list[Prefix]:
         """Whole code sequences at once; see the protocol."""
         longest = int(lengths.max()) if len(lengths) else 0
-        return [prefix._replace(row=prefix.row[rows[lengths >= level]], level=level) for level in range(1, longest + 1)]
+        return [prefix.of(rows[lengths >= level], level) for level in range(1, longest + 1)]
 
     @property
     def _largest_table(self) -> int:
@@ -216,13 +245,22 @@ class ItemScores(HistoryEncoder[Prefix]):
     def root_logits(self, prefix: Prefix) -> Tensor:
         """Logits of the root's children; see the protocol."""
         if prefix.scores is not None:
-            return self._sums_by_child(prefix.scores)[prefix.row]
-        size = max(1, self._largest_table // len(prefix.vectors))
-        parts = [
-            checkpoint(self._root_sums, states, prefix.vectors, prefix.bias, use_reentrant=False)
-            for states in torch.split(prefix.states, size)
-        ]
-        return torch.cat(parts)[prefix.row]
+            sums = self._sums_by_child(prefix.scores)[prefix.row]
+        else:
+            size = max(1, self._largest_table // len(prefix.vectors))
+            parts = [
+                checkpoint(self._root_sums, states, prefix.vectors, prefix.bias, use_reentrant=False)
+                for states in torch.split(prefix.states, size)
+            ]
+            sums = torch.cat(parts)[prefix.row]
+        if prefix.gone is None:
+            return sums
+        # The few children that lost an item are summed anew: a difference would leave nothing of a small rest.
+        row, column = (prefix.gone >= 0).nonzero(as_tuple=True)
+        child = torch.searchsorted(self.root_sizes.cumsum(0), prefix.gone[row, column], right=True)
+        cell = torch.unique(row * len(self.root_sizes) + child)
+        row, child = cell // len(self.root_sizes), cell % len(self.root_sizes)
+        return sums.index_put((row, child), self._sums_at(prefix, row, self.space.trie.first_child[ROOT] + child))
 
     def _root_sums(self, states: Tensor, vectors: Tensor, bias: Tensor) -> Tensor:
         """(U, n) float32 log-sum-exp of the scores under each of the root's children."""
@@ -239,15 +277,21 @@ class ItemScores(HistoryEncoder[Prefix]):
         """Logits of legal continuations; see the protocol."""
         if prefix.level == 0 and len(children.node) == len(prefix.row) * len(self.root_sizes):
             return self.root_logits(prefix).flatten()
-        size, state = self.space.trie.size[children.node].long(), prefix.row[children.parent]
+        return self._sums_at(prefix, children.parent, children.node)
+
+    def _sums_at(self, prefix: Prefix, row: Tensor, node: Tensor) -> Tensor:
+        """(M,) float32 log-sum-exp of the scores under nodes (M,) for rows (M,) of the prefix; both ascend."""
+        first, size, state = self.first[node], self.space.trie.size[node].long(), prefix.row[row]
         if prefix.scores is not None:
-            child, place = places_under(self.first[children.node], size)
+            child, place = places_under(first, size)
             known = prefix.scores.flatten().index_select(0, state[child] * len(prefix.vectors) + place)
+            if prefix.gone is not None:
+                known = known.index_fill(0, left_out_at(prefix.gone, row, first, size), LEFT_OUT)
             return group_logsumexp(known, child, len(size))
         piece = (size.cumsum(0) - 1) * prefix.vectors.shape[1] // self._largest_table
         pieces = torch.bincount(piece).tolist()
-        given = (prefix.states, prefix.vectors, prefix.bias)
-        parts = zip(*(torch.split(x, pieces) for x in (self.first[children.node], size, state)), strict=True)
+        given = (prefix.states, prefix.vectors, prefix.bias, prefix.gone)
+        parts = zip(*(torch.split(x, pieces) for x in (first, size, state, row)), strict=True)
         if len(pieces) == 1:
             return self._sums_under(*given, *next(parts))
         # A piece without children is of one with more items than the table holds.
@@ -256,14 +300,24 @@ class ItemScores(HistoryEncoder[Prefix]):
         )
 
     def _sums_under(
-        self, states: Tensor, vectors: Tensor, bias: Tensor, first: Tensor, size: Tensor, state: Tensor
+        self,
+        states: Tensor,
+        vectors: Tensor,
+        bias: Tensor,
+        gone: Tensor | None,
+        first: Tensor,
+        size: Tensor,
+        state: Tensor,
+        row: Tensor,
     ) -> Tensor:
         """(M,) float32 log-sum-exp of the scores of items at places first (M,) … first + size (M,) - 1 after states
-        `state` (M,).
+        `state` (M,), without those that are gone from rows `row` (M,).
         """
         child, place = places_under(first, size)
         own = F.embedding(state[child], states).float()
         scores = (own * F.embedding(place, vectors).float()).sum(dim=1) + bias[place]
+        if gone is not None:
+            scores = scores.index_fill(0, left_out_at(gone, row, first, size), LEFT_OUT)
         return group_logsumexp(scores, child, len(size))
 
     def next_item_loss(self, items: Tensor, targets: Tensor, counted: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, Generic, Self, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
+from sagerec.actions.filters import NO_ITEM
 from sagerec.actions.space import ActionSpace
 from sagerec.actions.trie import Children
 from sagerec.errors import SettingsError
@@ -79,6 +80,14 @@ class Policy(nn.Module, Generic[ContextT, PrefixT]):
         """The empty prefix of the next item of every state: R = B * G rows, or B * (1 + G (K - 1))."""
         raise NotImplementedError
 
+    def without(self, prefix: PrefixT, items: Tensor) -> PrefixT:
+        """Empty prefixes of slates in which items (R, X) stand already, -1 = none.
+
+        No item is written twice, whatever this gives: a policy whose codes add up the items under them leaves these out
+        here, any other has nothing to do.
+        """
+        return prefix
+
     def step(self, prefix: PrefixT, rows: Tensor, tokens: Tensor) -> PrefixT:
         """Prefix rows (R',) taken from `prefix`, each longer by one of tokens (R',)."""
         raise NotImplementedError
@@ -97,7 +106,8 @@ class Policy(nn.Module, Generic[ContextT, PrefixT]):
         self, items: Tensor, lengths: Tensor, slates: Tensor, reach: Tensor, *, context: ContextT | None = None
     ) -> tuple[PrefixT, list[PrefixT]]:
         """All that the loss asks of given slates (B, G, K), with gradient: the empty prefixes of the states of
-        `extend`, and the prefixes of `follow` of the first `reach` (B G K,) tokens of each item, after `states_before`.
+        `extend`, `without` the items before, and the prefixes of `follow` of the first `reach` (B G K,) tokens of each
+        item, after `states_before`.
 
         `context` is what `encode` says of the histories, where it is known. A policy that reads all of it in one pass
         overrides this. They can only be asked for logits.
@@ -106,6 +116,8 @@ class Policy(nn.Module, Generic[ContextT, PrefixT]):
         if slates.shape[2] > 1:
             context = self.extend(context, slates[:, :, :-1])
         prefix, paths = self.begin(context), self.space.paths(slates.flatten())
+        if slates.shape[2] > 1:
+            prefix = self.without(prefix, items_before(slates).flatten(0, 1))
         tokens = self.space.trie.token[paths.node[paths.depth < reach[paths.owner]]].long()
         return prefix, self.follow(prefix, states_before(slates).flatten(), tokens, reach)
 
@@ -156,6 +168,14 @@ def states_before(slates: Tensor) -> Tensor:
     user = torch.arange(batch, device=slates.device)[:, None, None] * (1 + n_slates * (k - 1))
     later = 1 + torch.arange(n_slates * (k - 1), device=slates.device).view(1, n_slates, k - 1)
     return torch.cat([user.expand(-1, n_slates, 1), user + later], dim=2)
+
+
+def items_before(slates: Tensor) -> Tensor:
+    """(B, 1 + G (K - 1), K - 1) the items of slates (B, G, K) that stand before each state of `extend`, -1 = none."""
+    k = slates.shape[2]
+    stands = torch.ones(k - 1, k - 1, dtype=torch.bool, device=slates.device).tril()
+    before = slates[:, :, None, :-1].masked_fill(~stands, NO_ITEM).flatten(1, 2)
+    return torch.cat([before.new_full((len(slates), 1, k - 1), NO_ITEM), before], dim=1)
 
 
 AnyPolicy: TypeAlias = Policy[Any, Any]
