@@ -232,8 +232,7 @@ class AlignSettings:
         A reward module stands with the SHA-256 of its source, so that a changed one is another setting.
         """
         values = to_json(self.resolved()) | {"reward_module": self.reward_sources}
-        beside = ("device", "track", "checkpoint_every", *(("writing",) if self.writing == "items" else ()))
-        return {name: value for name, value in values.items() if name not in beside}
+        return {name: value for name, value in values.items() if name not in ("device", "track", "checkpoint_every")}
 
     @property
     def reward_sources(self) -> dict[str, str]:
