@@ -99,7 +99,7 @@ def test_free_writing_is_measured(text_run: Run) -> None:
 
 def test_alignment_can_write_freely(text_run: Run, tmp_path: Path) -> None:
     """Texts that are no item are counted, earn nothing, and are learnt from; the log knows how many there were."""
-    settings = replace(QUICK, epochs=1, writing="free", reward=("validity=1",), sft_weight=0.0, validations=0)
+    settings = replace(QUICK, epochs=1, reward=("validity=1",), sft_weight=0.0, validations=0)
     run = open_run(shutil.copytree(text_run.folder, tmp_path / "run"))
     align(run, settings, name="free")
     rows = [json.loads(line) for line in (run.folder / "policy-free" / "metrics.jsonl").read_text().splitlines()]
@@ -110,7 +110,7 @@ def test_alignment_can_write_freely(text_run: Run, tmp_path: Path) -> None:
     assert any(not torch.equal(one[name], other[name]) for name in one)
     for given in ({"k": 2}, {"top_p": 0.5, "beam_slates": 0}, {"beam_slates": 1}):
         with pytest.raises(SettingsError, match="free writing samples one text a slate"):
-            replace(settings, **given)
+            align(run, replace(settings, **given), name="refused")
     legal_only: AnyPolicy = Policy()
     with pytest.raises(SettingsError, match="writes nothing else than items"):
         legal_only.sample_texts(torch.zeros(1, 1), torch.ones(1), torch.ones(1, 1, 1), temperature=1.0)

@@ -350,6 +350,11 @@ class CausalLM(Policy[States, States]):
         return torch.cat([logprobs for logprobs, _ in found]), torch.cat([entropy for _, entropy in found]).mean()
 
     @property
+    def writes_freely(self) -> bool:
+        """Whether it can write without the trie; see the protocol."""
+        return True
+
+    @property
     def readings(self) -> Readings:
         """What the items read like."""
         if self._readings is None:

@@ -60,6 +60,11 @@ class Policy(nn.Module, Generic[ContextT, PrefixT]):
     def freeze(self) -> None:
         """Compute once what hangs on the weights alone, for serving: they will not change any more."""
 
+    @property
+    def writes_freely(self) -> bool:
+        """Whether it can write without the trie."""
+        return False
+
     def encode(self, items: Tensor, lengths: Tensor, *, slates: int = 1) -> ContextT:
         """Read histories (B, T) of item indices, padded on the right, with lengths (B,), once for G = `slates`."""
         raise NotImplementedError
@@ -145,7 +150,7 @@ class Policy(nn.Module, Generic[ContextT, PrefixT]):
 
         Raises: SettingsError where the policy writes nothing else than items.
         """
-        raise SettingsError("this policy writes nothing else than items; expected writing items")
+        raise SettingsError("this policy writes nothing else than items; expected rewards without validity")
 
     def text_logprobs(
         self, items: Tensor, lengths: Tensor, texts: Tensor, *, temperature: float

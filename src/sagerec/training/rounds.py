@@ -26,7 +26,7 @@ from sagerec.training.batches import Windows, shuffled_batches
 from sagerec.training.feedback import Feedback
 from sagerec.training.layout import Layout, as_units, lay_out
 from sagerec.training.loop import learning_rate_at
-from sagerec.training.settings import AlignSettings
+from sagerec.training.settings import AlignSettings, rollout_of
 
 REPLAY = 1
 """Tells the replay's random order from that of the contexts."""
@@ -127,7 +127,7 @@ def read_cases(stage: Stage, index: np.ndarray) -> CaseBatch:
 def roll_minibatch(stage: Stage, contexts: CaseBatch, generator: torch.Generator, *, with_reference: bool) -> Rollouts:
     """Slates for the contexts and what they earn."""
     settings, policy = stage.settings, stage.policy
-    rollout, per_item = settings.rollout, settings.credit == "item"
+    rollout, per_item = rollout_of(settings, policy), settings.credit == "item"
     # Every rank draws for all contexts and takes its own, so that a context's slates do not hang on the ranks.
     draws = rollout.k if rollout.writing == "items" else policy.space.longest
     shape = (contexts.total, rollout.slates - rollout.n_beams, draws)

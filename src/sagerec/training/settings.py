@@ -11,6 +11,7 @@ from sagerec.config import above, at_least, between, check_fields, require, to_j
 from sagerec.decoding.rollouts import RolloutSettings
 from sagerec.objectives.rewards import MOST_WEIGHT, parse_rewards
 from sagerec.objectives.table import Objective, find_objective
+from sagerec.policies.protocol import AnyPolicy
 from sagerec.training.reward_modules import load_reward_module
 from sagerec.training.tracking import TrackerName, check_trackers
 
@@ -23,7 +24,7 @@ OF_A_ROW = ("boost", "boost_form", "boost_scope", "entropy_penalty", "clip_low",
 """Settings of alignment that stand in place of those of the objective's row."""
 LOSS_WEIGHTS = ("policy_weight", "sft_weight", "kl_weight", "entropy_weight")
 OF_ROLLOUTS = (
-    *("reward", "reward_module", "k", "slates", "beam_slates", "temperature", "top_p", "writing", "credit", "clusters"),
+    *("reward", "reward_module", "k", "slates", "beam_slates", "temperature", "top_p", "credit", "clusters"),
     *LOSS_WEIGHTS,
 )
 """Settings that only an objective with rollouts reads: the control has none, and one loss of weight 1."""
@@ -123,9 +124,6 @@ class AlignSettings:
     """Of sampling, and of the log-probabilities in the loss."""
     top_p: float = 1.0
     """Sample only among the most probable codes that together hold this share."""
-    writing: Literal["items", "free"] = "items"
-    """items: over what the trie allows; free: by a language model over its whole vocabulary, one sampled text a slate.
-    One that is no item earns 0 of every reward; `--reward validity=1` pays for the others."""
     credit: Literal["slate", "item"] = "slate"
     """What a reward is credited to: the slate, or the item that earned it (its own codes alone)."""
     clusters: ClusterKind = "coarse"
@@ -248,7 +246,14 @@ class AlignSettings:
     @property
     def rollout(self) -> RolloutSettings:
         """How slates are written."""
-        return RolloutSettings(self.k, self.slates, self.beam_slates, self.temperature, self.top_p, self.writing)
+        return RolloutSettings(self.k, self.slates, self.beam_slates, self.temperature, self.top_p)
+
+
+def rollout_of(settings: AlignSettings, policy: AnyPolicy) -> RolloutSettings:
+    """How a policy writes slates: freely where it can and `validity` is a reward, which else is the same for all."""
+    names = {name for reward in settings.reward for name in reward.partition("=")[0].split("*")}
+    free = "validity" in names and policy.writes_freely
+    return replace(settings.rollout, writing="free") if free else settings.rollout
 
 
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(AlignSettings)}
