@@ -47,6 +47,10 @@ class Policy(nn.Module, Generic[ContextT, PrefixT]):
         """Modules that `torch.compile` may compile each for itself."""
         return ()
 
+    def blocks(self) -> Iterable[nn.Module]:
+        """Modules that several ranks hold in shards, and that run in `forward` alone; without any all hold all."""
+        return ()
+
     def count(self, events: Tensor) -> None:
         """Take how many training events (N,) float32 each item has, before training; most policies need not know."""
 
@@ -142,6 +146,13 @@ class Policy(nn.Module, Generic[ContextT, PrefixT]):
         """
         raise SettingsError("this policy writes nothing else than items; expected lists beam or slate")
 
+    def write_texts(self, items: Tensor, lengths: Tensor, *, k: int, beams: int) -> list[list[tuple[int, str]]]:
+        """The same as texts: at most K of each history, best first, each with the item that it is, -1 for none.
+
+        Raises: SettingsError where the policy writes nothing else than items.
+        """
+        raise SettingsError("this policy writes nothing else than items; expected lists beam or slate")
+
     def sample_texts(
         self, items: Tensor, lengths: Tensor, uniforms: Tensor, *, temperature: float
     ) -> tuple[Tensor, Tensor]:
@@ -165,6 +176,10 @@ class Policy(nn.Module, Generic[ContextT, PrefixT]):
         Args: items, targets (B, T) item indices; counted (B, T) bool. Each token is normalised over the legal ones.
         """
         raise NotImplementedError
+
+    def n_targets(self, items: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
+        """() float32 places that `next_item_loss` of these takes the mean over."""
+        return counted.sum().float()
 
 
 def states_before(slates: Tensor) -> Tensor:
