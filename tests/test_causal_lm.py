@@ -25,6 +25,7 @@ from sagerec.policies.causal_lm import CausalLM, CausalLMSettings
 from sagerec.policies.free_writing import Readings, search_freely
 from sagerec.policies.language import make_language, only_rows, read_language, readable_positions
 from sagerec.policies.language_tasks import tasks_loss
+from sagerec.policies.packing import share_rows
 from sagerec.policies.protocol import Policy
 from tests.language_models import LAYOUTS, config_of, save_model
 
@@ -139,6 +140,22 @@ def test_shared_prefixes_give_the_gradient_of_naive_copies(models: Path, layout:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("n_slates", [2, 4, 6])
+def test_slates_of_like_rows_see_themselves_alone(models: Path, n_slates: int) -> None:
+    """After a long history several slates stand in one row; two users, items of different lengths."""
+    policy = policy_of(models / "qwen3")
+    history = torch.tensor([[0, 3, 5, 7, 1, 2, 11], [2, 8, 6, 9, 0, 0, 0]])
+    lengths = torch.tensor([7, 4])
+    drawn = [torch.randperm(12, generator=torch.Generator().manual_seed(i))[:2] for i in range(2 * n_slates)]
+    slates = torch.stack(drawn).view(2, n_slates, 2)
+    assert share_rows(policy.space.lengths(slates), 40)[1] < n_slates
+    together = slate_logprobs(policy, history, lengths, slates).tokens.logprobs
+    alone = [slate_logprobs(policy, history, lengths, slates[:, [g]]).tokens for g in range(n_slates)]
+    place = torch.cat([own.item // 2 * 2 * n_slates + 2 * g + own.item % 2 for g, own in enumerate(alone)])
+    expected = torch.cat([own.logprobs for own in alone])[place.argsort(stable=True)]
+    torch.testing.assert_close(together, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_pieces_and_recomputing_change_nothing(models: Path) -> None:
     whole = policy_of(models / "qwen3")
     parts = policy_of(models / "qwen3", micro_tokens=64, recompute=True)
@@ -222,6 +239,37 @@ def test_free_titles_are_those_that_end_first_and_are_most_probable(models: Path
             ended += [pair for pair in longer if pair[1][-1] == end]
             live = [pair for pair in longer if pair[1][-1] != end]
         assert found[user] == [text for _, text in sorted(ended, key=lambda pair: -pair[0])[:6]]
+
+
+@pytest.mark.parametrize("codes", [False, True])
+def test_sampled_texts_are_drawn_from_the_vocabulary_and_scored_in_one_pass(models: Path, codes: bool) -> None:
+    """Each token against the distribution function of a plain pass over the text so far."""
+    policy = policy_of(models / "qwen3", codes=codes)
+    plain, end, base = policy.language.plain(), policy.language.end, policy.base.tolist()
+    uniforms = torch.rand(2, 3, policy.space.longest, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    texts, items = policy.sample_texts(ITEMS[:2], LENGTHS[:2], uniforms, temperature=0.5)
+    logprobs, entropy = policy.text_logprobs(ITEMS[:2], LENGTHS[:2], texts, temperature=0.5)
+    found, first = iter(logprobs.tolist()), []
+    for user, history in enumerate(HISTORIES[:2]):
+        own = [t + base[d] for one in history for d, t in enumerate(policy.space.sequence(one))]
+        for number in range(3):
+            text: list[int] = texts[user, number][texts[user, number] >= 0].tolist()
+            assert text[-1] == end or len(text) == policy.space.longest
+            assert end not in text[:-1]
+            assert int(items[user, number]) == policy.readings.item_of(text, nearest=False)
+            for place, token in enumerate(text):
+                logits = plain(torch.tensor([[*policy.prefix.tolist(), *own, *text[:place]]])).logits[0, -1].detach()
+                row = (logits.double() / 0.5).log_softmax(0)
+                below = float(row.exp()[:token].sum())
+                assert below - 1e-5 <= float(uniforms[user, number, place]) <= below + float(row[token].exp()) + 1e-5
+                assert next(found) == pytest.approx(float(row[token]), abs=1e-4)
+                first += [float(-(row.exp() * row).sum())] if place == number == 0 else []
+    assert float(entropy.detach()) == pytest.approx(np.mean(first), abs=1e-4)
+    assert next(found, None) is None
+    logprobs.sum().backward()  # type: ignore[no-untyped-call]
+    written = [t + base[d] for d, t in enumerate(policy.space.sequence(4))]
+    assert policy.readings.item_of(written, nearest=False) == 4
+    assert policy.readings.item_of(written[:-1], nearest=False) == -1  # it has not ended
 
 
 def test_the_loss_over_the_vocabulary_and_an_output_bias(models: Path) -> None:
@@ -337,6 +385,23 @@ def test_what_is_trained_is_saved_as_a_plain_folder(models: Path, tmp_path: Path
     again = read_language(tmp_path / "saved", policy.space, instruction="", dtype="float32")
     reread = CausalLM(policy.settings, policy.space, again).eval()
     torch.testing.assert_close(reread.encode(ITEMS, LENGTHS).hidden, expected.hidden, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_in_bfloat16_are_saved_without_a_trace(models: Path, tmp_path: Path) -> None:
+    """Saving changes no weight of the live policy, and rounds what is merged once."""
+    pytest.importorskip("peft")
+    policy = policy_of(models / "llama", train="lora", lora_rank=4, dtype="bfloat16")
+    torch.manual_seed(0)
+    for name, weight in policy.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    before = {name: value.clone() for name, value in policy.state_dict().items()}
+    policy.language.save(tmp_path / "saved")
+    assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
+    layer = policy.language.plain().model.layers[0].self_attn.q_proj
+    update = layer.lora_B["default"].weight.float() @ layer.lora_A["default"].weight.float() * layer.scaling["default"]
+    saved = load_file(tmp_path / "saved" / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
+    assert torch.equal(saved, (layer.base_layer.weight.float() + update).to(torch.bfloat16))
 
 
 def test_generation_settings_of_the_model_do_not_leak(models: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sagerec.policies.packing import Tree, chains, lay_out, mask, table, ways
+from sagerec.policies.packing import Tree, chains, lay_out, mask, share_rows, table, ways
 
 
 def test_by_hand() -> None:
@@ -47,3 +47,14 @@ def test_chains_begin_anew_for_each_sequence() -> None:
     assert tree.anchor.tolist() == [2, 2, 2, 0, 0]
     assert tree.parent.tolist() == [-1, 0, 1, -1, 3]
     assert tree.depth.tolist() == [0, 1, 2, 0, 1]
+
+
+def test_slates_share_rows_of_like_width() -> None:
+    """Of four slates of 2, 6, 4 and 8 tokens after 10, two rows hold 2 + 8 and 4 + 6; after 5 each has its own."""
+    lengths = torch.tensor([[[1, 1], [3, 3], [2, 2], [4, 4]], [[1, 1]] * 4])
+    row, n_rows = share_rows(lengths, 10)
+    assert n_rows == 2
+    assert row[:4].tolist() == [0, 1, 1, 0]
+    assert row[4:].bincount().tolist() == [0, 0, 2, 2]
+    assert share_rows(lengths, 5)[0].tolist() == [0, 2, 1, 3, 4, 5, 6, 7]
+    assert share_rows(lengths, 1000)[1] == 1

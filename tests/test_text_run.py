@@ -1,5 +1,7 @@
 """Native text through the whole pipeline: a language model of one's own writes titles, is aligned and compared."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,6 +95,25 @@ def test_free_writing_is_measured(text_run: Run) -> None:
     legal_only: AnyPolicy = Policy()
     with pytest.raises(SettingsError, match="writes nothing else than items"):
         legal_only.write_freely(torch.zeros(1, 1), torch.ones(1), k=1, beams=1)
+
+
+def test_alignment_can_write_freely(text_run: Run, tmp_path: Path) -> None:
+    """Texts that are no item are counted, earn nothing, and are learnt from; the log knows how many there were."""
+    settings = replace(QUICK, epochs=1, reward=("validity=1",), sft_weight=0.0, validations=0)
+    run = open_run(shutil.copytree(text_run.folder, tmp_path / "run"))
+    align(run, settings, name="free")
+    rows = [json.loads(line) for line in (run.folder / "policy-free" / "metrics.jsonl").read_text().splitlines()]
+    rounds = [row for row in rows if "invalid_rate" in row]
+    assert rounds
+    assert all(0 < row["invalid_rate"] == pytest.approx(1 - row["reward/validity"]) for row in rounds)
+    one, other = (run.policy(name, device="cpu").state_dict() for name in ("policy", "policy-free"))
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+    for given in ({"k": 2}, {"top_p": 0.5, "beam_slates": 0}, {"beam_slates": 1}):
+        with pytest.raises(SettingsError, match="free writing samples one text a slate"):
+            align(run, replace(settings, **given), name="refused")
+    legal_only: AnyPolicy = Policy()
+    with pytest.raises(SettingsError, match="writes nothing else than items"):
+        legal_only.sample_texts(torch.zeros(1, 1), torch.ones(1), torch.ones(1, 1, 1), temperature=1.0)
 
 
 def test_the_saved_folder_is_read_without_the_model_it_came_from(text_run: Run, tmp_path: Path) -> None:

@@ -48,6 +48,17 @@ def test_a_long_title_is_cut_and_told_apart(tokenizer: Any) -> None:
     assert written[1] == f"{written[0]} (2)"
 
 
+def test_a_title_is_never_cut_inside_a_character(tokenizer: Any) -> None:
+    """Of bytes, a token each: three of an emoji's four, or of the second sign of two, are left out."""
+    for most, expected in ((4, "ab"), (6, "ab🧴"), (7, "ab🧴"), (9, "ab🧴肥")):
+        _, written, counts = write_titles(["ab🧴肥皂"], tokenizer, max_tokens=most, instead=["x"])
+        assert (written, counts["cut"], counts["unwritable"]) == ([expected], 1, 0)
+    assert write_titles(["🧴"], tokenizer, max_tokens=3, instead=["x"])[1:] == (
+        ["x"],
+        {"cut": 1, "numbered": 0, "unwritable": 1},
+    )
+
+
 def test_text_that_means_something_to_the_model_is_not_written(tokenizer: Any) -> None:
     """A title may hold the words of a special token; its number never stands in one."""
     tokens, written, counts = write_titles(

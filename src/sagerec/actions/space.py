@@ -75,6 +75,10 @@ class ActionSpace:
     def device(self) -> torch.device:
         return self.nodes.device
 
+    def lengths(self, items: Tensor) -> Tensor:
+        """(…) int64 tokens of each of items (…)."""
+        return self.offsets[items + 1] - self.offsets[items]
+
     def leaf(self, items: Tensor) -> Tensor:
         """(…) int64 state at which the sequence of each of items (…) ends."""
         return self.nodes[self.offsets[items + 1] - 1].long()
@@ -87,7 +91,7 @@ class ActionSpace:
     def paths(self, items: Tensor) -> Paths:
         """The tokens of items (n,), one after another."""
         begin = self.offsets[items]
-        length = self.offsets[items + 1] - begin
+        length = self.lengths(items)
         owner = torch.repeat_interleave(length)
         depth = torch.arange(len(owner), device=owner.device) - (length.cumsum(0) - length)[owner]
         at = begin[owner] + depth

@@ -37,6 +37,8 @@ TOKENIZER_FILES = (
     *("added_tokens.json", "special_tokens_map.json"),
 )
 """What of a model's folder decides how titles are written."""
+HALF = "\ufffd"
+"""What a tokenizer of bytes reads where a character is cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +165,7 @@ def write_titles(
 
     def encode(many: Sequence[str]) -> list[list[int]]:
         """Tokens that stand for text, none of which ends a title or means something to the model."""
-        encoded = tokenizer(list(many), add_special_tokens=False)["input_ids"] if many else []
+        encoded = tokenizer(list(many), add_special_tokens=False, verbose=False)["input_ids"] if many else []
         return [[int(t) for t in tokens if t not in special and t != end] for tokens in encoded]
 
     def decode(tokens: list[int]) -> str:
@@ -177,6 +179,8 @@ def write_titles(
     for number, tokens in enumerate(encode(texts)):
         is_cut, tokens = len(tokens) > max_tokens, tokens[:max_tokens]
         counts["cut"] += is_cut
+        while is_cut and tokens and tokenizer.decode(tokens).endswith(HALF):
+            tokens = tokens[:-1]
         if not decode(tokens):
             counts["unwritable"] += 1
             tokens = encode([instead[number]])[0]

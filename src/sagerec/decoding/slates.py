@@ -49,6 +49,8 @@ class Slates(NamedTuple):
     """(B, G, K) int64 items."""
     tokens: FreeTokens
     """At the temperature of the draw (1 for greedy)."""
+    texts: Tensor | None = None
+    """(B, G, L) tokens of slates of one item that were written without the trie, -1 after the last; all are free."""
 
     def scores(self) -> Tensor:
         """(B, G, K) log-probability of each item given those before it, in nats."""

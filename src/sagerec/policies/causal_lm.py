@@ -15,7 +15,7 @@ Shapes: B users, G slates of each, K places, R states, S columns, M tokens, V vo
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -23,24 +23,20 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sagerec.actions.groups import group_log_softmax
-from sagerec.actions.space import ActionSpace, Paths
+from sagerec.actions.space import ActionSpace
 from sagerec.actions.trie import ROOT, Children
 from sagerec.config import at_least, between, check_fields
 from sagerec.errors import SettingsError
-from sagerec.policies.free_writing import Readings, search_freely
+from sagerec.policies.free_writing import Readings, sample_freely, score_freely, search_freely
 from sagerec.policies.language import LanguageModel
 from sagerec.policies.language_tasks import tasks_loss
 from sagerec.policies.layers import FastDropout
-from sagerec.policies.packing import Rows, Tree, chains, lay_out, mask, table, ways
-from sagerec.policies.protocol import Policy, states_before
+from sagerec.policies.packing import Rows, Tree, chains, lay_out, mask, share_rows, slate_tree, table, ways
+from sagerec.policies.protocol import Policy
+from sagerec.policies.vocabulary import choices_loss, root_logits, token_logits, token_logprobs
 
 KeyValues = tuple[tuple[Tensor, Tensor], ...]
 """Per layer, keys and values (B, H, S, D/H)."""
-DENSE = 16
-"""Below this many products for each logit wanted, a matrix product is faster than a gather."""
-LARGEST = 2**24
-"""Numbers of a gather that are held at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,48 +116,6 @@ class States(NamedTuple):
         )
 
 
-class SlateTree(NamedTuple):
-    """What is read of slates: the whole of all items but the last, and of each the tokens that its logits hang on."""
-
-    tree: Tree
-    """After one state a user."""
-    states: Tensor
-    """(B (1 + G (K - 1)),) the token at which each state stands that begins an item, -1 for the context's end."""
-    prefixes: Tensor
-    """(F,) the token at which each prefix stands, item after item."""
-
-
-def slate_tree(space: ActionSpace, base: Tensor, slates: Tensor, reach: Tensor) -> SlateTree:
-    """The tree of slates (B, G, K), of whose items (B G K) `reach` tokens are asked for; what is shared stands once.
-
-    `base` (L,) is the vocabulary id of each depth's token 0.
-    """
-    batch, n_slates, k = slates.shape
-    paths = space.paths(slates.flatten())
-    place = torch.arange(slates.numel(), device=slates.device) % k
-    wanted = paths.depth < reach[paths.owner]
-    kept = (wanted | (place < k - 1)[paths.owner]).nonzero()[:, 0]
-    state = states_before(slates).flatten()
-    owner, depth, node = paths.owner[kept], paths.depth[kept], paths.node[kept]
-    # Tokens after one state along one way of the trie are one token.
-    key, index = torch.unique(state[owner] * space.trie.n_nodes + node, return_inverse=True)
-    count = torch.bincount(owner, minlength=slates.numel())
-    last = index[(count.cumsum(0) - 1).clamp(min=0)] if len(index) else index.new_zeros(slates.numel())
-    # Before the first token of an item stands the last one of the item before it in the slate.
-    before = torch.where(depth > 0, index.roll(1), torch.where(place[owner] > 0, last[(owner - 1).clamp(min=0)], -1))
-    length = (space.offsets[slates + 1] - space.offsets[slates]).flatten(0, 1)
-    begin = (length.cumsum(1) - length).flatten()
-    tree = Tree(
-        torch.empty_like(key).index_put((index,), space.trie.token[node].long() + base[depth]),
-        torch.empty_like(key).index_put((index,), owner // (n_slates * k)),
-        torch.empty_like(key).index_put((index,), before),
-        torch.empty_like(key).index_put((index,), begin[owner] + depth),
-    )
-    states = torch.full((batch, 1 + n_slates * (k - 1)), -1, device=slates.device)
-    states[:, 1:] = last.view(batch, n_slates, k)[:, :, :-1].flatten(1)
-    return SlateTree(tree, states.flatten(), index[wanted[kept]])
-
-
 class CausalLM(Policy[States, States]):
     """The policy. Calls: see `sagerec.policies.protocol.Policy`."""
 
@@ -206,7 +160,9 @@ class CausalLM(Policy[States, States]):
     def describe(self, titles: Sequence[str]) -> None:
         """Begin the tokens of Semantic IDs with what the titles of their items are made of; learn these beside them."""
         if self.settings.title_weight:
-            self.title_tokens = self.language.tokenizer(list(titles), add_special_tokens=False)["input_ids"]
+            self.title_tokens = self.language.tokenizer(list(titles), add_special_tokens=False, verbose=False)[
+                "input_ids"
+            ]
         if self.language.new_tokens:
             self.language.begin_with_titles([torch.tensor(own) for own in self.item_tokens()], titles)
 
@@ -235,7 +191,7 @@ class CausalLM(Policy[States, States]):
 
     def _fits(self, items: Tensor, there: Tensor) -> Tensor:
         """(B, T) bool: the places from which on the items (B, T) that are there fit."""
-        sizes = torch.where(there, self.space.offsets[items + 1] - self.space.offsets[items], 0)
+        sizes = torch.where(there, self.space.lengths(items), 0)
         return sizes.flip(1).cumsum(1).flip(1) <= self.budget
 
     def forward(
@@ -246,7 +202,7 @@ class CausalLM(Policy[States, States]):
         hidden, read = self.language.forward(embedded, table(position, rows), seen, read)
         return self.dropout(hidden[rows.user, rows.slot]), read
 
-    def _read(self, states: States, tree: Tree) -> tuple[Tensor, KeyValues, Tensor]:
+    def read_tree(self, states: States, tree: Tree) -> tuple[Tensor, KeyValues, Tensor]:
         """Read a tree after states: outputs (M, D), all that was read, and what each token sees (M, S + Q)."""
         rows = lay_out(states.user[tree.anchor], states.n_users)
         own, before = ways(tree, rows), states.seen[tree.anchor]
@@ -272,7 +228,7 @@ class CausalLM(Policy[States, States]):
 
     def _grown(self, states: States, tree: Tree, last: Tensor, level: int) -> States:
         """The states after tokens `last` (R',) of a tree."""
-        hidden, read, seen = self._read(states, tree)
+        hidden, read, seen = self.read_tree(states, tree)
         anchor = tree.anchor[last]
         position = states.position[anchor] + tree.depth[last] + 1
         return States(read, states.user[anchor], seen[last], position, hidden[last], level)
@@ -295,7 +251,7 @@ class CausalLM(Policy[States, States]):
         """Read whole slates; see the protocol."""
         whole = torch.cat([slates, slates[:, :, :1]], dim=2)  # of the last item nothing is read
         tree, at, _ = slate_tree(self.space, self.base, whole, whole.new_zeros(whole.numel()))
-        hidden, read, seen = self._read(context, tree)
+        hidden, read, seen = self.read_tree(context, tree)
         user = torch.arange(len(slates), device=slates.device).repeat_interleave(len(at) // len(slates))
         old = context.of(user)
         first = at < 0
@@ -314,7 +270,7 @@ class CausalLM(Policy[States, States]):
         if not len(tokens):
             return []
         tree = chains(tokens, rows, lengths)
-        hidden, _, _ = self._read(prefix, tree._replace(token=tokens + self.base[tree.depth]))
+        hidden, _, _ = self.read_tree(prefix, tree._replace(token=tokens + self.base[tree.depth]))
         return self._by_level(prefix, hidden, lengths)
 
     @staticmethod
@@ -332,22 +288,24 @@ class CausalLM(Policy[States, States]):
         """Read slates after their histories at once; see the protocol."""
         users = torch.arange(len(items), device=items.device)
         reach = reach.view(slates.shape)
-        sizes = (self.space.offsets[slates + 1] - self.space.offsets[slates]).flatten(1).sum(dim=1)
+        sizes = self.space.lengths(slates).flatten(1).sum(dim=1)
         size = max(1, self.settings.micro_tokens // (int(sizes.max()) + self.budget))
         starts, prefixes = [], []
         for own in torch.split(users, size):
 
             def compute(items: Tensor, lengths: Tensor, slates: Tensor, reach: Tensor, own: Tensor = own) -> Any:
                 states = self.encode(items, lengths) if context is None else context.users(own)
-                n_slates, k = slates.shape[1:]
+                k = slates.shape[2]
                 if k == 1:  # one token less than an item, and many that slates share
                     tree, _, wanted = slate_tree(self.space, self.base, slates, reach.flatten())
-                    hidden = self._read(states, tree)[0] if len(tree.token) else states.hidden
+                    hidden = self.read_tree(states, tree)[0] if len(tree.token) else states.hidden
                     return states.hidden, hidden[wanted]
-                # Longer slates share little but the context: each is a row of its own, beside a copy of what was read.
-                rows = states.users(torch.arange(len(items), device=items.device).repeat_interleave(n_slates))
+                # Longer slates share little but the context: rows of a few, each beside a copy of what was read.
+                row, n_rows = share_rows(self.space.lengths(slates), states.seen.shape[1])
+                rows = states.users(torch.arange(len(items), device=items.device).repeat_interleave(n_rows))
                 tree, at, wanted = slate_tree(self.space, self.base, slates.flatten(0, 1)[:, None], reach.flatten())
-                hidden, _, _ = self._read(rows, tree)
+                tree = tree._replace(anchor=row[tree.anchor])
+                hidden, _, _ = self.read_tree(rows, tree)
                 later = hidden[at.view(-1, k)[:, 1:]].view(len(items), -1, hidden.shape[1])
                 return torch.cat([states.hidden[:, None], later], dim=1).flatten(0, 1), hidden[wanted]
 
@@ -372,38 +330,41 @@ class CausalLM(Policy[States, States]):
 
     def root_logits(self, prefix: States) -> Tensor:
         """Logits of the root's children; see the protocol."""
-        return self._root_logits(prefix.hidden)
-
-    def _root_logits(self, hidden: Tensor) -> Tensor:
-        """(R, n) float32 logits of the root's n tokens after outputs (R, D)."""
-        weight, bias = self.language.head()
-        some = None if bias is None else bias[self.root_tokens]
-        some = None if some is None else some.float()
-        return self.language.cap(F.linear(hidden.float(), weight[self.root_tokens].float(), some).float())
+        return root_logits(self, prefix.hidden)
 
     def child_logits(self, prefix: States, children: Children) -> Tensor:
         """Logits of legal continuations; see the protocol."""
         if prefix.level == 0 and len(children.node) == len(prefix.hidden) * len(self.root_tokens):
             return self.root_logits(prefix).flatten()
-        return self._logits(prefix.hidden, children.parent, children.token + self.base[prefix.level])
-
-    def _logits(self, hidden: Tensor, row: Tensor, token: Tensor) -> Tensor:
-        """(M,) float32 logits of vocabulary ids (M,) after outputs (R, D) of rows (M,)."""
-        weight, bias = self.language.head()
-        distinct, place = torch.unique(token, return_inverse=True)
-        if len(hidden) * len(distinct) <= DENSE * len(token):
-            found = F.linear(hidden.float(), weight[distinct].float())[row, place].float()
-        else:
-            size = max(1, LARGEST // hidden.shape[1])
-            parts = zip(torch.split(row, size), torch.split(token, size), strict=True)
-            found = torch.cat([(hidden[r].float() * F.embedding(t, weight).float()).sum(dim=1) for r, t in parts])
-        return self.language.cap(found if bias is None else found + bias[token])
+        return token_logits(self.language, prefix.hidden, children.parent, children.token + self.base[prefix.level])
 
     def write_freely(self, items: Tensor, lengths: Tensor, *, k: int, beams: int, nearest: bool = False) -> Tensor:
         """Beam search over the whole vocabulary; see the protocol and `free_writing`."""
         texts = search_freely(self, items, lengths, k=k, beams=beams)
         found = [[self.readings.item_of(text, nearest=nearest) for text in own] for own in texts]
         return torch.tensor([own + [-1] * (k - len(own)) for own in found], device=items.device)
+
+    def sample_texts(
+        self, items: Tensor, lengths: Tensor, uniforms: Tensor, *, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Draw texts from the whole vocabulary; see the protocol and `free_writing`."""
+        texts = sample_freely(self, items, lengths, uniforms, temperature=temperature)
+        found = [self.readings.item_of(own[own >= 0].tolist(), nearest=False) for own in texts.flatten(0, 1).cpu()]
+        return texts, torch.tensor(found, device=items.device).view(texts.shape[:2])
+
+    def text_logprobs(
+        self, items: Tensor, lengths: Tensor, texts: Tensor, *, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of texts; see the protocol and `free_writing`."""
+        size = max(1, self.settings.micro_tokens // (texts.shape[1] * texts.shape[2] + self.budget))
+        pieces = zip(torch.split(items, size), torch.split(lengths, size), torch.split(texts, size), strict=True)
+        found = [self._piecewise(partial(score_freely, self, temperature=temperature), *own) for own in pieces]
+        return torch.cat([logprobs for logprobs, _ in found]), torch.cat([entropy for _, entropy in found]).mean()
+
+    @property
+    def writes_freely(self) -> bool:
+        """Whether it can write without the trie; see the protocol."""
+        return True
 
     def write_texts(self, items: Tensor, lengths: Tensor, *, k: int, beams: int) -> list[list[tuple[int, str]]]:
         """The same as texts; see the protocol."""
@@ -420,11 +381,6 @@ class CausalLM(Policy[States, States]):
         """States of rows (R',), each after one more token (R',) of the vocabulary."""
         tree = chains(tokens, rows, torch.ones_like(rows))
         return self._grown(states, tree, torch.arange(len(rows), device=rows.device), states.level + 1)
-
-    def vocabulary_logprobs(self, hidden: Tensor) -> Tensor:
-        """(R, V) log-probabilities of every token after outputs (R, D)."""
-        weight, bias = self.language.head()
-        return self.language.cap(F.linear(hidden, weight, bias).float()).log_softmax(dim=1)
 
     def item_tokens(self) -> list[list[int]]:
         """Vocabulary ids of every item."""
@@ -443,7 +399,7 @@ class CausalLM(Policy[States, States]):
         assert bool((targets[:, :-1] == items[:, 1:])[follows].all()), "a row of training is one text"
         whole, ends, there = self._texts(items, targets, counted)
         rows = (ends > 0).nonzero()[:, 0]
-        width = torch.where(there, self.space.offsets[whole + 1] - self.space.offsets[whole], 0).sum(dim=1)
+        width = torch.where(there, self.space.lengths(whole), 0).sum(dim=1)
         total, n_targets = torch.zeros((), device=items.device), 0
         for own in self._pieces(rows, width[rows] + len(self.prefix)):
             loss, n = self._piecewise(self._text_loss, whole[own], ends[own] + 1, counted[own])
@@ -492,34 +448,7 @@ class CausalLM(Policy[States, States]):
         owner = torch.unique_consecutive(torch.stack([user[wanted], place[wanted]]), dim=1)
         paths = self.space.paths(items[owner[0], owner[1]])
         outputs = hidden[wanted.nonzero()[:, 0] - 1]
-        loss = self.choices_loss(outputs, paths)
+        loss = choices_loss(self, outputs, paths)
         if self.settings.free_weight:
-            loss = loss + self.settings.free_weight * self.vocabulary_loss(outputs, token[wanted])
+            loss = loss - self.settings.free_weight * token_logprobs(self.language, outputs, token[wanted]).sum()
         return loss, owner.shape[1]
-
-    def vocabulary_loss(self, hidden: Tensor, token: Tensor) -> Tensor:
-        """Sum of -log P of tokens (M,) among all after outputs (M, D), some rows at a time."""
-
-        def part(hidden: Tensor, token: Tensor) -> Tensor:
-            return F.nll_loss(self.vocabulary_logprobs(hidden), token, reduction="sum")
-
-        size = max(1, LARGEST // 4 // self.language.head()[0].shape[0])
-        parts = zip(torch.split(hidden, size), torch.split(token, size), strict=True)
-        total = hidden.new_zeros((), dtype=torch.float32)
-        for own in parts:
-            total = total + (checkpoint(part, *own, use_reentrant=False) if torch.is_grad_enabled() else part(*own))
-        return total
-
-    def choices_loss(self, hidden: Tensor, paths: Paths) -> Tensor:
-        """Sum of -log P of the tokens of paths (F,) after outputs (F, D), each among the legal ones."""
-        trie = self.space.trie
-        begins = (paths.depth == 0).nonzero()[:, 0]
-        logits = self._root_logits(hidden[begins])
-        loss = F.cross_entropy(logits, paths.node[begins] - trie.first_child[ROOT], reduction="sum")
-        deeper = ((paths.depth > 0) & self.space.has_choice(paths.parent)).nonzero()[:, 0]
-        if not len(deeper):
-            return loss
-        children = trie.children(paths.parent[deeper])
-        token = children.token + self.base[paths.depth[deeper]][children.parent]
-        steps = group_log_softmax(self._logits(hidden[deeper], children.parent, token), children.parent, len(deeper))
-        return loss - steps[children.node == paths.node[deeper][children.parent]].sum()

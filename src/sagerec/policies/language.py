@@ -132,7 +132,7 @@ class LanguageModel:
         if not self.new_tokens:
             return
         first, count = self.new_tokens[0], len(self.new_tokens)
-        pieces = self.tokenizer(list(titles), add_special_tokens=False)["input_ids"]
+        pieces = self.tokenizer(list(titles), add_special_tokens=False, verbose=False)["input_ids"]
         both = list(zip(tokens, map(torch.tensor, pieces), strict=True))
         code = torch.cat([(own - first).repeat_interleave(len(p)) for own, p in both])
         piece = torch.cat([p.long().repeat(len(own)) for own, p in both])
@@ -168,22 +168,28 @@ class LanguageModel:
         """The model without what adapters wrap it in."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
+    def merged(self) -> dict[str, Tensor]:
+        """The weights without adapters, each of which is added in float32 to what it adapts and rounded once."""
+        plain = self.plain()
+        weights = {n.replace("base_layer.", ""): w for n, w in plain.state_dict().items() if ADAPTER not in n}
+        for name, layer in plain.named_modules():
+            if hasattr(layer, "base_layer"):
+                (adapter,) = layer.active_adapters
+                own = weights[f"{name}.weight"]
+                whole = own.float() + layer.get_delta_weight(adapter).float()
+                weights[f"{name}.weight"] = whole.to(own.dtype)
+        return weights
+
     def save(self, folder: Path) -> None:
         """Write a plain Hugging Face folder, adapters merged, generation settings left out."""
         from transformers import GenerationConfig
 
-        adapted = hasattr(self.model, "merge_adapter")
-        if adapted:
-            self.model.merge_adapter()
-        plain = self.plain()
-        weights = {n.replace("base_layer.", ""): w for n, w in plain.state_dict().items() if ADAPTER not in n}
+        plain, weights = self.plain(), self.merged()
         plain.generation_config = GenerationConfig(
             bos_token_id=self.tokenizer.bos_token_id, eos_token_id=self.tokenizer.eos_token_id
         )
         with quiet():
             plain.save_pretrained(folder, state_dict=weights)
-        if adapted:
-            self.model.unmerge_adapter()
         self.tokenizer.save_pretrained(folder)
 
     @staticmethod

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sagerec.errors import SettingsError
 from sagerec.policies.packing import lay_out
+from sagerec.policies.vocabulary import choices_loss, token_logprobs
 
 if TYPE_CHECKING:
     from sagerec.policies.causal_lm import CausalLM
@@ -61,5 +62,5 @@ def tasks_loss(policy: "CausalLM", items: Tensor, targets: Tensor, counted: Tens
     owner = torch.tensor(named, device=items.device)
     outputs = policy.outputs(token, lay_out(user, len(texts)))[at - 1]
     is_id = owner[user[at]] >= 0
-    loss = policy.choices_loss(outputs[is_id], policy.space.paths(owner[owner >= 0]))
-    return (loss + policy.vocabulary_loss(outputs[~is_id], token[at][~is_id])) / len(texts)
+    loss = choices_loss(policy, outputs[is_id], policy.space.paths(owner[owner >= 0]))
+    return (loss - token_logprobs(policy.language, outputs[~is_id], token[at][~is_id]).sum()) / len(texts)

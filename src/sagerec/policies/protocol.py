@@ -73,6 +73,11 @@ class Policy(nn.Module, Generic[ContextT, PrefixT]):
     def freeze(self) -> None:
         """Compute once what hangs on the weights alone, for serving: they will not change any more."""
 
+    @property
+    def writes_freely(self) -> bool:
+        """Whether it can write without the trie."""
+        return False
+
     def encode(self, items: Tensor, lengths: Tensor, *, slates: int = 1) -> ContextT:
         """Read histories (B, T) of item indices, padded on the right, with lengths (B,), once for G = `slates`."""
         raise NotImplementedError
@@ -166,6 +171,22 @@ class Policy(nn.Module, Generic[ContextT, PrefixT]):
         Raises: SettingsError where the policy writes nothing else than items.
         """
         raise SettingsError("this policy writes nothing else than items; expected lists beam or slate")
+
+    def sample_texts(
+        self, items: Tensor, lengths: Tensor, uniforms: Tensor, *, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Texts (B, G, L) drawn without the trie after histories (B, T), a token at each of `uniforms` (B, G, L)
+        float64, -1 after the last; and the items (B, G) that they are, -1 for none.
+
+        Raises: SettingsError where the policy writes nothing else than items.
+        """
+        raise SettingsError("this policy writes nothing else than items; expected rewards without validity")
+
+    def text_logprobs(
+        self, items: Tensor, lengths: Tensor, texts: Tensor, *, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (F,) of all tokens of such texts, text after text, and the mean entropy () of the first."""
+        raise NotImplementedError
 
     def next_item_loss(self, items: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
         """Mean over counted places of -log P(target | items up to it) in nats an item, with gradient; of P as it is

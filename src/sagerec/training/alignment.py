@@ -57,7 +57,7 @@ from sagerec.training.feedback import gather_facts, gather_feedback, to_device
 from sagerec.training.layout import most_choices
 from sagerec.training.loop import make_optimizer, stage_device
 from sagerec.training.rounds import Stage, roll_round, update
-from sagerec.training.settings import STORE_METRICS, AlignSettings, parse_criterion
+from sagerec.training.settings import STORE_METRICS, AlignSettings, parse_criterion, rollout_of
 from sagerec.training.soundness import check_kept
 from sagerec.training.tracking import keep_records, open_trackers
 from sagerec.training.validation import VALIDATION_K, validation_lists
@@ -130,6 +130,7 @@ def align_policy(
             raise SettingsError(
                 f"the criterion {name!r} asks a simulated store, and this dataset is none; choose others"
             )
+    free = rollout_of(settings, start).writing == "free"
     device = stage_device(settings.device)
     weights = parse_rewards(settings.reward) if settings.reward else {}  # the control has none
     facts = gather_facts(data, split, start.space, clusters=settings.clusters, cold_max_count=settings.cold_max_count)
@@ -146,7 +147,7 @@ def align_policy(
         optimizer=make_optimizer(start, settings.learning_rate, settings.weight_decay),
         work=work,
         rewards=weights,
-        longest=settings.k * most_choices(start.space),
+        longest=start.space.longest if free else settings.k * most_choices(start.space),
         replay=make_windows(known, start.max_items) if settings.replay_weight else None,
     )
     validation = split.cases(data, "valid").sample(settings.validation_users, np.random.default_rng(settings.seed))

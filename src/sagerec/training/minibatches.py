@@ -92,6 +92,8 @@ class Rollouts:
     """(B', G) H of the unit's slate."""
     coldness: Tensor
     """(B', G) share of cold items in the unit."""
+    texts: Tensor | None = None
+    """(B, G, L) tokens of slates that were written freely, -1 after the last."""
 
     def part(self, rows: slice) -> "Rollouts":
         """Those of the contexts `rows`."""
@@ -99,8 +101,8 @@ class Rollouts:
         own = slice(rows.start * units, rows.stop * units)
         reference = None if self.reference is None else self.reference[own]
         facts = (self.rewards[own], self.diversity[own], self.coldness[own])
-        layout = self.layout.part(own)
-        return Rollouts(self.slates[rows], layout, self.old_logprobs[own], reference, *facts)
+        layout, texts = self.layout.part(own), None if self.texts is None else self.texts[rows]
+        return Rollouts(self.slates[rows], layout, self.old_logprobs[own], reference, *facts, texts)
 
 
 @dataclass(frozen=True, slots=True)

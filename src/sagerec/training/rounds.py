@@ -16,8 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sagerec.decoding.rollouts import roll_out
-from sagerec.decoding.slates import slate_logprobs
+from sagerec.decoding.rollouts import roll_out, score_slates
 from sagerec.errors import NumericalError, TrainingError
 from sagerec.objectives.loss import (
     PolicyLoss,
@@ -38,7 +37,7 @@ from sagerec.training.minibatches import Minibatch as Minibatch
 from sagerec.training.minibatches import Rollouts as Rollouts
 from sagerec.training.minibatches import Stage as Stage
 from sagerec.training.minibatches import pieces
-from sagerec.training.settings import AlignSettings
+from sagerec.training.settings import AlignSettings, rollout_of
 
 UNSOUND = "unsound"
 """Ranks on which something that a policy loss reads is out of range."""
@@ -61,9 +60,10 @@ def read_cases(stage: Stage, index: np.ndarray) -> CaseBatch:
 def roll_contexts(stage: Stage, contexts: CaseBatch, generator: torch.Generator) -> Rollouts:
     """Slates for the contexts and what they earn, without the reference's word on them."""
     settings, policy = stage.settings, stage.policy
-    rollout, per_item = settings.rollout, settings.credit == "item"
+    rollout, per_item = rollout_of(settings, policy), settings.credit == "item"
     # Every rank draws for all contexts and takes its own, so that a context's slates do not hang on the ranks.
-    shape = (contexts.total, rollout.slates - rollout.n_beams, rollout.k)
+    draws = rollout.k if rollout.writing == "items" else policy.space.longest
+    shape = (contexts.total, rollout.slates - rollout.n_beams, draws)
     uniforms = torch.rand(shape, generator=generator, dtype=torch.float64)[parallel.own_share(contexts.total)]
     history = (contexts.items, contexts.lengths)
     rolled = roll_out(policy, *history, rollout, excluded=contexts.excluded, uniforms=uniforms.to(policy.device))
@@ -89,7 +89,7 @@ def roll_contexts(stage: Stage, contexts: CaseBatch, generator: torch.Generator)
         diversity = as_units(diversity.unsqueeze(2).expand_as(slates), True)
         coldness = as_units(of_items(stage.facts.cold, slates).float(), True)
     old = layout.fill(rolled.tokens.logprobs)
-    return Rollouts(slates, layout, old, None, earned, diversity, coldness)
+    return Rollouts(slates, layout, old, None, earned, diversity, coldness, rolled.texts)
 
 
 @torch.no_grad()
@@ -97,7 +97,7 @@ def with_reference(stage: Stage, contexts: CaseBatch, rolled: Rollouts) -> Rollo
     """The rollouts with their log-probabilities under the policy that alignment started from."""
     assert stage.reference is not None
     given: dict[str, Any] = {"temperature": stage.settings.temperature, "excluded": contexts.excluded}
-    scored = slate_logprobs(stage.reference, contexts.items, contexts.lengths, rolled.slates, **given)
+    scored = score_slates(stage.reference, contexts.items, contexts.lengths, rolled.slates, rolled.texts, **given)
     return replace(rolled, reference=rolled.layout.fill(scored.tokens.logprobs))
 
 
@@ -247,11 +247,12 @@ def slate_loss(
     assert rolled is not None
     assert batch.advantages is not None
     layout = rolled.layout
-    scored, entropy = slate_logprobs(
+    scored, entropy = score_slates(
         policy,
         contexts.items,
         contexts.lengths,
         rolled.slates,
+        rolled.texts,
         temperature=settings.temperature,
         excluded=contexts.excluded,
     )

@@ -11,6 +11,7 @@ from sagerec.config import above, at_least, between, check_fields, require, to_j
 from sagerec.decoding.rollouts import RolloutSettings
 from sagerec.objectives.rewards import MOST_WEIGHT, parse_rewards
 from sagerec.objectives.table import Objective, find_objective
+from sagerec.policies.protocol import AnyPolicy
 from sagerec.training.reward_modules import load_reward_module
 from sagerec.training.tracking import TrackerName, check_trackers
 
@@ -260,6 +261,13 @@ class AlignSettings:
     def rollout(self) -> RolloutSettings:
         """How slates are written."""
         return RolloutSettings(self.k, self.slates, self.beam_slates, self.temperature, self.top_p)
+
+
+def rollout_of(settings: AlignSettings, policy: AnyPolicy) -> RolloutSettings:
+    """How a policy writes slates: freely where it can and `validity` is a reward, which else is the same for all."""
+    names = {name for reward in settings.reward for name in reward.partition("=")[0].split("*")}
+    free = "validity" in names and policy.writes_freely
+    return replace(settings.rollout, writing="free") if free else settings.rollout
 
 
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(AlignSettings)}
