@@ -28,6 +28,8 @@ class Policy(nn.Module, Generic[ContextT, PrefixT]):
     """What it may write, on the policy's device."""
     max_items: int
     """History items that it reads, the latest ones."""
+    reads_slate = True
+    """Whether what it writes next hangs on the items of the slate, other than that they are not written again."""
 
     @property
     def device(self) -> torch.device:
