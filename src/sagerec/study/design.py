@@ -28,7 +28,7 @@ NOTES: dict[str, str] = {}
 COMMON_GRID: dict[str, tuple[Any, ...]] = {"learning_rate": (4e-4, 8e-4, 2e-4)}
 """What every objective may choose."""
 OWN_GRID: dict[str, dict[str, tuple[Any, ...]]] = {
-    "sage": {"policy_weight": (8.0, 4.0), "boost": (4.0, 8.0), "entropy_penalty": (4.0, 2.0)},
+    "sage": {"policy_weight": (8.0, 4.0), "boost": (4.0, 8.0), "entropy_penalty": (4.0, 2.0, 0.0)},
     "sage_paper": {"policy_weight": (8.0, 4.0), "boost": (1.0, 2.0), "entropy_penalty": (1.0, 0.5)},
     "gbpo": {"policy_weight": (8.0, 4.0)},
     "gbpo_decoupled": {"policy_weight": (8.0, 4.0)},
