@@ -10,7 +10,7 @@ WORKERS ?= 2
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo demo-text smollm2 test format clean
+.PHONY: demo demo-text demo-recif smollm2 test format clean
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,23 @@ demo-text: $(READY)
 		--reward dislike=-1 --criterion clicks=1 --criterion likes=0.5 --batch-users 64 --round-users 256 --slates 16
 	$(BIN)/sagerec evaluate $(DEMO)/text-run --policy policy-sage
 	$(BIN)/sagerec evaluate $(DEMO)/text-run --policy policy-sage --split valid --lists free --beams 20
+
+RECIF = $(DEMO)/recif
+RECIF_REWARDS = --reward hit=3 --reward 'cold*hit=6' --reward like=1 --reward longview=1 --reward dislike=-1
+
+demo-recif: $(READY)
+	$(BIN)/sagerec recif simulate --out $(RECIF)/files --users 1200 --videos 240 --ads 60 --products 96 --history 12 --test-share 0.4
+	$(BIN)/sagerec import recif $(RECIF)/files --out $(RECIF)/data
+	$(BIN)/sagerec run $(RECIF)/data --out $(RECIF)/ids --ids.quantiser existing --ids.no-unique \
+		--ids.collaborative-dimensions 64 --policy.width 64 --train.epochs 12 --train.batch-size 64
+	$(BIN)/sagerec lm new --dataset $(RECIF)/data --out $(RECIF)/lm --parameters 300K --vocabulary 600
+	$(BIN)/sagerec run $(RECIF)/data --out $(RECIF)/titles --actions text --policy causal-lm --model $(RECIF)/lm \
+		--policy.max-items 10 --policy.free-weight 0.3 --train.epochs 6 --train.batch-size 64 --train.validate-every 3
+	for run in ids titles; do for objective in gbpo sage; do \
+		$(BIN)/sagerec align $(RECIF)/$$run --objective $$objective --start supervised $(RECIF_REWARDS) \
+			--max-contexts 1024 --validations 0 || exit 1; done; done
+	$(BIN)/sagerec recif evaluate --benchmark $(RECIF)/files/benchmark_data --run $(RECIF)/ids $(RECIF)/titles \
+		--policy policy policy-gbpo policy-sage --out $(RECIF)/result
 
 smollm2: $(READY)
 	$(BIN)/python -m pip install --quiet "gguf>=0.10"

@@ -3,9 +3,10 @@
 The server runs in processes of its own on this machine, and is asked over loopback alone. Histories are those of users
 of the run, whole. In this order:
 
-- `exact_lists` without HTTP, at the batch size of the server, on the same policy, histories and number of threads: the
-  fastest of a few rounds.
-- capacity: as many connections as two batches, each asking again as soon as it is answered.
+- `exact_lists` without HTTP, at the batch size of the server, on the same policy and histories: the fastest of a few
+  rounds, by one thread and by one for each core; the server is compared with the faster.
+- capacity of the server, a worker for each core: as many connections as two batches of each worker, each asking again
+  as soon as it is answered.
 - half of that, open loop (Poisson arrivals, latency from when a request was due): no error, p50 and p99.
 - twice that, open loop: every request answered or refused with 429, and the memory of the server before and after.
 - reloads under load: the run is a link that turns between two runs, which differ in all titles and, by a little, in all
@@ -76,8 +77,10 @@ class ServeBenchmarkSettings:
     """Reloads under load, at half of the capacity."""
     rounds: int = 5
     """Rounds of `exact_lists`."""
-    threads: int = field(default_factory=torch.get_num_threads)
-    """Threads of torch, here and in the server."""
+    workers: int = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    """Processes of the server, and most threads of `exact_lists` without it; the cores of this machine by default."""
+    threads: int = 1
+    """Threads of torch of each worker."""
     seed: int = 0
     """Seed of users and arrivals."""
     quick: bool = False
@@ -103,12 +106,12 @@ def main() -> int:
     settings = tyro.cli(ServeBenchmarkSettings, description=__doc__)
     if settings.quick:
         settings = replace(settings, **QUICK)
-    torch.set_num_threads(settings.threads)
     with tempfile.TemporaryDirectory() as folder:
         run = open_run(settings.run or small_run(Path(folder)))
         record = describe_run("serve", settings)
-        results: dict[str, Any] = {"items": run.data.n_items, "plain_per_second": measure_plain(run, settings)}
-        results |= asyncio.run(measure_load(run, settings, results["plain_per_second"]))
+        plain = {threads: measure_plain(run, settings, threads) for threads in sorted({1, settings.workers})}
+        results: dict[str, Any] = {"items": run.data.n_items, "plain_per_second_by_threads": plain}
+        results |= asyncio.run(measure_load(run, settings, max(plain.values())))
         results |= asyncio.run(measure_swaps(run, Path(folder), settings, results["capacity"]["answers_per_second"]))
     limits = [] if settings.quick else check_limits(results)
     record |= {"results": results, "limits": limits, "ok": all(limit["ok"] for limit in limits) if limits else None}
@@ -139,8 +142,9 @@ def bodies(run: Run, settings: ServeBenchmarkSettings) -> list[bytes]:
     return [json.dumps({"history": ids.external(h), "k": settings.k}).encode() for h in histories(run, settings)]
 
 
-def measure_plain(run: Run, settings: ServeBenchmarkSettings) -> float:
+def measure_plain(run: Run, settings: ServeBenchmarkSettings, threads: int) -> float:
     """Users a second of `exact_lists` on batches as they would be served, without HTTP."""
+    torch.set_num_threads(threads)
     policy = run.policy(device="cpu")
     policy.freeze()
     chunk = histories(run, settings)[: settings.batch]
@@ -162,13 +166,14 @@ def measure_plain(run: Run, settings: ServeBenchmarkSettings) -> float:
 
 
 @contextmanager
-def served(run: Path, settings: ServeBenchmarkSettings, *, workers: int = 1) -> Iterator[tuple[int, int]]:
+def served(run: Path, settings: ServeBenchmarkSettings, *, workers: int) -> Iterator[tuple[int, int]]:
     """Port and process id of a server."""
     with socket.socket() as free:
         free.bind((HOST, 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "sagerec.cli", "serve", str(run), "--port", str(port), "--policy", "policy"]
     command += ["--batch", str(settings.batch), "--threads", str(settings.threads), "--workers", str(workers)]
+    command += ["--queue", str(512 // workers)]  # of all workers together less than the client's connections
     environment = os.environ | {"SAGEREC_ADMIN_TOKEN": TOKEN}
     environment.pop("SAGEREC_TOKEN", None)
     with tempfile.TemporaryFile() as log:
@@ -177,7 +182,7 @@ def served(run: Path, settings: ServeBenchmarkSettings, *, workers: int = 1) -> 
             yield port, process.pid
         finally:
             process.terminate()
-            process.wait(60)
+            process.wait(300)
 
 
 async def wait_ready(client: Client, seconds: float = 600) -> None:
@@ -192,6 +197,17 @@ async def wait_ready(client: Client, seconds: float = 600) -> None:
         if time.monotonic() > end:
             raise TimeoutError("the server is not ready")
         await asyncio.sleep(0.2)
+
+
+async def wait_workers(client: Client, workers: int) -> set[int]:
+    """Process ids, once so many workers answer: a connection is one worker's, so new ones are opened until all have."""
+    found: set[int] = set()
+    while len(found) < workers:
+        await wait_ready(client)
+        status, body = await client.ask("GET", "/info")
+        found |= {json.loads(body)["process"]} if status == 200 else set()
+        client.close()
+    return found
 
 
 def descendants(process: int) -> list[int]:
@@ -212,11 +228,12 @@ def memory_mb(process: int) -> float:
 async def measure_load(run: Run, settings: ServeBenchmarkSettings, plain: float) -> dict[str, Any]:
     """Capacity, half and twice of it."""
     asked = bodies(run, settings)
-    with served(run.folder, settings) as (port, process):
+    with served(run.folder, settings, workers=settings.workers) as (port, process):
         client = Client(HOST, port)
-        await wait_ready(client)
-        await closed_loop(client, asked, connections=settings.batch, seconds=settings.capacity_seconds / 5)
-        capacity = await closed_loop(client, asked, connections=2 * settings.batch, seconds=settings.capacity_seconds)
+        await wait_workers(client, settings.workers)
+        connections = 2 * settings.batch * settings.workers
+        await closed_loop(client, asked, connections=connections, seconds=settings.capacity_seconds / 5)
+        capacity = await closed_loop(client, asked, connections=connections, seconds=settings.capacity_seconds)
         rate = len(capacity.latencies) / capacity.seconds
         memory = [memory_mb(process)]
         half = await open_loop(client, asked, rate=rate / 2, seconds=settings.half_seconds, seed=settings.seed)
@@ -247,7 +264,7 @@ async def measure_swaps(run: Run, folder: Path, settings: ServeBenchmarkSettings
     expected: dict[str, list[Any]] = {}
     wrong = 0
     turn(link, places[0])
-    with served(link, settings) as (port, _):
+    with served(link, settings, workers=1) as (port, _):
         client = Client(HOST, port)
         await wait_ready(client)
         for place in (places[1], places[0]):
@@ -275,7 +292,13 @@ async def measure_swaps(run: Run, folder: Path, settings: ServeBenchmarkSettings
                 changed += json.loads(body)["changed"]
 
         reloaded = await open_loop(
-            client, asked, rate=rate / 4, seconds=3600, seed=settings.seed, on_answer=check, until=reload()
+            client,
+            asked,
+            rate=rate / settings.workers / 4,
+            seconds=3600,
+            seed=settings.seed,
+            on_answer=check,
+            until=reload(),
         )
         client.close()
     killed = await measure_kill(run, settings, asked, rate)
@@ -286,12 +309,7 @@ async def measure_kill(run: Run, settings: ServeBenchmarkSettings, asked: list[b
     """Kill one worker of two in the middle of a load."""
     with served(run.folder, settings, workers=2) as (port, process):
         client = Client(HOST, port)
-        workers: set[int] = set()
-        while len(workers) < 2:  # each connection is one worker's, so ask on new ones until both have answered
-            await wait_ready(client)
-            status, body = await client.ask("GET", "/info")
-            workers |= {json.loads(body)["process"]} if status == 200 else set()
-            client.close()
+        workers = await wait_workers(client, 2)
         shared = memory_mb(process)
         seconds = max(settings.twice_seconds / 3, 1)
 
@@ -376,7 +394,8 @@ def show(record: dict[str, Any]) -> None:
         figures = [rate, part["requests"], part["answers_per_second"], part.get("p50_ms"), part.get("p99_ms")]
         shown.add_row(name, *map(str, figures), " ".join(f"{k}: {v}" for k, v in part["statuses"].items()))
     console.print(shown)
-    console.print(f"exact_lists without HTTP: {results['plain_per_second']} users a second")
+    plain = ", ".join(f"{speed} by {n} threads" for n, speed in results["plain_per_second_by_threads"].items())
+    console.print(f"exact_lists without HTTP, users a second: {plain}; over the faster: {results['share_of_plain']}")
     console.print(f"memory in MB: {results['memory_mb']}; two workers {results['kill']['memory_of_two_workers_mb']}")
     console.print(machine_line(record))
     show_limits(console, record)

@@ -1,6 +1,6 @@
 """From `GRPOTrainer` to SAGE: a small Qwen3 that writes Semantic IDs, aligned in TRL on the simulated store.
 
-    pip install "sagerec[trl]"
+    pip install ".[trl]"                 (in a clone; PyTorch first, where another build is wanted)
     python examples/trl_sage.py          (about 2 minutes on 2 cores)
 
 A store is simulated and its items get Semantic IDs; each code becomes a word of the vocabulary. The model learns next

@@ -1,11 +1,15 @@
 """What the tests of `test_torchrun` run: in their own process, and on the ranks of torchrun.
 
 torchrun … tests/ranks.py FOLDER        all of `on_ranks`, for copies of a run that stand in FOLDER
+torchrun … tests/ranks.py FOLDER tasks  three tasks of a study, one of which fails
 """
 
 import logging
+import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +18,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from sagerec.errors import SettingsError
 from sagerec.policies.registry import PolicySettings
-from sagerec.run.folder import open_run
+from sagerec.run.folder import Run, open_run
 from sagerec.run.stages import align, train
+from sagerec.study.workers import do_tasks, over_ranks
 from sagerec.training import alignment, loop, parallel, sharding
 from sagerec.training.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
 from tests.conftest import SMALL_TRAIN
@@ -37,6 +43,21 @@ ALIGN = replace(
 )
 
 
+LM_TRAIN = replace(TRAIN, epochs=2, learning_rate=0.1, validation_users=8)
+LM_ALIGN = replace(
+    ALIGN,
+    learning_rate=0.05,
+    k=2,
+    beam_slates=1,
+    batch_users=8,
+    round_users=16,
+    max_contexts=27,
+    passes=1,
+    kl_weight=0.1,
+    validations=0,
+)
+
+
 def plain_steps(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=learning_rate)
 
@@ -45,11 +66,27 @@ class StoppedError(Exception):
     """A stage that was ended after its first checkpoint."""
 
 
+def language_settings(folder: Path) -> PolicySettings:
+    """A tiny Qwen3 that reads in pieces, of which the ranks have unlike numbers, and drops what is old."""
+    model = str(folder.parent / "model")
+    return PolicySettings(kind="causal-lm", model=model, max_items=20, max_tokens=24, micro_tokens=256)
+
+
+STAGES: dict[str, Callable[[Run], object]] = {
+    "train": lambda run: train(run, NO_DROPOUT, TRAIN),
+    "align": lambda run: align(run, ALIGN),
+    "lm-train": lambda run: train(run, language_settings(run.folder), LM_TRAIN),
+    "lm-align": lambda run: align(run, LM_ALIGN),
+}
+"""Of the LazyDecoder, which every rank holds whole, and of a language model in shards."""
+
+
 def run_stage(stage: str, folder: Path, *, stop: bool = False) -> None:
     """A stage of a run, by plain gradient steps; `stop` ends it after its first checkpoint."""
 
-    def save_and_stop(*given: Any, **named: Any) -> None:
-        save_checkpoint(*given, **named)
+    def save_and_stop(work: Path, step: int, model: nn.Module, *given: Any, **named: Any) -> None:
+        assert sharding.is_sharded(model.parameters()) == (stage.startswith("lm") and parallel.n_ranks() > 1)
+        save_checkpoint(work, step, model, *given, **named)
         parallel.share_from_first(None)  # no rank ends before the checkpoint is there
         raise StoppedError
 
@@ -60,10 +97,7 @@ def run_stage(stage: str, folder: Path, *, stop: bool = False) -> None:
                 patched.setattr(module, "save_checkpoint", save_and_stop)
         run = open_run(folder)
         try:
-            if stage == "train":
-                train(run, NO_DROPOUT, TRAIN)
-            else:
-                align(run, ALIGN)
+            STAGES[stage](run)
         except StoppedError:
             assert stop
 
@@ -110,9 +144,18 @@ def run_shards(out: Path, source: Path) -> None:
     parallel.share_from_first(None)
 
 
+def mark(folder: Path, number: int, threads: int, device: str) -> str:
+    """A task of a study: leaves a file that says which rank did it, and is one process as far as it can see."""
+    if number == 1:
+        raise SettingsError("task 1 cannot be done")
+    assert parallel.n_ranks() == parallel.launched() == 1
+    (folder / f"{number}-by-{os.environ['RANK']}").touch()
+    return str(number)
+
+
 def on_ranks(folder: Path) -> None:
     """Each stage whole, and the second half of one that one process began; a first half; a model in shards."""
-    for stage in ("train", "align"):
+    for stage in STAGES:
         run_stage(stage, folder / f"{stage}-two")
         run_stage(stage, folder / f"{stage}-one-then-two")
         run_stage(stage, folder / f"{stage}-two-then-one", stop=True)
@@ -122,5 +165,9 @@ def on_ranks(folder: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.INFO)
-    parallel.join_ranks(torch.device("cpu"))
-    on_ranks(Path(sys.argv[1]))
+    target = Path(sys.argv[1])
+    if sys.argv[2:] == ["tasks"]:
+        over_ranks(lambda: do_tasks([(partial(mark, target, i), "cpu") for i in range(3)], 1), 1)
+    else:
+        parallel.join_ranks(torch.device("cpu"))
+        on_ranks(target)

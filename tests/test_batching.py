@@ -120,6 +120,24 @@ def test_no_job_waits_where_those_before_it_take_too_long() -> None:
     asyncio.run(work())
 
 
+def test_what_is_taken_back_holds_no_room() -> None:
+    async def work() -> None:
+        decoder = Decoder()
+        batcher = make(decoder, queue=2)
+        first = batcher.submit(words("a"))
+        await started(decoder, 1)
+        for future in batcher.submit(words("b", "c")):
+            future.cancel()
+        batcher.forget()
+        assert batcher.waiting == 0
+        second = batcher.submit(words("d", "e"))
+        decoder.may.set()
+        assert await asyncio.gather(*first, *second) == ["A", "D", "E"]
+        await asyncio.to_thread(batcher.stop)
+
+    asyncio.run(work())
+
+
 def test_what_is_taken_back_is_not_decoded_and_a_failure_ends_its_batch_alone() -> None:
     async def work() -> None:
         decoder = Decoder()

@@ -119,6 +119,7 @@ def test_slates_are_held_by_a_grammar(tmp_path: Path) -> None:
         ("{", "line 1 cannot be read"),
         ('{"id": 0, "token_ids": [2, 10, 1]}', "line 1 cannot be read .'logprobs'."),
         ('{"id": 0, "token_ids": [2, 10, 1], "logprobs": [-1, 0]}', "line 1 does not fit; expected"),
+        ('{"id": 0, "token_ids": [2, 1180591620717411303424, 1], "logprobs": [-1, -1, 0]}', "line 1 does not fit"),
         ('{"id": 3, "token_ids": [2], "logprobs": [-1]}', "line 1 is of prompt 3; expected 0 to 2"),
         ('{"id": 0, "token_ids": [2], "logprobs": [NaN]}', "line 1 has the log-probability nan; expected a finite"),
         ('{"id": 0, "token_ids": [2, 13, 1], "logprobs": [-1, -1, 0]}', "none of 1 completions is in the catalogue"),
@@ -129,6 +130,20 @@ def test_wrong_lines_are_named(line: str, message: str, exported: Path, tmp_path
     path.write_text(line, encoding="utf-8")
     with pytest.raises(ArtifactError, match=message):
         read_completions(exported, path, LegalTokens(SPACE, END))
+
+
+def test_a_damaged_file_is_refused_and_line_breaks_of_texts_are_none(exported: Path, tmp_path: Path) -> None:
+    """A last line that was cut; bytes that are no UTF-8; a separator that JSON may hold within a text."""
+    path, legal = tmp_path / "completions.jsonl", LegalTokens(SPACE, END)
+    line = json.dumps({"id": 0, "token_ids": [2, 10, END], "logprobs": [-1, -1, 0]})
+    path.write_text(f"{line}\n{line[:20]}", encoding="utf-8")
+    with pytest.raises(ArtifactError, match="line 2 cannot be read"):
+        read_completions(exported, path, legal)
+    path.write_bytes(f"{line}\n".encode() + b"\xff\xfe")
+    with pytest.raises(ArtifactError, match="is not UTF-8"):
+        read_completions(exported, path, legal)
+    path.write_text(line[:-1] + ', "text": "a\u2028b"}\n', encoding="utf-8")
+    assert len(read_completions(exported, path, legal).completions) == 1
 
 
 def test_what_is_not_in_the_catalogue_is_dropped_and_counted(exported: Path, tmp_path: Path) -> None:

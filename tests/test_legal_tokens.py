@@ -108,6 +108,8 @@ def test_completions_are_read_as_items() -> None:
     assert legal.longest == 10
     with pytest.raises(SettingsError, match="k is 9; expected 1 to 8, the items"):
         LegalTokens(SPACE, END, 9)
+    with pytest.raises(SettingsError, match="end is 10, which stands within items; expected the id of a token"):
+        LegalTokens(SPACE, 10)
 
 
 def test_codes_become_ids_of_a_vocabulary() -> None:

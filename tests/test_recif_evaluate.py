@@ -17,6 +17,7 @@ from sagerec.errors import DatasetError
 from sagerec.files import read_record
 from sagerec.recif.layout import read_item_map
 from sagerec.recif.predictions import Prediction, read_predictions
+from sagerec.recif.tasks import read_benchmark
 from tests.recif_files import A, B, C, D, row, tag, write_lines, write_map, write_task
 
 Run = Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
@@ -154,6 +155,28 @@ def test_rows_are_skipped_as_published_and_counted(tmp_path: Path, evaluate: Run
     assert found["notes"][0] == "1 answers name no item and count as misses"
 
 
+def test_json_as_python_writes_it_is_read(tmp_path: Path, evaluate: Run) -> None:
+    """NaN and halves of surrogate pairs, which strict JSON has not, are no reason to skip a row; an answer of NaN is.
+    Users that are NaN are users of their own. An id that is null counts and is hit by nothing, as published.
+    """
+    folder, nan = tmp_path / "b", float("nan")
+    rows = [
+        row(tag(A), uid=nan, score=nan, answer_pid=[None, 11]),
+        row(tag(A), uid=nan, answer_pid=f"[11, {nan}]".replace("nan", "NaN")),
+        row(nan),
+        row(tag(B), title="x") | {"messages": json.dumps([{"role": "user", "content": "\ud83d"}])},
+    ]
+    write_task(folder, "video", rows)
+    write_map(folder, {1: [(11, 1)]})
+    record = evaluate([{"task": "video", "row": r, "predictions": [tag(A)]} for r in (0, 1, 3)])
+    found = record["tasks"]["video"]
+    assert (found["samples"], found["skipped_by_reason"]) == (3, {"answer is empty": 1})
+    assert found["metrics"]["pass@1"] == 2 / 3
+    assert found["metrics"]["pid_recall@1"] == (1 / 2 + 1 / 2) / 3
+    assert found["metrics"]["pid_position1_pass@1"] == 1 / 3
+    assert read_benchmark(folder).tasks["video"].users.tolist() == [0, 1, 2]
+
+
 def test_metadata_as_object_and_answers_in_columns(tmp_path: Path, evaluate: Run) -> None:
     folder = tmp_path / "b"
     table = {
@@ -275,9 +298,28 @@ def test_predictions_as_parquet_and_gzip_say_the_same(tmp_path: Path) -> None:
     expected = [Prediction("video", 0, [tag(A), tag(B)]), Prediction("label_pred", 3, p_yes=0.5)]
     for name in ("p.parquet", "p.jsonl.gz"):
         assert list(read_predictions(tmp_path / name, Counter())) == expected
+    pl.DataFrame(lines).with_columns(p_yes=pl.Series([np.nan, 0.5]), p_no=np.nan).write_parquet(tmp_path / "n.parquet")
+    assert list(read_predictions(tmp_path / "n.parquet", Counter())) == expected
     pl.DataFrame({"id": [1]}).write_parquet(tmp_path / "q.parquet")
     with pytest.raises(DatasetError, match="got the columns id; expected task, row, and predictions"):
         list(read_predictions(tmp_path / "q.parquet", Counter()))
+
+
+def test_lines_as_python_writes_them_are_read(tmp_path: Path) -> None:
+    """Infinities beside what is read and half of a surrogate pair, which strict JSON has not; p_yes is a number."""
+    lines = [
+        {"task": "video", "row": 0, "predictions": [tag(A)], "logprobs": [-np.inf]},
+        {"task": "video", "row": 1, "predictions": ["\ud83d", tag(B)]},
+        {"task": "label_pred", "row": 0, "p_yes": np.nan},
+        {"task": "label_pred", "row": 0, "p_yes": np.inf},
+    ]
+    path, faults = tmp_path / "p.jsonl", Counter[str]()
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    assert list(read_predictions(path, faults)) == [
+        Prediction("video", 0, [tag(A)]),
+        Prediction("video", 1, ["?", tag(B)]),
+    ]
+    assert faults == {"lines that cannot be read": 2}
 
 
 def test_several_systems_and_their_differences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ from math import log2
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sagerec.recif import metrics
@@ -51,6 +51,7 @@ def test_what_a_generation_names(generation: str, named: str) -> None:
     assert read_generation(generation) == (named, key_of(generation))
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([A, B, "<|sid_begin|>", "<|sid_end|>", "</think>", " ", "x", "<s_a_1>"]), max_size=6))
 def test_the_short_way_of_reading_is_the_long_one(parts: list[str]) -> None:
     text = "".join(parts)
@@ -100,6 +101,7 @@ def test_metrics_of_a_sample(predicted: str, truth: str, k: int, expected: tuple
     assert found == expected
 
 
+@settings(deadline=None)
 @given(st.lists(SYMBOLS, max_size=6), st.lists(SYMBOLS, max_size=4, unique=True), st.integers(1, 6))
 def test_metrics_of_a_sample_against_loops(predicted: list[str], truth: list[str], k: int) -> None:
     any_hit, first_hit, hit = False, False, set()
@@ -141,6 +143,7 @@ def test_auc_by_hand() -> None:
     assert metrics.auc(np.zeros(0), np.zeros(0)) == 0.0
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.booleans()), min_size=2, max_size=12))
 def test_auc_against_all_pairs(table: list[tuple[float, bool]]) -> None:
     scores, labels = np.array([s for s, _ in table]), np.array([int(y) for _, y in table])
@@ -148,6 +151,7 @@ def test_auc_against_all_pairs(table: list[tuple[float, bool]]) -> None:
     assert metrics.auc(scores, labels) == pytest.approx(np.mean(pairs) if pairs else 0.5)
 
 
+@settings(deadline=None)
 @given(st.lists(SYMBOLS, max_size=10))
 def test_entropy_in_bits(clusters: list[str]) -> None:
     shares = [count / len(clusters) for count in Counter(clusters).values()]

@@ -23,6 +23,7 @@ from sagerec.recif.answers import KnownItems, RunPolicy, constrained_lists, item
 from sagerec.recif.evaluate import PredictionsFile, evaluate_systems
 from sagerec.recif.items import itemic_text, make_key
 from sagerec.recif.layout import ItemMap
+from sagerec.recif.metrics import auc
 from sagerec.recif.simulate import MASKS, RecifStoreSettings, World, law_score, simulate_world
 from sagerec.recif.simulated_files import WIDE, write_benchmark
 from sagerec.recif.tasks import Histories, read_benchmark
@@ -115,6 +116,22 @@ def test_watch_time_is_biased_by_length(world: World) -> None:
         world.feedback["longview"].ravel()[seconds < 20].mean()
         > world.feedback["longview"].ravel()[seconds > 60].mean()
     )
+
+
+def test_label_pred_hangs_on_feedback_and_not_on_the_law(world: World) -> None:
+    """How much of a cluster a user watched long tells .87 what is watched long next, what comes next .5: nothing."""
+    videos, sequence, long = world.domains["video"], world.sequences["video"], world.feedback["longview"]
+    cut, score, follows, label = world.history_length("video"), [], [], []
+    for user in np.flatnonzero(world.is_test):
+        begin = world.starts["video"][user]
+        for place in range(cut, sequence.shape[1]):
+            item, before = sequence[user, place], sequence[user, place - 1]
+            like = long[user, begin:cut][videos.cluster[sequence[user, begin:cut]] == videos.cluster[item]]
+            score.append((like.sum() + 1) / (len(like) + 2))
+            follows.append(float(videos.successor[before] == item))
+            label.append(long[user, place])
+    assert auc(np.array(score), np.array(label)) > 0.8
+    assert auc(np.array(follows), np.array(label)) == pytest.approx(0.5, abs=0.05)
 
 
 def test_a_follower_of_the_law_scores_it(folder: Path, world: World, tmp_path: Path) -> None:

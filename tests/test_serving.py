@@ -1,5 +1,7 @@
 """The server: what it answers, refuses, logs and counts; swaps of versions; all in this process, through ASGI."""
 
+import asyncio
+import gc
 import json
 import logging
 import os
@@ -29,6 +31,7 @@ from sagerec.serving import app as serving_app
 from sagerec.serving.app import create_app
 from sagerec.serving.batching import QueueFullError
 from sagerec.serving.gate import ADMIN_TOKEN, TOKEN, JsonLines
+from sagerec.serving.queries import Query
 from sagerec.serving.settings import COLD_EVENTS, ServeSettings
 from sagerec.serving.versions import begin, open_version
 
@@ -255,6 +258,9 @@ REFUSED = [
     (b'{"history": [1]}', "history[0] is 1; expected a valid string"),
     (b'{"history": ["a", null]}', "history[1] is null; expected a valid string"),
     (b'{"history": [""]}', "history[0] is ''; expected"),
+    (b'{"history": ["a"], "": 1}', "'' is no field of a query; expected some of history, k, policy"),
+    (b'{"history": ["a"], "kind": "slate", "k": 101}', "k is 101; expected at most 100 items of a slate"),
+    (b'{"history": ["' + b"a" * 513 + b'"]}', "history[0] is 'aaa"),
     (b'{"history": ["a"], "k": 0}', "k is 0; expected greater than or equal to 1"),
     (b'{"history": ["a"], "k": 1001}', "k is 1001; expected less than or equal to 1000"),
     (b'{"history": ["a"], "k": ' + b"9" * 4000 + b"}", "k is a whole number of many digits; expected"),
@@ -474,6 +480,64 @@ def test_a_request_that_takes_too_long_is_ended(
         slow["seconds"] = 0.0
         time.sleep(0.8)
         assert client.post("/recommend", json={"history": [ids[0]]}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("message", "status", "error"),
+    [
+        (None, 408, "the body was not sent in 0.05 s; expected it at once"),
+        ({"type": "http.disconnect"}, 499, "the client went away"),
+    ],
+)
+def test_a_body_that_does_not_come_is_the_fault_of_its_sender(
+    small_run: Run, tmp_path: Path, message: dict[str, Any] | None, status: int, error: str
+) -> None:
+    """Before, the one was a 504, and the other a 500 with two errors in the log."""
+    app = create_app(small_run.folder, tmp_path, replace(SETTINGS, timeout_seconds=0.05))
+    scope = {"type": "http", "method": "POST", "path": "/recommend", "query_string": b"", "app": app}
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"9")]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        if message is None:
+            await asyncio.sleep(60)
+        return message
+
+    async def send(part: Any) -> None:
+        sent.append(part)
+
+    asyncio.run(app({**scope, "headers": headers}, receive, send))
+    assert sent[0]["status"] == status
+    assert json.loads(sent[1]["body"]) == {"error": error}
+
+
+def test_what_is_decoded_place_by_place_holds_up_no_one_for_long(client: TestClient, ids: Any) -> None:
+    """Else one request for 256 slates of 1,000 items keeps the decoding thread for minutes after its time is up."""
+    version = client.app.state.service.store.current  # type: ignore[attr-defined]
+    queries: list[dict[str, Any]] = [
+        {"k": 10},
+        {"k": 100, "kind": "slate"},
+        {"k": 1000, "filters": {"max_per_category": 1}},
+    ]
+    jobs = [answers.resolve(version, Query.model_validate({"history": ids[:1], **query})) for query in queries]
+    assert [job.most_rows(SETTINGS) for job in jobs] == [SETTINGS.batch, 12, 1]
+    assert len({job.group for job in jobs}) == 3
+
+
+def test_what_lives_with_a_version_is_not_looked_through_for_rubbish(client: TestClient) -> None:
+    assert client.get("/ready").status_code == 200
+    assert gc.get_freeze_count() > 10_000
+
+
+def test_a_worker_of_several_takes_no_request_before_it_answers(small_run: Run, tmp_path: Path) -> None:
+    with start(small_run.folder, tmp_path, replace(SETTINGS, workers=2)) as client:
+        assert client.get("/ready").status_code == 200
+
+
+def test_a_path_is_one_path(client: TestClient, ids: Any) -> None:
+    got = client.post("/recommend/", json={"history": [ids[0]]}, follow_redirects=False)
+    assert got.status_code == 404
+    assert got.json()["error"].startswith("no such path; expected one of ")
 
 
 def test_a_full_queue_refuses_before_it_reads(client: TestClient, ids: Any, monkeypatch: pytest.MonkeyPatch) -> None:

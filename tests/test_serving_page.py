@@ -1,6 +1,7 @@
 """The page at / in a real browser: by keyboard, light and dark, wide and narrow, without a word to any other server."""
 
 import asyncio
+import re
 import shutil
 import socket
 import threading
@@ -69,6 +70,7 @@ def test_the_page_lists_and_writes_by_keyboard(browser: Any, address: str, small
     assert browser.switch_to.active_element.get_attribute("href").endswith("#lists")
     at("words").send_keys(small_run.data.titles([9])[0])
     wait(lambda: rows("found"))
+    assert at("hits").text == f"{len(rows('found'))} found"
     at("words").send_keys(Keys.TAB)
     assert browser.switch_to.active_element.tag_name == "button"
     browser.switch_to.active_element.send_keys(Keys.ENTER)
@@ -77,6 +79,7 @@ def test_the_page_lists_and_writes_by_keyboard(browser: Any, address: str, small
     assert at("said").text.startswith("10 by policy, 10 by policy-other; 10 in both.")
     at("k").send_keys(Keys.ARROW_LEFT, Keys.ARROW_LEFT)
     wait(lambda: len(rows("list-0")) == 8)
+    assert [at(name).get_attribute("aria-valuetext") for name in ("k", "most", "floor")] == ["8", "any", "any"]
     at("cold").send_keys(Keys.SPACE)
     wait(lambda: all("cold" in row for row in rows("list-0")) and "by policy" in at("said").text)
     at("cold").send_keys(Keys.SPACE)
@@ -92,8 +95,11 @@ def test_the_page_lists_and_writes_by_keyboard(browser: Any, address: str, small
     at("history").find_element(By.TAG_NAME, "button").send_keys(Keys.ENTER)
     wait(lambda: at("said").text == "Choose a history.")
     assert not rows("list-0")
+    assert not rows("slate")  # which was for that history
+    at("words").send_keys("no such words")
+    wait(lambda: at("hits").text == "No title holds these words, and no item has this id.")
     # What the server refused was meant to be refused; nothing else was said.
-    assert [line for line in browser.get_log("browser") if "422" not in line["message"]] == []
+    assert [line for line in browser.get_log("browser") if not re.search("404|422", line["message"])] == []
 
 
 def test_the_page_fits_small_and_dark_windows_and_names_what_it_asks_for(browser: Any, address: str) -> None:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +22,22 @@ from safetensors.torch import load_file
 from sagerec.catalogue.splits import SplitSettings
 from sagerec.cli import main
 from sagerec.cli.failures import explain
+from sagerec.errors import SettingsError
 from sagerec.policies.registry import PolicySettings
 from sagerec.run.folder import open_run
 from sagerec.run.stages import make_actions, prepare, train
 from sagerec.training import loop, parallel
-from sagerec.training.checkpoints import read_progress
+from sagerec.training.checkpoints import find_checkpoint, read_progress
 from sagerec.training.settings import TrainSettings
 from sagerec.training.tracking import read_metrics
 from tests.conftest import ENVIRONMENT, ROOT, SMALL_IDS, SMALL_TRAIN
-from tests.ranks import NO_DROPOUT, run_shards, run_stage
+from tests.language_models import save_model
+from tests.ranks import NO_DROPOUT, STAGES, language_settings, run_shards, run_stage
 
 pytest.importorskip("transformers")
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-NAMES = {"train": "policy", "align": "policy-sage"}
+NAMES = {stage: "policy-sage" if stage.endswith("align") else "policy" for stage in STAGES}
 RANKS = str(ROOT / "tests" / "ranks.py")
 
 
@@ -59,19 +62,27 @@ def done(store_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     run = prepare(store_folder, folder / "base", SplitSettings(reserve="event"))
     make_actions(run, SMALL_IDS)
+    save_model(folder / "model", "qwen3", run.data.titles(range(run.data.n_items)))
+    shutil.copytree(folder / "base", folder / "lm-base")
     train(run, NO_DROPOUT, SMALL_TRAIN)
-    for stage in ("train", "align"):
+    train(open_run(folder / "lm-base"), language_settings(folder / "lm-base"), replace(SMALL_TRAIN, epochs=1))
+    for stage in STAGES:
         for name in ("one", "two", "one-then-two", "two-then-one"):
-            shutil.copytree(folder / "base", folder / f"{stage}-{name}")
+            shutil.copytree(base_of(folder, stage), folder / f"{stage}-{name}")
         run_stage(stage, folder / f"{stage}-one")
         run_stage(stage, folder / f"{stage}-one-then-two", stop=True)
     run_shards(folder / "shards-one", folder / "nothing")
     (folder / "said").write_text(finish(start(2, RANKS, folder)), encoding="utf-8")
-    for stage in ("train", "align"):
+    for stage in STAGES:
         assert list((folder / f"{stage}-two-then-one" / f"{NAMES[stage]}.training").glob("checkpoint-*"))
         run_stage(stage, folder / f"{stage}-two-then-one")
     run_shards(folder / "shards-again", folder / "shards-two")
     return folder
+
+
+def base_of(folder: Path, stage: str) -> Path:
+    """The run that a stage begins with."""
+    return folder / ("lm-base" if stage.startswith("lm") else "base")
 
 
 def apart(one: Path, two: Path) -> float:
@@ -81,20 +92,20 @@ def apart(one: Path, two: Path) -> float:
     return max(float((first[name] - second[name]).abs().max()) for name in first)
 
 
-@pytest.mark.parametrize("stage", ["train", "align"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_two_ranks_make_the_updates_of_one(stage: str, done: Path) -> None:
     """Plain gradient steps (AdamW would magnify rounding where a gradient is near 0): weights within 1e-6.
 
     The validation is split over the ranks, and says the same; each epoch's metrics are written once.
     """
     one, two = (done / f"{stage}-{n}" / NAMES[stage] for n in ("one", "two"))
-    assert apart(one, done / "base" / "policy") > 1e-3, "the updates must move the weights"
+    assert apart(one, base_of(done, stage) / "policy") > 1e-3, "the updates must move the weights"
     assert apart(one, two) < 1e-6
     lines = [[kept(line) for line in read_metrics(folder)] for folder in (one, two)]
     assert len(lines[0]) == len(lines[1])
     for first, second in zip(*lines, strict=True):
         assert first == pytest.approx(second, abs=1e-5)
-    assert any("valid_recall@10" in line for line in lines[1])
+    assert stage == "lm-align" or any("valid_recall@10" in line for line in lines[1])
 
 
 def kept(line: dict[str, Any]) -> dict[str, float]:
@@ -103,7 +114,7 @@ def kept(line: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in line.items() if name.startswith(of_all)}
 
 
-@pytest.mark.parametrize("stage", ["train", "align"])
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("numbers", ["one-then-two", "two-then-one"])
 def test_a_checkpoint_is_taken_up_by_another_number_of_processes(stage: str, numbers: str, done: Path) -> None:
     """Stopped and gone on by more or fewer processes: the weights of one process that was never stopped."""
@@ -184,6 +195,12 @@ def test_a_lost_rank_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert explain(RuntimeError("shapes differ"), [], while_parsing=False) is None
 
 
+def test_a_rank_with_other_settings_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(parallel, "share_from_first", lambda value: [{"epochs": 2}, {}])
+    with pytest.raises(SettingsError, match=r"has another training than the first: got .*'epochs': 3.*, expected"):
+        find_checkpoint(tmp_path, [{"epochs": 3}, {}], "training")
+
+
 def test_two_ranks_share_the_weights_of_a_language_model(done: Path) -> None:
     """FSDP2 on a tiny Qwen3: the updates, norms and scores of one process within 1e-6, each rank writing its shards;
     what two wrote is read by one, and what one wrote by two.
@@ -198,3 +215,29 @@ def test_two_ranks_share_the_weights_of_a_language_model(done: Path) -> None:
     assert len(weights) > 20
     assert all(torch.equal(again[name], two[name]) for name in weights)
     assert all(torch.equal(resumed[name], one[name]) for name in weights)
+
+
+def test_ranks_share_the_jobs_of_a_study(store_folder: Path, tmp_path: Path) -> None:
+    """`sagerec compare` under torchrun gives the table of one process; the second rank does its part of the jobs."""
+    flags = ["--objectives", "sage", "--seeds", "1", "--trials", "0", "--baselines", "popularity"]
+    flags += ["--bootstrap-samples", "100", "--run.ids.levels", "2", "--run.ids.codebook-size", "16"]
+    flags += ["--run.ids.text-dimensions", "16", "--run.ids.collaborative-dimensions", "16"]
+    flags += ["--run.policy.width", "32", "--run.policy.max-items", "20", "--run.train.epochs", "1"]
+    flags += ["--run.train.device", "cpu", "--run.evaluate.k", "10", "--run.evaluate.beams", "20"]
+    flags += ["--align.slates", "4", "--align.epochs", "1", "--align.device", "cpu", "--align.validations", "1"]
+    compare = ["-m", "sagerec.cli", "compare", store_folder]
+    said = finish(start(2, *compare, *flags, "--out", tmp_path / "two"))
+    finish(start(1, *compare, *flags, "--out", tmp_path / "one"))
+    assert "is done; the other processes do theirs" in said
+    one, two = (json.loads((tmp_path / name / "study.json").read_text()) for name in ("one", "two"))
+    for first, second in zip(one["rows"], two["rows"], strict=True):
+        assert first["metrics"] == second["metrics"]
+    refused = finish(start(2, *compare, *flags, "--processes", "2", "--out", tmp_path / "two"), status=1)
+    assert "processes is 2, and torchrun starts 2; leave it out" in " ".join(refused.split())
+
+
+def test_the_tasks_of_a_study_are_split_and_what_fails_is_named(tmp_path: Path) -> None:
+    """Two ranks, three tasks of which the second rank's fails: the others are done, and the first rank says whose."""
+    said = finish(start(2, RANKS, tmp_path, "tasks"), status=1)
+    assert "process 1 of the study: task 1 cannot be done" in " ".join(said.split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0-by-0", "2-by-0"]

@@ -313,6 +313,42 @@ def test_a_reward_of_none_is_named(make_trainer: Any) -> None:
         inputs_of(trainer)
 
 
+@needs_trl
+def test_a_reward_that_is_infinite_is_named(make_trainer: Any) -> None:
+    trainer = make_trainer()
+    trainer.reward_funcs[0] = lambda completions, **_: [float("inf")] * len(completions)
+    with pytest.raises(RewardError, match="the reward function 'hit' gave an infinite number; expected a number"):
+        inputs_of(trainer)
+
+
+@needs_trl
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([None] * B * G, "diversity gave nan for 16 completions; expected a number in .0, 1. for each"),
+        ([1.5] * B * G, "diversity gave 1.5 for 16 completions"),
+        ([0.5], "diversity gave 1 values for 16 completions"),
+    ],
+)
+def test_a_diversity_that_is_no_share_is_named(given: list[Any], message: str, make_trainer: Any) -> None:
+    with pytest.raises(RewardError, match=message):
+        inputs_of(make_trainer(diversity=lambda **_: given))
+
+
+@needs_trl
+@pytest.mark.parametrize(
+    ("end", "model", "message"),
+    [
+        (23, {}, "completions end at the tokens .1. .of tokenizer and model., and those of `legal` at 23; expected"),
+        (40, {}, "the model has 24 tokens, and `legal` writes ids up to 40; expected a model whose embeddings"),
+        (END, {"eos_token_id": [END, 10]}, "the end tokens .10. of tokenizer or model stand within"),
+    ],
+)
+def test_an_odd_vocabulary_is_refused(end: int, model: dict[str, Any], message: str, make_trainer: Any) -> None:
+    with pytest.raises(SettingsError, match=message):
+        make_trainer(legal=LegalTokens(SPACE, end), model=make_model(**model))
+
+
 def test_our_rewards_as_reward_functions_give_what_our_stage_gives() -> None:
     """Hit, cold*hit, diversity of groups: by columns and token ids, against `compute_rewards` of the items."""
     items = torch.tensor([[0, 1, 1, 7], [2, 4, 4, 4]])

@@ -97,15 +97,16 @@ def check_launch(command: Any) -> None:
     """Raise SettingsError where torchrun starts several processes of what one does; let its end signal be an error."""
     if (launched := parallel.launched()) == 1:
         return
-    if not isinstance(command, (Train, Align)):
+    if not isinstance(command, (Train, Align, Compare)):
         name = next(name for name, made in COMMANDS.items() if made is type(command))
         raise SettingsError(
             f"torchrun starts {launched} processes of sagerec {name}, which is of one; start it without torchrun, or "
-            "train and align, which share their work"
+            "train and align, which share their work, or compare, which shares its jobs"
         )
 
     def stopped(*_: Any) -> None:
-        raise TrainingError(parallel.LOST)
+        # Of a study's jobs, that settings do not hold is a result.
+        raise KeyboardInterrupt if isinstance(command, Compare) else TrainingError(parallel.LOST)
 
     signal.signal(signal.SIGTERM, stopped)
 

@@ -28,6 +28,7 @@ from sagerec.run.folder import open_run
 from sagerec.run.stages import RunSettings
 from sagerec.serving.lists import list_users
 from sagerec.study import CompareSettings, StudySettings, run_study
+from sagerec.study.workers import over_ranks
 from sagerec.training.settings import AlignSettings, TrainSettings
 
 
@@ -60,7 +61,9 @@ class Compare:
     def __call__(self) -> None:
         run = self.run if self.actions is None else replace(self.run, actions=self.actions)
         settings = CompareSettings(self.study, run, self.align, self.sasrec, self.sasrec_train)
-        print_study(run_study(self.dataset, self.out, settings))
+        record = over_ranks(lambda: run_study(self.dataset, self.out, settings), self.study.processes)
+        if record is not None:
+            print_study(record)
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,13 @@ class RecifEvaluate:
     """Folder for the record and the table."""
     predictions: tuple[Path, ...] = ()
     """Files of predictions, JSON lines or Parquet, each a row of the table by its name."""
-    run: Path | None = None
-    """Run folder, of a dataset that `sagerec import recif` made."""
+    run: tuple[Path, ...] = ()
+    """Run folders, of a dataset that `sagerec import recif` made; rows of several are named RUN-POLICY."""
     policy: tuple[str, ...] = ("policy",)
-    """Which policies of the run, each a row of the table; later ones are compared with earlier ones."""
+    """Which policies of each run, each a row of the table; later ones are compared with earlier ones."""
+    unconstrained: bool = True
+    """Also report what a language model writes without the trie, as the published evaluation does, as a row of its own
+    named POLICY-unconstrained."""
     measure: Annotated[RecifSettings, FLAT] = field(default_factory=RecifSettings)
     """What is measured."""
     judge_folder: Path | None = None
@@ -48,7 +51,7 @@ class RecifEvaluate:
 
     def __post_init__(self) -> None:
         require(
-            self.run is not None or bool(self.predictions),
+            bool(self.run or self.predictions),
             "neither --run nor --predictions is given; expected a run folder, or files of predictions",
         )
         require(bool(self.judge_url) == bool(self.judge_model), "judge_url goes with judge_model; expected both")
@@ -57,11 +60,12 @@ class RecifEvaluate:
         )
 
     def __call__(self) -> None:
-        benchmark = read_benchmark(self.benchmark, with_histories=self.run is not None)
+        benchmark = read_benchmark(self.benchmark, with_histories=bool(self.run))
         systems: list[System] = [PredictionsFile(path) for path in self.predictions]
-        if self.run is not None:
-            run = open_run(self.run)
-            systems += [RunPolicy(run, name, self.device) for name in self.policy]
+        for folder in self.run:
+            run, prefix = open_run(folder), f"{folder.resolve().name}-" if len(self.run) > 1 else ""
+            for policy in (RunPolicy(run, name, self.device, prefix=prefix) for name in self.policy):
+                systems += policy.ways if self.unconstrained else [policy]
         evaluate_systems(
             benchmark, systems, self.out, self.measure, judge=self.judge(), save_predictions=self.save_predictions
         )

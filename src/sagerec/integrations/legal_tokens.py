@@ -59,11 +59,20 @@ class LegalTokens:
         require(
             1 <= self.k <= self.space.n_sequences, f"k is {self.k}; expected 1 to {self.space.n_sequences}, the items"
         )
+        require(
+            self.end >= 0 and not bool((self.space.trie.token[1:] == self.end).any()),
+            f"end is {self.end}, which stands within items; expected the id of a token that ends completions alone",
+        )
 
     @property
     def longest(self) -> int:
         """Tokens of the longest completion, its end token too."""
         return self.space.longest * self.k + 1
+
+    @property
+    def vocabulary(self) -> int:
+        """Ids that a model must have at least: the highest one that may be written, and 1."""
+        return max(self.space.trie.vocabulary, self.end + 1)
 
     def next(self, completions: Tensor, counted: Tensor) -> Tensor:
         """(n, V') bool: the tokens that may follow completions (n, T) of which `counted` (n, T) stand, V' a bound of V.
@@ -74,8 +83,7 @@ class LegalTokens:
         for tokens, here in zip(completions.unbind(1), counted.unbind(1), strict=True):
             going.write(tokens, here & ~going.ended)
         rows, tokens = going.legal()
-        size = max(self.space.trie.vocabulary, self.end + 1)
-        mask = torch.zeros(len(completions), size, dtype=torch.bool, device=completions.device)
+        mask = torch.zeros(len(completions), self.vocabulary, dtype=torch.bool, device=completions.device)
         mask[rows, tokens] = True
         mask[going.ended, self.end] = True
         return mask

@@ -101,7 +101,7 @@ def read_completions(folder: Path, completions: Path, legal: LegalTokens) -> Eng
     n_prompts = int(read_manifest(folder, KIND).sizes["prompts"])
     kept: list[tuple[int, list[int], list[float], list[int]]] = []
     dropped = 0
-    for number, line in enumerate(completions.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_read_text(completions).rstrip().split("\n"), start=1):
         prompt, tokens, logprobs = _read_line(line, f"{completions}, line {number}", n_prompts)
         items = legal.read(tokens)
         if min(items) < 0 or len(set(items)) < legal.k or tokens != _tokens(legal, items):
@@ -130,6 +130,14 @@ def read_completions(folder: Path, completions: Path, legal: LegalTokens) -> Eng
     )
 
 
+def _read_text(path: Path) -> str:
+    """A text file. Raises: ArtifactError for one that is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{path} is not UTF-8 ({error}); expected what the engine wrote, whole") from error
+
+
 def _tokens(legal: LegalTokens, items: Sequence[int]) -> list[int]:
     """The completion that holds the items."""
     return [*(token for item in items for token in legal.space.sequence(item)), legal.end]
@@ -141,7 +149,8 @@ def _read_line(line: str, where: str, n_prompts: int) -> tuple[int, list[int], l
     try:
         row = json.loads(line)
         prompt, tokens, logprobs = row["id"], row["token_ids"], row["logprobs"]
-        fits = type(prompt) is int and all(type(t) is int for t in tokens) and len(tokens) == len(logprobs) > 0
+        ids = all(type(t) is int and 0 <= t < 2**31 for t in tokens)
+        fits = type(prompt) is int and ids and len(tokens) == len(logprobs) > 0
         numbers = [float(value) for value in logprobs]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{where} cannot be read ({error}); {expected}") from error

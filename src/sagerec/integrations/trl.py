@@ -16,6 +16,7 @@ Shapes: n completions of a rank, G of each prompt, M rewards, T tokens of the lo
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, Literal
@@ -90,8 +91,10 @@ class SageTrainer(GRPOTrainer):  # type: ignore[misc]
         super().__init__(*args, **given)
         check_config(self.args, self.row, advantages=advantages, legal=legal)
         require(not self.aux_loss_enabled, "router_aux_loss_coef is set; SageTrainer has no such term: set it to 0")
-        if legal is not None and not self.use_vllm:
-            _hold(self.model, legal)
+        if legal is not None:
+            _check_vocabulary(self.model, self.eos_token_ids, legal)
+            if not self.use_vllm:
+                _hold(self.model, legal)
         if (reason := explain_on_policy(self.args, self.row)) is not None:
             logger.warning("%s", reason)
 
@@ -103,7 +106,7 @@ class SageTrainer(GRPOTrainer):  # type: ignore[misc]
         self._asked = {"rewards": rewards}
         for name, function in self._facts.items():
             if function is not None:
-                self._asked[name] = torch.tensor(function(**asked), dtype=torch.float32, device=rewards.device)
+                self._asked[name] = _shares(name, function(**asked), len(completions)).to(rewards.device)
         return rewards
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
@@ -117,11 +120,12 @@ class SageTrainer(GRPOTrainer):  # type: ignore[misc]
         if self._advantages == "row":
             group = self.num_generations if self.model.training else self.num_generations_eval
             rewards = asked["rewards"]
-            if bool(rewards.isnan().any()):
-                name = self.reward_func_names[int(rewards.isnan().any(dim=0).nonzero()[0])]
+            if not bool(rewards.isfinite().all()):
+                name = self.reward_func_names[int((~rewards.isfinite()).any(dim=0).nonzero()[0])]
+                got = "None or NaN" if bool(rewards.isnan().any()) else "an infinite number"
                 raise RewardError(
-                    f"the reward function {name!r} gave None or NaN; expected a number for every completion: give 0, "
-                    "or use advantages='trl', which leaves such rewards out"
+                    f"the reward function {name!r} gave {got}; expected a number for every completion: give 0, "
+                    "or use advantages='trl', which leaves None and NaN out"
                 )
             found = compute_advantages(
                 self.row,
@@ -208,6 +212,32 @@ class SageTrainer(GRPOTrainer):  # type: ignore[misc]
             gathered = self.accelerator.gather(value.detach().float().reshape(1))
             self._metrics["train" if training else "eval"][name].append(gathered.nanmean().item())
         return loss
+
+
+def _shares(name: str, given: Sequence[float | None], n: int) -> Tensor:
+    """(n,) what `diversity` or `coldness` gave. Raises: RewardError where that is not a share for each completion."""
+    values = [math.nan if value is None else float(value) for value in given]
+    if len(values) != n or not all(0 <= value <= 1 for value in values):
+        got = f"{len(values)} values" if len(values) != n else str(next(v for v in values if not 0 <= v <= 1))
+        raise RewardError(f"{name} gave {got} for {n} completions; expected a number in [0, 1] for each")
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def _check_vocabulary(model: Any, ends: Sequence[int], legal: LegalTokens) -> None:
+    """Raise SettingsError where the model lacks tokens that are legal, or TRL ends completions (`ends`) elsewhere."""
+    known = model.config.get_text_config().vocab_size
+    require(
+        known >= legal.vocabulary,
+        f"the model has {known} tokens, and `legal` writes ids up to {legal.vocabulary - 1}; expected a model whose "
+        "embeddings were resized for the Semantic IDs' tokens",
+    )
+    require(
+        legal.end in ends,
+        f"completions end at the tokens {list(ends)} (of tokenizer and model), and those of `legal` at {legal.end}; "
+        "expected that token among them",
+    )
+    inside = sorted({*legal.space.trie.token[1:].tolist()} & {*ends})
+    require(not inside, f"the end tokens {inside} of tokenizer or model stand within items; expected others")
 
 
 def _check_row(row: Objective, facts: Mapping[str, Any]) -> None:

@@ -15,11 +15,12 @@ Shapes: B users, G slates of each, K places, R states, S columns, M tokens, V vo
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sagerec.actions.groups import group_log_softmax
@@ -187,7 +188,6 @@ class CausalLM(Policy[States, States]):
                 f"{len(self.prefix) + 2 * space.longest}: the instruction and two of the longest items"
             )
         language.tie(self)
-        self._readings: Readings | None = None
         self.title_tokens: list[list[int]] = []
         self._written: list[list[int]] = []
 
@@ -197,6 +197,11 @@ class CausalLM(Policy[States, States]):
         return max(
             1, self.settings.micro_tokens // (len(self.prefix) + min(self.budget, self.max_items * self.space.longest))
         )
+
+    def blocks(self) -> list[nn.Module]:
+        """The model's layers; none where a part is trained, whose gradients are held back in whole tensors."""
+        kinds = getattr(self.lm, "_no_split_modules", None) or ()
+        return [m for m in self.lm.modules() if type(m).__name__ in kinds] if self.settings.train == "all" else []
 
     def describe(self, titles: Sequence[str]) -> None:
         """Begin the tokens of Semantic IDs with what the titles of their items are made of; learn these beside them."""
@@ -219,8 +224,7 @@ class CausalLM(Policy[States, States]):
         """
         batch, device = len(items), items.device
         there = torch.arange(items.shape[1], device=device) < lengths[:, None]
-        sizes = torch.where(there, self.space.offsets[items + 1] - self.space.offsets[items], 0)
-        there &= sizes.flip(1).cumsum(1).flip(1) <= self.budget
+        there &= self._fits(items, there)
         user, place = there.nonzero(as_tuple=True)
         token, count = self._tokens(items[user, place])
         head = len(self.prefix)
@@ -229,7 +233,12 @@ class CausalLM(Policy[States, States]):
         places = torch.cat([torch.full((batch * head,), -1, device=device), place.repeat_interleave(count)])
         return torch.cat([self.prefix.repeat(batch), token])[order], users[order], places[order]
 
-    def _forward(
+    def _fits(self, items: Tensor, there: Tensor) -> Tensor:
+        """(B, T) bool: the places from which on the items (B, T) that are there fit."""
+        sizes = torch.where(there, self.space.offsets[items + 1] - self.space.offsets[items], 0)
+        return sizes.flip(1).cumsum(1).flip(1) <= self.budget
+
+    def forward(
         self, rows: Rows, tokens: Tensor, position: Tensor, seen: Tensor | None, read: KeyValues
     ) -> tuple[Tensor, KeyValues]:
         """Outputs (M, D) of tokens (M,) at positions (M,), and all that was read; `seen` as of the language model."""
@@ -247,14 +256,14 @@ class CausalLM(Policy[States, States]):
                 f"history and slate have {int(position.max()) + 1} tokens, and the model reads "
                 f"{self.language.max_positions}; expected a lower max_tokens or k"
             )
-        hidden, read = self._forward(rows, tree.token, position, mask(before, own, rows), states.read)
+        hidden, read = self(rows, tree.token, position, mask(before, own, rows), states.read)
         return hidden, read, torch.cat([before, own], dim=1)
 
     def encode(self, items: Tensor, lengths: Tensor, *, slates: int = 1) -> States:
         """Read histories; see the protocol."""
         token, user, _ = self._text(items, lengths)
         rows = lay_out(user, len(items))
-        hidden, read = self._forward(rows, token, rows.slot, None, ())
+        hidden, read = self(rows, token, rows.slot, None, ())
         count = torch.bincount(user, minlength=len(items))
         every = torch.arange(len(items), device=items.device)
         seen = torch.arange(rows.width, device=items.device) < count[:, None]
@@ -388,11 +397,20 @@ class CausalLM(Policy[States, States]):
 
     def write_freely(self, items: Tensor, lengths: Tensor, *, k: int, beams: int, nearest: bool = False) -> Tensor:
         """Beam search over the whole vocabulary; see the protocol and `free_writing`."""
-        if self._readings is None:
-            self._readings = Readings(self)
         texts = search_freely(self, items, lengths, k=k, beams=beams)
-        found = [[self._readings.item_of(text, nearest=nearest) for text in own] for own in texts]
+        found = [[self.readings.item_of(text, nearest=nearest) for text in own] for own in texts]
         return torch.tensor([own + [-1] * (k - len(own)) for own in found], device=items.device)
+
+    def write_texts(self, items: Tensor, lengths: Tensor, *, k: int, beams: int) -> list[list[tuple[int, str]]]:
+        """The same as texts; see the protocol."""
+        texts = search_freely(self, items, lengths, k=k, beams=beams)
+        known, read = self.readings.item_of, self.language.tokenizer.decode
+        return [[(known(text, nearest=False), read(text).strip()) for text in own] for own in texts]
+
+    @cached_property
+    def readings(self) -> Readings:
+        """What the items read like."""
+        return Readings(self)
 
     def read_tokens(self, states: States, rows: Tensor, tokens: Tensor) -> States:
         """States of rows (R',), each after one more token (R',) of the vocabulary."""
@@ -417,14 +435,10 @@ class CausalLM(Policy[States, States]):
         """Mean negative log-probability of targets; see the protocol. The target of a place must be the item after it,
         for a row is one text; places whose items do not fit do not count.
         """
-        places = torch.arange(items.shape[1], device=items.device)
         follows = counted[:, :-1] & (counted[:, 1:].flip(1).cumsum(1).flip(1) > 0)
         assert bool((targets[:, :-1] == items[:, 1:])[follows].all()), "a row of training is one text"
-        ends = (counted * (places + 1)).amax(dim=1)
+        whole, ends, there = self._texts(items, targets, counted)
         rows = (ends > 0).nonzero()[:, 0]
-        last = targets.gather(1, (ends - 1).clamp(min=0)[:, None])
-        whole = F.pad(items, (0, 1)).scatter(1, ends[:, None], last)
-        there = F.pad(places, (0, 1), value=items.shape[1]) <= ends[:, None]
         width = torch.where(there, self.space.offsets[whole + 1] - self.space.offsets[whole], 0).sum(dim=1)
         total, n_targets = torch.zeros((), device=items.device), 0
         for own in self._pieces(rows, width[rows] + len(self.prefix)):
@@ -435,9 +449,24 @@ class CausalLM(Policy[States, States]):
             loss = loss + self.settings.title_weight * tasks_loss(self, items, targets, counted)
         return loss
 
+    def n_targets(self, items: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
+        """Places whose item fits after another; see the protocol."""
+        whole, _, there = self._texts(items, targets, counted)
+        fits = self._fits(whole, there)
+        return (counted & fits[:, 1:] & fits[:, :-1]).sum().float()
+
+    @staticmethod
+    def _texts(items: Tensor, targets: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows of training with their last target (B, T + 1), its place (B,), and which places stand (B, T + 1)."""
+        places = torch.arange(items.shape[1] + 1, device=items.device)
+        ends = (counted * places[1:]).amax(dim=1)
+        last = targets.gather(1, (ends - 1).clamp(min=0)[:, None])
+        return F.pad(items, (0, 1)).scatter(1, ends[:, None], last), ends, places <= ends[:, None]
+
     def outputs(self, token: Tensor, rows: Rows) -> Tensor:
         """Outputs (M, D) of texts of tokens (M,), each text a row, read from the beginning."""
-        return self._forward(rows, token, rows.slot, None, ())[0]
+        hidden: Tensor = self(rows, token, rows.slot, None, ())[0]
+        return hidden
 
     def _pieces(self, rows: Tensor, widths: Tensor) -> list[Tensor]:
         """Rows (n,) that are `widths` (n,) tokens wide, in pieces of like width that `micro_tokens` bear."""

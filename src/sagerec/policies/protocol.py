@@ -49,6 +49,10 @@ class Policy(nn.Module, Generic[ContextT, PrefixT]):
         """Modules that `torch.compile` may compile each for itself."""
         return ()
 
+    def blocks(self) -> Iterable[nn.Module]:
+        """Modules that several ranks hold in shards, and that run in `forward` alone; without any all hold all."""
+        return ()
+
     def count(self, events: Tensor) -> None:
         """Take how many training events (N,) float32 each item has, before training; most policies need not know."""
 
@@ -139,6 +143,13 @@ class Policy(nn.Module, Generic[ContextT, PrefixT]):
         """
         raise SettingsError("this policy writes nothing else than items; expected lists beam or slate")
 
+    def write_texts(self, items: Tensor, lengths: Tensor, *, k: int, beams: int) -> list[list[tuple[int, str]]]:
+        """The same as texts: at most K of each history, best first, each with the item that it is, -1 for none.
+
+        Raises: SettingsError where the policy writes nothing else than items.
+        """
+        raise SettingsError("this policy writes nothing else than items; expected lists beam or slate")
+
     def next_item_loss(self, items: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
         """Mean over counted places of -log P(target | items up to it) in nats an item, with gradient; of P as it is
         trained, before what a policy adds to it on purpose (a popularity tilt).
@@ -146,6 +157,10 @@ class Policy(nn.Module, Generic[ContextT, PrefixT]):
         Args: items, targets (B, T) item indices; counted (B, T) bool. Each token is normalised over the legal ones.
         """
         raise NotImplementedError
+
+    def n_targets(self, items: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
+        """() float32 places that `next_item_loss` of these takes the mean over."""
+        return counted.sum().float()
 
 
 def states_before(slates: Tensor) -> Tensor:

@@ -116,6 +116,8 @@ class PolicyKind:
     """Writes a trained one to a folder."""
     inputs: Callable[[Any, str], dict[str, str]] = lambda settings, model: {}
     """Name -> content hash of what such settings name beside the run; `model` wrote the run's titles."""
+    writes_freely: bool = False
+    """Whether it writes without the trie too."""
 
 
 def _causal_lm(settings: CausalLMSettings, space: ActionSpace, language: LanguageModel | None = None) -> CausalLM:
@@ -141,6 +143,7 @@ KINDS: dict[str, PolicyKind] = {
         _read_causal_lm,
         lambda folder, policy: policy.language.save(folder),
         lambda settings, model: hash_model(settings.model or model),
+        writes_freely=True,
     ),
 }
 
@@ -179,6 +182,11 @@ def settings_of(described: dict[str, Any]) -> Any:
     if name not in KINDS:
         raise SettingsError(f"a policy of the kind {name!r}; expected one of {', '.join(KINDS)}")
     return from_json(KINDS[name].settings, values)
+
+
+def writes_freely(described: dict[str, Any]) -> bool:
+    """Whether a policy that `describe_policy` wrote of has `write_texts`. Raises: SettingsError."""
+    return kind_of(settings_of(described)).writes_freely
 
 
 def make_policy(space: ActionSpace, settings: Any) -> AnyPolicy:

@@ -1,10 +1,14 @@
-"""A run's policy on the benchmark: the itemic tokens of the messages are its history, exact lists its predictions.
+"""A run's policy on the benchmark: the itemic tokens of the messages are its history, its lists the predictions.
 
 The run is of a dataset of `sagerec import recif`, whose items have the benchmark's Semantic IDs; its action space may
-be these or another. Lists hold items of the task's own map alone, and predictions are their IDs, each once. What a
-policy over legal tokens would write without a constraint is not defined, so there is no unconstrained decoding of it.
-Texts other than the itemic tokens (a keyword, a user's profile in words) are not read, and tasks that ask for text are
-left unanswered.
+be these, others, or titles: the messages' IDs become the run's items, and what it writes becomes IDs again. Decoding is
+
+- constrained: exact lists of items of the task's own map alone, each ID once;
+- unconstrained, as published, for language models: beam search over the whole vocabulary. What is written counts as it
+  comes: an item of another task, a repeat, or a text that is no item, which stays as it is and misses.
+
+A policy over legal tokens alone has no unconstrained decoding. Texts other than the itemic tokens (a keyword, a user's
+profile in words) are not read, and tasks that ask for text are left unanswered.
 
 Shapes: N items, n samples, H keys of histories, K places.
 """
@@ -12,13 +16,14 @@ Shapes: N items, n samples, H keys of histories, K places.
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import polars as pl
 import torch
+from torch import Tensor
 
 from sagerec.actions.legal import NO_ITEM
 from sagerec.actions.semantic_ids.existing import SEMANTIC_ID
@@ -29,6 +34,7 @@ from sagerec.decoding.cases import list_cases
 from sagerec.decoding.slates import Slates, slate_logprobs
 from sagerec.errors import ArtifactError
 from sagerec.policies.protocol import AnyPolicy
+from sagerec.policies.registry import writes_freely
 from sagerec.recif.items import LEVEL_SIZE, NO_KEY, codes_of, itemic_text
 from sagerec.recif.layout import LABEL, TEXT, ItemMap
 from sagerec.recif.metrics import KS
@@ -123,7 +129,7 @@ def constrained_lists(
 ) -> list[list[int]]:
     """The PLACES most probable keys of each case, exactly, best first, among those that the task's map has.
 
-    A list in which too many items of other tasks stand is decoded again, twice as long, up to WIDEST times as long.
+    A list with too many items of other tasks, or of one key, is decoded again, twice as long, up to WIDEST times it.
     """
     allowed = np.ones(len(known.keys), bool) if item_map is None else item_map.places(known.keys) >= 0
     found: list[list[int]] = [[] for _ in range(len(cases))]
@@ -138,20 +144,42 @@ def constrained_lists(
             shown = shown[allowed[shown]]
             found[case] = list(dict.fromkeys(known.keys[shown].tolist()))[:PLACES]
         on_batch = None
-        again = width < min(WIDEST * PLACES, policy.space.n_sequences) and item_map is not None
+        again = width < min(WIDEST * PLACES, policy.space.n_sequences)
         pending = np.array([case for case in pending.tolist() if again and len(found[case]) < PLACES], dtype=np.int64)
         width *= 2
     return found
+
+
+def read_batches(policy: AnyPolicy, cases: Cases) -> Iterator[tuple[np.ndarray, Tensor, Tensor]]:
+    """Cases (b,) of like length with their histories (b, T) and lengths (b,) on the policy's device, until all are."""
+    order = np.argsort(cases.rows - cases.starts, kind="stable")
+    size = min(BATCH, policy.most_users)
+    for begin in range(0, len(cases), size):
+        index = order[begin : begin + size]
+        history, lengths = (torch.from_numpy(x).to(policy.device) for x in cases.histories(index, policy.max_items))
+        yield index, history, lengths
+
+
+def free_lists(policy: AnyPolicy, cases: Cases, known: KnownItems) -> list[list[str]]:
+    """What PLACES beams write over the whole vocabulary, best first: IDs of items, and other texts as they are."""
+    found: list[list[str]] = [[] for _ in range(len(cases))]
+    for index, history, lengths in read_batches(policy, cases):
+        texts = policy.write_texts(history, lengths, k=PLACES, beams=PLACES)
+        for case, own in zip(index.tolist(), texts, strict=True):
+            found[case] = [text if item == NO_ITEM else sid_text(int(known.keys[item])) for item, text in own]
+    return found
+
+
+def sid_text(key: int) -> str:
+    """The itemic tokens of a key."""
+    return itemic_text(codes_of(key))
 
 
 @torch.no_grad()
 def candidate_probabilities(policy: AnyPolicy, cases: Cases, candidates: np.ndarray) -> np.ndarray:
     """(n,) P(candidate | history) of items (n,)."""
     found = np.zeros(len(cases))
-    order = np.argsort(cases.rows - cases.starts, kind="stable")
-    for begin in range(0, len(cases), BATCH):
-        index = order[begin : begin + BATCH]
-        history, lengths = (torch.from_numpy(x).to(policy.device) for x in cases.histories(index, policy.max_items))
+    for index, history, lengths in read_batches(policy, cases):
         slates = torch.from_numpy(candidates[index].astype(np.int64)).to(policy.device).view(-1, 1, 1)
         scored = slate_logprobs(policy, history, lengths, slates)
         found[index] = Slates(slates, scored.tokens).scores()[:, 0, 0].double().exp().cpu().numpy()
@@ -168,10 +196,20 @@ class RunPolicy:
     """Which of its policies."""
     device: str = "auto"
     """cpu, cuda, cuda:1 …."""
+    free: bool = False
+    """Whether it writes over the whole vocabulary."""
+    prefix: str = ""
+    """What its name begins with."""
 
     @property
     def name(self) -> str:
-        return self.policy_name
+        return f"{self.prefix}{self.policy_name}{'-unconstrained' if self.free else ''}"
+
+    @property
+    def ways(self) -> list["RunPolicy"]:
+        """The policy, and beside it what it writes without a constraint, where it writes so."""
+        described = self.run.manifest(self.policy_name).settings["policy"]
+        return [self, replace(self, free=True)] if writes_freely(described) else [self]
 
     @property
     def excludes_history(self) -> bool:
@@ -181,16 +219,18 @@ class RunPolicy:
     @property
     def about(self) -> dict[str, Any]:
         """How its predictions are made."""
+        kept = self.free or not self.excludes_history
         notes = [
-            "unconstrained decoding is not defined for a policy over legal tokens",
-            f"the history is {'' if self.excludes_history else 'not '}left out of lists",
-            "label_pred's score is P(candidate | history)",
+            f"the history is {'not ' if kept else ''}left out of lists",
+            "label_pred's score is P(candidate | history), which says what comes next and not whether it is watched",
         ]
+        if len(self.ways) == 1:
+            notes.insert(0, "unconstrained decoding is not defined for a policy over legal tokens")
         return {
             "run": self.run.folder.name,
             "policy": self.policy_name,
             "policy_hash": self.run.manifest(self.policy_name).content_hash,
-            "decoding": "constrained to the task's items, exact",
+            "decoding": f"unconstrained, {PLACES} beams" if self.free else "constrained to the task's items, exact",
             "about": notes,
         }
 
@@ -230,6 +270,11 @@ class RunPolicy:
             ):
                 yield Prediction(task.name, row, p_yes=float(p), p_no=1.0 - float(p))
             return
-        lists = constrained_lists(policy, take(cases, index), known, task.map, exclude_history=self.excludes_history)
-        for row, keys in zip(rows, lists, strict=True):
-            yield Prediction(task.name, row, predictions=[itemic_text(codes_of(key)) for key in keys])
+        chosen = take(cases, index)
+        if self.free:
+            lists = free_lists(policy, chosen, known)
+        else:
+            keys = constrained_lists(policy, chosen, known, task.map, exclude_history=self.excludes_history)
+            lists = [list(map(sid_text, own)) for own in keys]
+        for row, own in zip(rows, lists, strict=True):
+            yield Prediction(task.name, row, predictions=own)

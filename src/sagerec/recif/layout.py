@@ -6,6 +6,7 @@ an error, which the evaluation names.
 Shapes: M items of a map.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -102,7 +103,8 @@ def _read_row(row: int, values: dict[str, Any]) -> Sample | str:
     if is_empty(value("answer")):
         return "answer is empty"
     ids = next((found for name in ("answer_pid", "answer_iid") if (found := value(name)) is not None), None)
-    return Sample(row, value("uid"), str(value("answer")).strip(), read_ids(ids), messages)
+    user = None if is_empty(value("uid")) else value("uid")
+    return Sample(row, user, str(value("answer")).strip(), read_ids(ids), messages)
 
 
 def is_empty(value: Any) -> bool:
@@ -113,18 +115,22 @@ def is_empty(value: Any) -> bool:
 
 
 def read_ids(value: Any) -> list[Any] | None:
-    """A list of ids, or one as JSON; None where it is neither."""
+    """A list of ids, or one as JSON; None where it is neither. An id that is null is one that nothing hits."""
     found = _parse(value) if isinstance(value, str) else value
     if isinstance(found, int | float):
         found = [found]
-    return [x for x in found if isinstance(x, int | float | str)] if isinstance(found, list) else None
+    return [x for x in found if x is None or isinstance(x, int | float | str)] if isinstance(found, list) else None
 
 
 def _parse(text: str) -> Any:
-    """JSON, None where it is none."""
+    """JSON as the published loader reads it, None where it is none."""
     try:
         return msgspec.json.decode(text)
     except (msgspec.DecodeError, UnicodeError, RecursionError):
+        pass
+    try:
+        return json.loads(text)  # slower, but knows NaN and halves of pairs, which Python writes
+    except (ValueError, RecursionError):
         return None
 
 

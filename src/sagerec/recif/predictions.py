@@ -5,20 +5,23 @@ the task's file from 0; of label_pred `"p_yes": .7, "p_no": .1` in place of pred
 null is a token that the generator did not return.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from sys import float_info
 from typing import Annotated, Any
 
 import msgspec
 import polars as pl
+from polars import selectors
 
 from sagerec.artifacts import UNREADABLE
 from sagerec.catalogue.formats.blocks import BadRows, read_blocks
 from sagerec.errors import DatasetError
 from sagerec.files import replace_file
 
-Probability = Annotated[float, msgspec.Meta(ge=0)]
+Probability = Annotated[float, msgspec.Meta(ge=0, le=float_info.max)]
 BLOCK_ROWS = 4096
 UNREADABLE_LINE = "lines that cannot be read"
 
@@ -41,6 +44,19 @@ class Prediction(msgspec.Struct, gc=False, omit_defaults=True):
 _decoder = msgspec.json.Decoder(Prediction)
 
 
+def read_line(line: bytes) -> Prediction:
+    """The prediction of a line. Raises: ValueError or RecursionError where it is none."""
+    try:
+        return _decoder.decode(line)
+    except msgspec.ValidationError:
+        raise
+    except ValueError:  # maybe NaN, infinities or halves of pairs, which Python writes
+        found = msgspec.convert(json.loads(line), Prediction)
+    if found.predictions:
+        found.predictions = [text.encode("utf-8", "replace").decode() for text in found.predictions]
+    return found
+
+
 def read_predictions(path: Path, faults: Counter[str]) -> Iterator[Prediction]:
     """The predictions of a file, some megabytes at a time; lines that cannot be read are counted.
 
@@ -55,8 +71,8 @@ def read_predictions(path: Path, faults: Counter[str]) -> Iterator[Prediction]:
             if not line.strip():
                 continue
             try:
-                found = _decoder.decode(line)
-            except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+                found = read_line(line)
+            except (ValueError, RecursionError) as error:
                 bad.report(path, number, "not a prediction", str(error))
                 faults[UNREADABLE_LINE] += 1
             else:
@@ -75,8 +91,9 @@ def _read_parquet(path: Path, faults: Counter[str]) -> Iterator[Prediction]:
             raise DatasetError(
                 f"{path}: got the columns {', '.join(columns)}; expected task, row, and predictions (or p_yes and p_no)"
             )
+        table = table.select(wanted).with_columns(selectors.float().fill_nan(None))  # as pandas writes what is absent
         begin = 0
-        while len(block := table.select(wanted).slice(begin, BLOCK_ROWS).collect()):
+        while len(block := table.slice(begin, BLOCK_ROWS).collect()):
             for values in block.iter_rows(named=True):
                 try:
                     yield msgspec.convert(values, Prediction)

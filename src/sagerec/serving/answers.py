@@ -17,6 +17,7 @@ from sagerec.errors import SagerecError
 from sagerec.serving.catalogue import EVERYTHING, FilterKey
 from sagerec.serving.queries import NO_FILTERS, Query
 from sagerec.serving.rows import Found, Row, list_rows, row_bytes, write_rows
+from sagerec.serving.settings import MOST_PLACES, SHOWN, ServeSettings
 from sagerec.serving.versions import Version
 
 
@@ -44,18 +45,25 @@ class Job:
     """Ids that the catalogue does not have."""
 
     @property
+    def _at_once(self) -> bool:
+        """Whether one pass finds all places."""
+        return self.query.kind == "list" and self.query.filters.max_per_category is None
+
+    @property
     def group(self) -> tuple[Any, ...]:
         """Jobs of one group are decoded together: lists of like length, slates that are written alike."""
         query = self.query
         if query.kind == "list":
-            return (self.version.id, self.policy, max(16, 1 << (query.k - 1).bit_length()))
+            return (self.version.id, self.policy, self._at_once, max(16, 1 << (query.k - 1).bit_length()))
         return (self.version.id, self.policy, query.k, query.temperature, query.top_p)
 
-    def most_rows(self, memory_bytes: int) -> int:
-        """Jobs like this one that a batch of so much memory holds."""
-        version = self.version
-        children = version.policies[self.policy].space.trie.max_children
-        return max(1, memory_bytes // row_bytes(version.widths, children, self.query.k))
+    def most_rows(self, settings: ServeSettings) -> int:
+        """Jobs like this one that are decoded together: few enough for memory and, where they are decoded place by
+        place, for those that wait behind them.
+        """
+        children, k = self.version.policies[self.policy].space.trie.max_children, self.query.k
+        rows = min(settings.batch, settings.batch_bytes // row_bytes(self.version.widths, children, k))
+        return max(1, rows if self._at_once else min(rows, MOST_PLACES // k))
 
 
 def resolve(version: Version, query: Query) -> Job:
@@ -63,7 +71,7 @@ def resolve(version: Version, query: Query) -> Job:
     catalogue, filters, unknown = version.catalogue, query.filters, dict[str, None]()
     policy = query.policy or version.default
     if policy not in version.policies:
-        raise QueryError(f"policy is {policy!r}; expected one of {', '.join(version.policies)}")
+        raise QueryError(f"policy is {policy[:SHOWN]!r}; expected one of {', '.join(version.policies)}")
 
     def known(ids: Sequence[str]) -> list[int]:
         places = catalogue.places
@@ -72,10 +80,12 @@ def resolve(version: Version, query: Query) -> Job:
 
     history = known(query.history)
     if unknown and query.unknown == "refuse":
-        raise QueryError(f"history has {len(unknown)} unknown ids, the first {next(iter(unknown))!r}; expected none")
+        raise QueryError(
+            f"history has {len(unknown)} unknown ids, the first {next(iter(unknown))[:SHOWN]!r}; expected none"
+        )
     if not history:
         raise QueryError(
-            f"history has no id of the catalogue, the first is {query.history[0]!r}; expected at least one"
+            f"history has no id of the catalogue, the first is {query.history[0][:SHOWN]!r}; expected at least one"
         )
     left_out = {*(history if query.exclude_history else ()), *known(filters.items_out)}
     only = None if filters.items_in is None else frozenset(known(filters.items_in))
@@ -97,7 +107,9 @@ def _categories(version: Version, names: Sequence[str], field_name: str) -> froz
     for name in names:
         if name not in places:
             such = f", such as {next(iter(places))!r}" if places else ""
-            raise QueryError(f"filters.{field_name} has {name!r}; expected some of the {len(places)} categories{such}")
+            raise QueryError(
+                f"filters.{field_name} has {name[:SHOWN]!r}; expected some of the {len(places)} categories{such}"
+            )
     return frozenset(places[name] for name in names)
 
 

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
 from importlib.resources import files
@@ -18,18 +18,17 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
-from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 
 from sagerec.artifacts import package_versions
 from sagerec.errors import SagerecError
 from sagerec.serving.answers import Job, QueryError, answer, resolve
 from sagerec.serving.batching import Batcher, QueueFullError
-from sagerec.serving.bodies import RefusedError, explain, read_model
-from sagerec.serving.gate import ADMIN_TOKEN, TOKEN, Gate
+from sagerec.serving.bodies import RefusedError, explain, json_response, read_model
+from sagerec.serving.gate import ADMIN_TOKEN, TOKEN, Endpoint, Gate
 from sagerec.serving.metrics import Metrics
 from sagerec.serving.queries import Answer, AnswerBatch, FoundItems, Item, Problem, Query, QueryBatch
-from sagerec.serving.settings import MAX_BODY_BYTES, MAX_IDS, MAX_K, MAX_ROWS, ServeSettings
+from sagerec.serving.settings import MAX_BODY_BYTES, MAX_IDS, MAX_K, MAX_ROWS, MAX_SLATE, ServeSettings
 from sagerec.serving.store import Store
 from sagerec.serving.versions import Version
 
@@ -57,19 +56,21 @@ class Service:
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
-        """Warm up beside the first requests; at the end answer what waits."""
+        """Warm up, beside the first requests where no other worker can answer these; at the end answer what waits."""
         torch.set_num_threads(self.settings.threads)
         # Each of a batch's hundreds of tensor operations takes the interpreter's lock anew, and would wait 5 ms for it.
         sys.setswitchinterval(SWITCH_SECONDS)
         self.batcher = Batcher(
             answer,
-            most_rows=lambda job: min(self.settings.batch, job.most_rows(self.settings.batch_bytes)),
+            most_rows=lambda job: job.most_rows(self.settings),
             queue=self.settings.queue,
             wait_seconds=self.settings.wait_seconds,
             patience_seconds=self.settings.timeout_seconds / 2,
             on_batch=self.metrics.on_batch,
         )
         following = asyncio.create_task(self.store.follow())
+        while self.settings.workers > 1 and not (self.store.current or self.store.failure):
+            await asyncio.sleep(0.02)
         yield
         following.cancel()
         with suppress(asyncio.CancelledError):
@@ -105,16 +106,18 @@ class Service:
             raise RefusedError(429, str(error), retry_after=str(error.retry_seconds)) from None
         finally:
             self.metrics.waiting.set(self.batcher.waiting)
-        gone = asyncio.ensure_future(_disconnected(request))
         together = asyncio.gather(*futures)
+        gone = asyncio.create_task(_disconnected(request))
+        gone.add_done_callback(lambda gone: together.cancel())
         try:
-            await asyncio.wait((together, gone), return_when=asyncio.FIRST_COMPLETED)
-            if not together.done():
-                raise RefusedError(499, "the client went away")
-            return together.result()
+            return await together
+        except asyncio.CancelledError:
+            self.batcher.forget()
+            if gone.done():
+                raise RefusedError(499, "the client went away") from None
+            raise
         finally:
             gone.cancel()
-            together.cancel()
 
 
 def _resolve(version: Version, query: Query, place: int | None) -> Job:
@@ -127,11 +130,6 @@ def _resolve(version: Version, query: Query, place: int | None) -> Job:
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """A JSON answer of plain values."""
-    return Response(to_json(value), status_code=status, media_type="application/json", headers=dict(headers or {}))
 
 
 def _takes(model: type[BaseModel]) -> dict[str, Any]:
@@ -158,10 +156,13 @@ def create_app(run: Path, state: Path, settings: ServeSettings) -> FastAPI:
     """The application of one worker."""
     service = Service(run, state, settings)
     app = App(title="sagerec", lifespan=service.lifespan, docs_url=None, redoc_url=None, telemetry=NO_TELEMETRY)
+    app.router.redirect_slashes = False
+    direct: dict[str, Endpoint] = {}
     app.add_middleware(
         Gate,
         metrics=service.metrics,
         refusal=service.refusal,
+        direct=direct,
         token=os.environ.get(TOKEN, ""),
         admin_token=os.environ.get(ADMIN_TOKEN, ""),
     )
@@ -169,7 +170,7 @@ def create_app(run: Path, state: Path, settings: ServeSettings) -> FastAPI:
 
     @app.exception_handler(RefusedError)
     async def refuse(request: Request, error: RefusedError) -> Response:
-        return json_response({"error": error.error}, error.status, error.headers)
+        return error.response()
 
     @app.exception_handler(RequestValidationError)
     async def refuse_parameter(request: Request, error: RequestValidationError) -> Response:
@@ -191,11 +192,16 @@ def create_app(run: Path, state: Path, settings: ServeSettings) -> FastAPI:
         return json_response({"error": "the server failed; its log says where"}, 500)
 
     async def timed(request: Request, model: type[Any]) -> list[dict[str, Any]]:
+        read = False
         try:
             async with asyncio.timeout(settings.timeout_seconds):
                 body = await read_model(request, model)
+                read = True
                 return await service.ask(request, body.queries if isinstance(body, QueryBatch) else [body])
         except TimeoutError:
+            if not read:
+                said = f"the body was not sent in {settings.timeout_seconds:g} s; expected it at once"
+                raise RefusedError(408, said, connection="close") from None
             raise RefusedError(504, f"not answered in {settings.timeout_seconds:g} s; ask for less, or later") from None
 
     @app.post("/recommend", response_model=Answer, responses=PROBLEMS, openapi_extra=_takes(Query))
@@ -207,6 +213,8 @@ def create_app(run: Path, state: Path, settings: ServeSettings) -> FastAPI:
     async def recommend_batch(request: Request) -> Response:
         """The answers of several queries, all of one version."""
         return json_response({"answers": await timed(request, QueryBatch)})
+
+    direct |= {"/recommend": recommend, "/recommend/batch": recommend_batch}
 
     @app.get("/items", response_model=FoundItems)
     async def search(
@@ -295,6 +303,7 @@ def describe(service: Service) -> dict[str, Any]:
         "limits": {
             "body_bytes": MAX_BODY_BYTES,
             "k": MAX_K,
+            "slate": MAX_SLATE,
             "ids": MAX_IDS,
             "queries": min(MAX_ROWS, settings.queue),
             "timeout_seconds": settings.timeout_seconds,

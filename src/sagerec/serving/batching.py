@@ -64,6 +64,7 @@ class Batcher:
         self._entries: deque[_Entry] = deque()
         self._changed = threading.Condition()
         self._stopping = False
+        self._awaited = 1
         self._seconds_a_row = 0.0
         self._thread = threading.Thread(target=self._work, name="decode", daemon=True)
         self._thread.start()
@@ -87,8 +88,14 @@ class Batcher:
             now = time.monotonic()
             entries = [_Entry(job, self._loop.create_future(), now) for job in jobs]
             self._entries.extend(entries)
-            self._changed.notify()
+            if len(self._entries) >= self._awaited:
+                self._changed.notify()
         return [entry.future for entry in entries]
+
+    def forget(self) -> None:
+        """Let jobs go that were taken back: they hold no room."""
+        with self._changed:
+            self._entries = deque(entry for entry in self._entries if not entry.future.cancelled())
 
     def stop(self) -> None:
         """Answer what waits, and end the thread."""
@@ -106,11 +113,9 @@ class Batcher:
                         return
                     self._changed.wait()
                 if idle and self._wait_seconds and not self._stopping:
-                    most = self._most_rows(self._entries[0].job)
-                    self._changed.wait_for(
-                        lambda: self._stopping or len(self._entries) >= most,  # noqa: B023
-                        timeout=self._wait_seconds,
-                    )
+                    self._awaited = self._most_rows(self._entries[0].job)
+                    self._changed.wait(self._wait_seconds)
+                    self._awaited = 1
                 batch = self._take()
             if batch:
                 self._answer(batch)

@@ -1,16 +1,17 @@
 """Bodies in: bounded, read within the time of the request, and refused with what was got and what was expected."""
 
+import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from fastapi import Request
+from fastapi import Request, Response
 from pydantic import BaseModel, ValidationError
+from pydantic_core import to_json
+from starlette.requests import ClientDisconnect
 
-from sagerec.serving.settings import MAX_BODY_BYTES
+from sagerec.serving.settings import MAX_BODY_BYTES, SHOWN
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
-SHOWN = 60
-"""Characters of what was got that an error repeats."""
 
 
 class RefusedError(Exception):
@@ -20,6 +21,15 @@ class RefusedError(Exception):
         super().__init__(error)
         self.status, self.error = status, error
         self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+    def response(self) -> Response:
+        """The answer that says so."""
+        return json_response({"error": self.error}, self.status, self.headers)
+
+
+def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A JSON answer of plain values."""
+    return Response(to_json(value), status_code=status, media_type="application/json", headers=dict(headers or {}))
 
 
 async def read_body(request: Request) -> bytes:
@@ -31,11 +41,14 @@ async def read_body(request: Request) -> bytes:
     if claimed.isdecimal() and len(claimed) < 20 and int(claimed) > MAX_BODY_BYTES:
         raise _too_long(f"{int(claimed):,}")
     parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > MAX_BODY_BYTES:
-            raise _too_long(f"more than {MAX_BODY_BYTES:,}")
-        parts.append(part)
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > MAX_BODY_BYTES:
+                raise _too_long(f"more than {MAX_BODY_BYTES:,}")
+            parts.append(part)
+    except ClientDisconnect:
+        raise RefusedError(499, "the client went away") from None
     return b"".join(parts)
 
 
@@ -64,6 +77,7 @@ def explain(first: Mapping[str, Any], model: type[BaseModel]) -> str:
         return f"{where} is no field of a query; expected some of {_fields(_owner(model, first['loc'][:-1]))}"
     if kind == "value_error":
         return said.removeprefix("Value error, ")
+    said = re.sub(r" should have (at (?:most|least) \d+ \w+).*", r" of \1", said)
     expected: str = said.removeprefix("Input should be ").removeprefix("Input should have ")
     return f"{where} is {_short(first['input'])}; expected {expected[:1].lower()}{expected[1:]}"
 
@@ -72,7 +86,7 @@ def _place(loc: tuple[int | str, ...]) -> str:
     """`filters.items_in[3]`."""
     text = ""
     for part in loc:
-        text += f"[{part}]" if isinstance(part, int) else f".{part[:SHOWN]}"
+        text += f"[{part}]" if isinstance(part, int) else f".{part[:SHOWN] or repr(part)}"
     return text.removeprefix(".") or "the body"
 
 

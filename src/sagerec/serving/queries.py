@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from sagerec.serving.settings import MAX_IDS, MAX_K, MAX_ROWS
+from sagerec.serving.settings import MAX_IDS, MAX_K, MAX_ROWS, MAX_SLATE
 
 Id = Annotated[str, Field(min_length=1, max_length=512)]
 Ids = Annotated[list[Id], Field(max_length=MAX_IDS)]
@@ -68,6 +68,8 @@ class Query(Strict):
         filters = self.filters
         if self.kind == "slate" and (filters.min_score is not None or filters.max_per_category is not None):
             raise ValueError("min_score and max_per_category are of lists; expected kind 'list', or none of them")
+        if self.kind == "slate" and self.k > MAX_SLATE:
+            raise ValueError(f"k is {self.k}; expected at most {MAX_SLATE} items of a slate")
         if 0 < self.temperature < 1e-3:
             raise ValueError(f"temperature is {self.temperature}; expected 0, or at least 0.001")
         return self

@@ -69,6 +69,7 @@ def serve(run: Path, settings: ServeSettings) -> None:
             port=settings.port,
             workers=settings.workers,
             access_log=False,
+            ws="none",
             server_header=False,
             timeout_graceful_shutdown=max(1, round(settings.shutdown_seconds)),
             timeout_worker_healthcheck=HEALTH_SECONDS,

@@ -9,6 +9,12 @@ MAX_BODY_BYTES = 2**20
 """Bytes of a request."""
 MAX_K = 1000
 """Items of a list."""
+MAX_SLATE = 100
+"""Items of a slate."""
+MOST_PLACES = 1280
+"""Places of what is decoded place by place at a time; a request that comes then waits for all of them."""
+SHOWN = 60
+"""Characters of what was got that an error repeats."""
 MAX_IDS = 10_000
 """Item ids of a history, or of a filter."""
 MAX_ROWS = 256

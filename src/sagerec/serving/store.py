@@ -5,6 +5,7 @@ that was asked writes what it serves to STATE/serving.json; the others read it t
 """
 
 import asyncio
+import gc
 import logging
 import time
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ class Store:
         """Have a version at hand, warmed up."""
         if version not in self._kept:
             opened = open_version(self._state, version, self._settings.device)
-            warm_up(opened)
+            warm_up(opened, self._settings)
             self._kept[version] = opened
 
     async def _serve(self, record: Record) -> None:
@@ -125,14 +126,17 @@ class Store:
         self.record, self.failure = record, ""
         for version in self._kept.keys() - {record.current, record.previous}:
             del self._kept[version]
+        # What lives as long as a version is no rubbish: to look through it again and again stops all for half a second.
+        gc.freeze()
         if changed:
             logger.info("serving version %s", record.current)
 
 
-def warm_up(version: Version) -> None:
-    """Answer one query by each policy: what is slow once is slow now, and what cannot answer never serves."""
-    for policy in version.policies:
-        answer([resolve(version, Query(history=[version.catalogue.ids[0]], policy=policy))])
+def warm_up(version: Version, settings: ServeSettings) -> None:
+    """Answer a full batch by each policy: what is slow once is slow now, and what cannot answer never serves."""
+    for name, policy in version.policies.items():
+        job = resolve(version, Query(history=version.catalogue.ids[: policy.max_items], policy=name))
+        answer([job] * job.most_rows(settings))
 
 
 def _describe(before: Record | None, record: Record, started: float) -> Swap:

@@ -75,7 +75,8 @@ def policy_names(run: Run) -> tuple[str, ...]:
         logger.warning("not served: %s", reason)
     names = tuple(name for name in found if name not in stale)
     if not names:
-        raise ArtifactError(f"{run.folder} has no policy to serve; make one with: sagerec train, or sagerec run")
+        why = next((f": {reason}" for reason in stale.values()), "; make one with: sagerec train, or sagerec run")
+        raise ArtifactError(f"{run.folder} has no policy to serve{why}")
     return names
 
 
@@ -108,6 +109,8 @@ def take_snapshot(run_folder: Path, state: Path, policies: Iterable[str] = ()) -
         if not target.exists():
             fresh.replace(target)
         return version
+    except ArtifactError as error:  # what is damaged in the copy is damaged in the run
+        raise ArtifactError(str(error).replace(str(fresh), str(run_folder))) from error
     except OSError as error:
         raise ArtifactError(f"{run_folder} was changed while it was read ({error}); try again") from error
     finally:

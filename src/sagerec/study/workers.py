@@ -1,25 +1,46 @@
-"""Tasks in parallel processes, that end with the process that started them."""
+"""Tasks in parallel processes: in a pool that ends with the process that started it, or on the ranks of `torchrun`.
+
+There the first rank does the study and hands its tasks out; each rank does every n-th, as a process of its own.
+"""
 
 import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
+from datetime import timedelta
 from functools import partial
 from multiprocessing import get_context, parent_process
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
+import torch.distributed as dist
 
+from sagerec.config import require
+from sagerec.errors import SagerecError, TrainingError
 from sagerec.progress import progress_bar
+from sagerec.training import parallel
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
+PATIENCE = timedelta(days=30)
+"""How long a rank waits for the others: as long as their tasks may take."""
 Task: TypeAlias = Callable[[int, str], str]
 """Does something with so many threads on a device, and returns its name."""
 
 
 def do_tasks(tasks: Sequence[tuple[Task, str]], processes: int) -> None:
-    """Run tasks on the devices that they ask for, `processes` at a time; of those on `auto` each has the next GPU."""
+    """Run tasks on the devices that they ask for, `processes` at a time; of those on `auto` each has the next GPU.
+
+    Raises: TrainingError where one fails on another rank.
+    """
+    if dist.is_initialized():
+        _share(tasks)
+        problems = [(rank, problem) for rank, problem in enumerate(_do_own(tasks)) if problem is not None]
+        if problems:
+            raise TrainingError(f"process {problems[0][0]} of the study: {problems[0][1]}")
+        return
     threads = max(1, torch.get_num_threads() // processes)
     gpus = torch.cuda.device_count()
     devices = [
@@ -61,3 +82,48 @@ def _finished(calls: Sequence[Callable[[], str]], processes: int) -> Iterator[st
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def over_ranks(study: Callable[[], T], processes: int) -> T | None:
+    """What `study` returns, which is done here; under torchrun by the first rank, and None on the others, which do
+    their part of its tasks until it has ended.
+    """
+    if parallel.launched() == 1:
+        return study()
+    require(processes == 1, f"processes is {processes}, and torchrun starts {parallel.launched()}; leave it out")
+    dist.init_process_group("gloo", timeout=PATIENCE)
+    if dist.get_rank():
+        while (tasks := _share(None)) is not None:
+            _do_own(tasks)
+        return None
+    try:
+        with parallel.alone():
+            return study()
+    finally:
+        with suppress(RuntimeError):  # where a rank is lost
+            _share(None)
+
+
+def _do_own(tasks: Sequence[tuple[Task, str]]) -> list[str | None]:
+    """Do this rank's part of tasks; of each rank, what went wrong."""
+    problem: str | None = None
+    try:
+        with parallel.alone():
+            for task, wanted in tasks[dist.get_rank() :: dist.get_world_size()]:
+                name = task(torch.get_num_threads(), parallel.rank_device(wanted))
+                logger.info("%s is done; the other processes do theirs", name)
+    except SagerecError as error:
+        problem = str(error)
+    except Exception as error:
+        logger.exception("a task failed")
+        problem = repr(error)
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, problem)
+    return found
+
+
+def _share(tasks: Any) -> Any:
+    """The first rank's tasks, on every rank; None where there are no more."""
+    box = [tasks]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -133,10 +133,11 @@ def align_policy(
     weights = parse_rewards(settings.reward) if settings.reward else {}  # the control has none
     facts = gather_facts(data, split, start.space, clusters=settings.clusters, cold_max_count=settings.cold_max_count)
     train, known = split.sequences(data, "train"), split.sequences(data, "train", "align")
+    kept = sharding.whole_copy(start)
     stage = Stage(
         settings=settings,
-        policy=start.move(device),
-        reference=reference.move(device).eval(),
+        policy=sharding.shard_policy(start.move(device)),
+        reference=sharding.shard_policy(reference.move(device).eval()),
         cases=cases,
         feedback=gather_feedback(data, split, cases, store, list(weights), facts),
         facts=to_device(facts, device),
@@ -159,6 +160,7 @@ def align_policy(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         summary = run_rounds(stage, measure if len(validation) and settings.validations else None, depends)
     check_kept(stage.policy, sample_loss(stage, settings.batch_users), f"update {summary['updates']}")
+    sharding.assemble(stage.policy, kept)
     if parallel.rank() == 0:
         opened, closed = (np.bincount(rows, minlength=data.n_events + 1) for rows in (cases.starts, cases.rows + 1))
         seen = np.flatnonzero((opened - closed).cumsum() > 0)  # from the start of each history to its target
@@ -166,7 +168,7 @@ def align_policy(
         with write_artifact(
             folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed, sizes=summary
         ) as fresh:
-            write_weights(fresh, stage.policy)
+            write_weights(fresh, kept)
             write_events_used(fresh, seen)
             keep_records(work, fresh)
         shutil.rmtree(work)
@@ -183,7 +185,8 @@ def sample_loss(stage: Stage, n: int) -> float:
     items, lengths = (torch.from_numpy(x).to(policy.device) for x in (history, length))
     targets = torch.from_numpy(policy.space.listed_as(cases.targets[some])).to(policy.device).long()
     last = torch.arange(items.shape[1], device=policy.device) == lengths[:, None] - 1
-    return float(policy.next_item_loss(items, targets[:, None].expand_as(items), last))
+    with sharding.gathered(policy):
+        return float(policy.next_item_loss(items, targets[:, None].expand_as(items), last))
 
 
 def run_rounds(stage: Stage, measure: Any, depends: list[Any]) -> dict[str, Any]:

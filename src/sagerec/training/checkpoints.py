@@ -68,8 +68,9 @@ def find_checkpoint(folder: Path, depends: list[Any], what: str) -> Path | None:
     """The checkpoint from which every rank goes on, None for none.
 
     One of what depends on other things than `depends` is removed, and the log says so of `what`. The number of ranks
-    may be another than that which wrote it.
+    may be another than that which wrote it. Raises: SettingsError where the ranks depend on other things.
     """
+    parallel.check_same(depends, what)
     found = newest_checkpoint(folder) if parallel.rank() == 0 else None
     if found is not None and read_progress(found)["fingerprint"] != depends:
         logger.info("the unfinished %s in %s was of other inputs or settings; starting anew", what, folder)

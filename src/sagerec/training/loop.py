@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 CRITERION = "valid_recall@10"
 """The validation metric whose best epoch is kept."""
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(inputs, targets, counted), each (B, T) -> a scalar in nats an item."""
+"""(inputs, targets, counted), each (B, T) -> a scalar: nats an item, or the number of items that it is the mean of."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -109,15 +109,16 @@ def fit(
     settings: TrainSettings,
     *,
     loss: Loss,
+    n_targets: Loss = lambda inputs, targets, counted: counted.sum().float(),
     validate: Callable[[], dict[str, float]] | None,
     fingerprint: list[Any],
     layers: Iterable[nn.Module] = (),
 ) -> dict[str, Any]:
     """Train `model` with checkpoints and metrics in the folder `work`; the kept weights are left in it.
 
-    `validate` gives metrics with the key CRITERION; without it the last weights are kept. `fingerprint`
-    (JSON values) says what the training depends on: a checkpoint with another one is not resumed. `layers` are what
-    `settings.compile` compiles. Returns what happened, for the manifest.
+    `loss` is the mean over `n_targets` items. `validate` gives metrics with the key CRITERION; without it the last
+    weights are kept. `fingerprint` (JSON values) says what the training depends on: a checkpoint with another one is
+    not resumed. `layers` are what `settings.compile` compiles. Returns what happened, for the manifest.
 
     Raises: TrainingError for a non-finite loss or gradient, the batch is saved first; and where what would be kept is
     lost (`check_kept`).
@@ -146,7 +147,7 @@ def fit(
         while progress["epoch"] < settings.epochs and not _is_done(progress, settings):
             started = time.perf_counter()
             epoch = progress["epoch"]
-            mean_loss, norm = _train_epoch(model, optimizer, windows, epoch, settings, work, loss=loss, bar=bar)
+            mean_loss, norm = _train_epoch(model, optimizer, windows, epoch, settings, work, loss, n_targets, bar)
             progress["epoch"] = epoch + 1
             step = (epoch + 1) * steps_per_epoch
             values = {"epoch": epoch + 1, "loss_nats": mean_loss, "gradient_norm": norm}
@@ -189,7 +190,8 @@ def _sample_loss(model: nn.Module, windows: Windows, settings: TrainSettings, lo
     """The loss of the first windows, a batch of them, in nats an item, without dropout."""
     device = next(model.parameters()).device
     index = np.arange(min(len(windows), settings.batch_size))
-    return float(loss(*(torch.from_numpy(x).to(device) for x in windows.batch(index))))
+    with sharding.gathered(model):
+        return float(loss(*(torch.from_numpy(x).to(device) for x in windows.batch(index))))
 
 
 def _is_done(progress: dict[str, Any], settings: TrainSettings) -> bool:
@@ -205,8 +207,8 @@ def _train_epoch(
     epoch: int,
     settings: TrainSettings,
     work: Path,
-    *,
     loss: Loss,
+    n_targets: Loss,
     bar: Bar,
 ) -> tuple[float, float]:
     """One pass; returns the mean loss in nats an item and the mean norm of the gradient."""
@@ -226,13 +228,15 @@ def _train_epoch(
                 step, total, settings.learning_rate, settings.warmup_share, settings.final_rate_share
             )
         own = index[parallel.own_share(len(index))]
-        share = windows.lengths[own].sum() / windows.lengths[index].sum()
-        own = own if len(own) else index[:1]  # with a share of 0, so that all ranks compute in step
+        there = float(len(own) > 0)
+        own = own if there else index[:1]  # with a share of 0, so that all ranks compute in step
         inputs, targets, counted = (torch.from_numpy(x).to(device) for x in windows.batch(own))
-        with autocast(settings.precision, device):
-            value = loss(inputs, targets, counted) * float(share)
+        share = parallel.share_of(n_targets(inputs, targets, counted) * there)
         optimizer.zero_grad()
-        value.backward()  # type: ignore[no-untyped-call]
+        with sharding.gathered(model):
+            with autocast(settings.precision, device):
+                value = loss(inputs, targets, counted) * share
+            value.backward()  # type: ignore[no-untyped-call]
         parallel.add_gradients_up(model)
         norm = parallel.clip_gradients(model, settings.clip_norm)
         if not bool(torch.isfinite(norm)):

@@ -5,6 +5,9 @@ of weights that every rank holds whole are added up here, those of weights in sh
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 import torch
@@ -12,17 +15,30 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from sagerec.errors import SettingsError
+
 T = TypeVar("T")
 LOST = (
     "another process of this job has ended, so that this one cannot go on; the same command, with as many processes or "
     "fewer, goes on from the newest checkpoint (what ended stands in torchrun's report)"
 )
 """What is said where the ranks lose one of them."""
+_alone = ContextVar("alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """The process works for itself, as one that nobody launched beside others: a task of a study that ranks share."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
 
 
 def join_ranks(device: torch.device) -> None:
     """Join the process group that `torchrun` announces, once: gloo on the CPU, nccl on GPUs."""
-    if "RANK" in os.environ and not dist.is_initialized():
+    if "RANK" in os.environ and not dist.is_initialized() and not _alone.get():
         if device.type == "cuda":
             torch.cuda.set_device(device)  # object broadcasts go through the current device
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -37,17 +53,19 @@ def rank_device(name: str) -> str:
 
 def rank() -> int:
     """Number of the process: in its group, before there is one as torchrun says, 0 without it."""
+    if _alone.get():
+        return 0
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
 def n_ranks() -> int:
     """Processes in the group, 1 without one."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not _alone.get() else 1
 
 
 def launched() -> int:
     """Processes that torchrun started, whether they have met or not; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return 1 if _alone.get() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def own_share(n: int) -> slice:
@@ -72,6 +90,11 @@ def add_up(values: Tensor) -> Tensor:
     if n_ranks() > 1:
         dist.all_reduce(values)
     return values
+
+
+def share_of(own: Tensor) -> Tensor:
+    """What a rank's count () is of that of all ranks, 1 without others: the weight of its mean in theirs."""
+    return own / add_up(own.clone()).clamp(min=1) if n_ranks() > 1 else torch.ones_like(own)
 
 
 def add_gradients_up(model: nn.Module) -> None:
@@ -101,3 +124,12 @@ def share_from_first(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def check_same(value: object, what: str) -> None:
+    """Raise SettingsError where a rank has another value (JSON-like) than the first."""
+    if (first := share_from_first(value)) != value:
+        raise SettingsError(
+            f"process {rank()} has another {what} than the first: got {value}, expected {first}; start every process "
+            "with the same command on the same files"
+        )

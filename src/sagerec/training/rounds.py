@@ -288,10 +288,11 @@ def losses(stage: Stage, batch: Minibatch, step: int) -> tuple[Tensor, dict[str,
     torch.manual_seed(settings.seed * 7_368_787 + step + parallel.rank() * 1_000_000_007)
     policy.train()
     if weight := 1.0 if row.trains_on_targets else settings.sft_weight:
-        # One target a context, after its last item; the rank's part of the mean over all contexts.
+        # One target a context, after its last item; the rank's part of the mean over all targets.
         last = torch.arange(contexts.items.shape[1], device=policy.device) == contexts.lengths[:, None] - 1
         targets = contexts.targets[:, None].expand_as(contexts.items)
-        sft = policy.next_item_loss(contexts.items, targets, last) * share
+        n_targets = policy.n_targets(contexts.items, targets, last)
+        sft = policy.next_item_loss(contexts.items, targets, last) * parallel.share_of(n_targets)
         total = total + weight * sft
         logged["sft_loss_nats"] = sft.detach()
     if stage.replay is not None:
@@ -320,8 +321,8 @@ def replay_loss(policy: AnyPolicy, windows: Windows, step: int, settings: AlignS
         parallel.add_up(torch.zeros((), device=policy.device))
         return torch.zeros((), device=policy.device)
     inputs, targets, counted = (torch.from_numpy(x).to(policy.device) for x in windows.batch(own))
-    n_own = counted.sum().float()
-    return policy.next_item_loss(inputs, targets, counted) * n_own / parallel.add_up(n_own.clone())
+    share = parallel.share_of(policy.n_targets(inputs, targets, counted))
+    return policy.next_item_loss(inputs, targets, counted) * share
 
 
 def bound_figures(found: PolicyLoss, mask: Tensor) -> dict[str, Tensor]:
@@ -353,14 +354,15 @@ def update(stage: Stage, batch: Minibatch, step: int, total_steps: int) -> dict[
     settings, policy = stage.settings, stage.policy
     stage.optimizer.zero_grad()
     try:
-        loss, logged = losses(stage, batch, step)
+        with sharding.gathered(policy):
+            loss, logged = losses(stage, batch, step)
+            if loss.requires_grad:
+                loss.backward()  # type: ignore[no-untyped-call]
     except NumericalError as error:
         raise TrainingError(
             f"update {step}: {error}; the batch is saved in {save_batch(stage, batch, step)}. "
             "Lower --learning-rate, or look at the rewards in metrics.jsonl"
         ) from error
-    if loss.requires_grad:
-        loss.backward()  # type: ignore[no-untyped-call]
     parallel.add_gradients_up(policy)
     norm = parallel.clip_gradients(policy, settings.clip_norm)
     if not math.isfinite(float(norm)) or not math.isfinite(float(loss.detach())):

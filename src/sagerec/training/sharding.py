@@ -5,6 +5,7 @@ part of the loss over all ranks (divided by global counts), so gradients are add
 written by `torch.distributed.checkpoint` as safetensors, each rank its shards, and is read on any number of ranks.
 """
 
+import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,12 +18,15 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from sagerec.policies.protocol import AnyPolicy
 from sagerec.training import parallel
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
+PolicyT = TypeVar("PolicyT", bound=AnyPolicy)
 
 
 def shard(module: ModuleT, blocks: Iterable[nn.Module] = (), *, precision: torch.dtype | None = None) -> ModuleT:
@@ -33,9 +37,10 @@ def shard(module: ModuleT, blocks: Iterable[nn.Module] = (), *, precision: torch
     if parallel.n_ranks() == 1:
         return module
     policy = MixedPrecisionPolicy(param_dtype=precision, reduce_dtype=None if precision is None else torch.float32)
+    mesh = init_device_mesh(next(module.parameters()).device.type, (parallel.n_ranks(),))
     for block in blocks:
-        fully_shard(block, mp_policy=policy)
-    fully_shard(module, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(module, mesh=mesh, mp_policy=policy)
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)
@@ -45,19 +50,50 @@ def shard(module: ModuleT, blocks: Iterable[nn.Module] = (), *, precision: torch
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """The whole weights on every rank, so that each may compute as often as it likes: for lists and rollouts, which the
-    ranks make in different numbers of steps. Without gradient; what is not in shards is left as it is.
+    """The whole weights on every rank, so that each may compute as often as it likes: lists, rollouts and the pieces of
+    a loss, which the ranks make in different numbers of steps. A backward pass in it adds each block's gradients up
+    over the ranks. What is not in shards is left as it is.
     """
     parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
     try:
         for part in parts:
-            part.set_reshard_after_forward(False, recurse=False)
+            _keep(part, True)
             part.unshard()
         yield
     finally:
         for part in parts:
-            part.set_reshard_after_forward(True, recurse=False)
+            _keep(part, False)
             part.reshard()
+
+
+def _keep(part: FSDPModule, whole: bool) -> None:
+    """Whether a module's weights stay whole after its passes."""
+    part.set_reshard_after_forward(not whole, recurse=False)
+    part.set_reshard_after_backward(not whole, recurse=False)
+
+
+def shard_policy(policy: PolicyT) -> PolicyT:
+    """Shard a policy that has blocks over the ranks, in place; another one is left as it is."""
+    blocks = list(policy.blocks())
+    return shard(policy, blocks) if blocks else policy
+
+
+def whole_copy(policy: PolicyT) -> PolicyT:
+    """What is saved of a policy that is to be sharded: on the first rank a copy on the CPU, which `assemble` fills."""
+    sharded = parallel.n_ranks() > 1 and bool(list(policy.blocks()))
+    return copy.deepcopy(policy).move("cpu") if sharded and parallel.rank() == 0 else policy
+
+
+@torch.no_grad()
+def assemble(policy: AnyPolicy, kept: AnyPolicy) -> None:
+    """Copy the weights of a policy in shards to their `whole_copy`; every rank calls it."""
+    if not is_sharded(policy.parameters()):
+        return
+    into = {} if kept is policy else state_of(kept)
+    for name, value in state_of(policy).items():
+        found = whole(value)
+        if into:
+            into[name].copy_(found)
 
 
 def is_sharded(tensors: Iterable[Tensor]) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sagerec.errors import TrainingError
+from sagerec.training import sharding
 
 MOST_NATS = 1000.0
 """Mean next-item loss above which a model is lost: a uniform one over a million items has 14 nats."""
@@ -18,7 +19,7 @@ MEND = "lower the learning rate (--learning-rate of align, --train.learning-rate
 def check_weights(model: nn.Module, when: str) -> None:
     """Raise TrainingError, which names the first of them, where weights are not finite."""
     named = list(model.named_parameters())
-    finite = torch.stack([value.detach().isfinite().all() for _, value in named])
+    finite = torch.stack([sharding.whole(value.detach().isfinite().all()) for _, value in named])
     if not bool(finite.all()):
         name = named[int(finite.logical_not().nonzero()[0])][0]
         raise TrainingError(f"the weights are not finite after {when} (the first is {name}); {MEND}")

@@ -21,7 +21,7 @@ from sagerec.config import require, to_json
 from sagerec.evaluation.per_case import validation_means
 from sagerec.policies.protocol import AnyPolicy
 from sagerec.policies.registry import describe_policy, make_policy, write_weights
-from sagerec.training import parallel
+from sagerec.training import parallel, sharding
 from sagerec.training.batches import make_windows
 from sagerec.training.checkpoints import fingerprint, working_folder
 from sagerec.training.loop import Loss, fit, stage_device, validation_sample
@@ -59,6 +59,8 @@ def train_policy(
         policy.count(torch.from_numpy(counts).float())
         if titles:
             policy.describe(titles)
+        kept = sharding.whole_copy(policy)
+        sharding.shard_policy(policy)
         cases = validation_sample(validation, settings)
         exclude = not train.has_repeats()
         summary = fit(
@@ -67,16 +69,18 @@ def train_policy(
             make_windows(train, policy.max_items),
             settings,
             loss=supervised_loss(policy, settings, repeats=not exclude),
+            n_targets=policy.n_targets,
             validate=None if cases is None else lambda: validate(policy, cases, exclude_history=exclude),
             fingerprint=fingerprint(resolved, made_from),
             layers=policy.layers(),
         )
     sizes = {"parameters": sum(p.numel() for p in policy.parameters()), "sequences": len(train)} | summary
+    sharding.assemble(policy, kept)
     if parallel.rank() == 0:
         with write_artifact(
             folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed, sizes=sizes
         ) as fresh:
-            write_weights(fresh, policy)
+            write_weights(fresh, kept)
             write_events_used(fresh, train.rows)
             keep_records(work, fresh)
         shutil.rmtree(work)

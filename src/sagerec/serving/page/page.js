@@ -3,8 +3,9 @@
 (() => {
   const at = (id) => document.getElementById(id);
   const make = (tag, name, text) => Object.assign(document.createElement(tag), { className: name || "", textContent: text ?? "" });
-  const history = [];
-  let token = "", policies = [], asked = 0, writing = 0, timer = 0;
+  const history = [], MOST_FOUND = 20;
+  let token = "", policies = [], asked = 0, writing = 0;
+  const timers = new Map();
 
   const ask = async (path, query) => {
     const headers = { ...(query && { "content-type": "application/json" }), ...(token && { authorization: `Bearer ${token}` }) };
@@ -12,9 +13,9 @@
     const answer = await got.json();
     if (got.ok) return answer;
     if (got.status === 401) at("entry").hidden = false;
-    throw new Error(answer.error);
+    throw Object.assign(new Error(answer.error), { status: got.status });
   };
-  const later = (call) => { clearTimeout(timer); timer = setTimeout(call, 120); };
+  const later = (call, wait = 120) => { clearTimeout(timers.get(call)); timers.set(call, setTimeout(call, wait)); };
   const say = (place, text, problem) => { place.textContent = text; place.classList.toggle("problem", Boolean(problem)); };
 
   const filters = () => {
@@ -86,25 +87,33 @@
       entry.append(drop, make("span", "", item.title));
       return entry;
     }));
+    writing++;  // what was written was for another history
+    at("slate").replaceChildren();
+    say(at("written"), "");
     refresh();
   };
-  const add = (item) => { history.push(item); at("found").replaceChildren(); at("words").value = ""; showHistory(); at("words").focus(); };
+  const show = (items, text, problem) => {
+    at("found").replaceChildren(...items.map((item) => {
+      const entry = make("li"), choose = Object.assign(make("button", "", item.title), { type: "button" });
+      choose.append(describe(item));
+      choose.addEventListener("click", () => add(item));
+      entry.append(choose);
+      return entry;
+    }));
+    say(at("hits"), text, problem);
+  };
+  const add = (item) => { history.push(item); show([], ""); at("words").value = ""; showHistory(); at("words").focus(); };
   const search = async () => {
     const words = at("words").value.trim();
-    if (!words) return at("found").replaceChildren();
+    if (!words) return show([], "");
     try {
-      const { items } = await ask(`items?limit=20&words=${encodeURIComponent(words.slice(0, 200))}`);
+      const { items } = await ask(`items?limit=${MOST_FOUND}&words=${encodeURIComponent(words.slice(0, 200))}`);
       if (!items.length) items.push(await ask(`items/${encodeURIComponent(words)}`));
       if (words !== at("words").value.trim()) return;
-      at("found").replaceChildren(...items.map((item) => {
-        const entry = make("li"), choose = Object.assign(make("button", "", item.title), { type: "button" });
-        choose.append(describe(item));
-        choose.addEventListener("click", () => add(item));
-        entry.append(choose);
-        return entry;
-      }));
+      show(items, items.length === MOST_FOUND ? `the ${MOST_FOUND} taken most often; more words find fewer` : `${items.length} found`);
     } catch (error) {
-      at("found").replaceChildren(make("li", "quiet problem", error.message));
+      if (words !== at("words").value.trim()) return;
+      show([], error.status === 404 ? "No title holds these words, and no item has this id." : error.message, error.status !== 404);
     }
   };
 
@@ -116,6 +125,7 @@
     if (!history.length) return say(said, "Choose a history.");
     const temperature = Number(at("temperature").value);
     const query = { ...base(at("policy-2").value), kind: "slate", temperature, ...(temperature && { seed: Number(at("seed").value) }) };
+    say(said, "Writing …");
     try {
       const answer = await ask("recommend", query);
       for (const item of answer.items) {
@@ -136,7 +146,7 @@
       }
       say(said, `${answer.items.length} items written by ${answer.policy}${answer.seed === null ? ", greedy" : `, seed ${answer.seed}`}${answer.short ? ` (${answer.short})` : ""}.`);
     } catch (error) {
-      say(said, error.message, true);
+      if (turn === writing) say(said, error.message, true);
     }
   };
 
@@ -154,15 +164,19 @@
       at("categories").replaceChildren(...Object.entries(info.categories).map(([name, size]) => new Option(`${size} items`, name)));
     } catch (error) {
       say(at("about"), error.message, true);
+      if (error.status === 503) later(begin, 2000);
     }
   };
 
   for (const input of document.querySelectorAll("input[type=range]")) {
     const shown = document.querySelector(`output[for="${input.id}"]`);
     const off = { most: input.max, floor: input.min }[input.id];
-    input.addEventListener("input", () => {
+    const tell = () => {
       shown.textContent = input.value === off ? "any" : input.step.includes(".") ? Number(input.value).toFixed(1) : input.value;
-    });
+      input.setAttribute("aria-valuetext", shown.textContent);
+    };
+    input.addEventListener("input", tell);
+    tell();
   }
   at("filters").addEventListener("input", () => later(refresh));
   at("filters").addEventListener("submit", (event) => event.preventDefault());
