@@ -42,16 +42,20 @@ def item_clusters(data: Dataset, space: ActionSpace, kind: ClusterKind) -> spars
         weights = 1.0 / table["n"].to_numpy()
         shape = (data.n_items, int(column.max()) + 1)
         return sparse.csr_matrix((weights, (table["row"].to_numpy(), column)), shape=shape)
-    if kind == "first-code":
-        cluster = space.first_tokens()
-    else:
-        centroids, cluster = space.centroids()
-        if len(centroids) > COARSE_CLUSTERS:
-            points = np.ascontiguousarray(centroids)
-            kmeans = faiss.Kmeans(
-                points.shape[1], COARSE_CLUSTERS, niter=25, seed=0, min_points_per_centroid=1, spherical=False
-            )
-            kmeans.train(points)
-            cluster = kmeans.index.search(points, 1)[1][:, 0][cluster]
+    cluster = space.first_tokens() if kind == "first-code" else coarse_clusters(space)
     ones = np.ones(data.n_items)
     return sparse.csr_matrix((ones, (np.arange(data.n_items), cluster)), shape=(data.n_items, int(cluster.max()) + 1))
+
+
+def coarse_clusters(space: ActionSpace) -> np.ndarray:
+    """(N,) the coarse cluster of each item."""
+    centroids, cluster = space.centroids()
+    if len(centroids) <= COARSE_CLUSTERS:
+        return cluster
+    points = np.ascontiguousarray(centroids)
+    kmeans = faiss.Kmeans(
+        points.shape[1], COARSE_CLUSTERS, niter=25, seed=0, min_points_per_centroid=1, spherical=False
+    )
+    kmeans.train(points)
+    joined: np.ndarray = kmeans.index.search(points, 1)[1][:, 0][cluster]
+    return joined

@@ -25,7 +25,7 @@ from sagerec.artifacts import read_manifest, write_artifact
 from sagerec.baselines.sasrec_layer import SasRecLayer
 from sagerec.catalogue.audit import write_events_used
 from sagerec.catalogue.splits import Cases, Part, Sequences
-from sagerec.config import at_least, from_json, to_json
+from sagerec.config import at_least, from_json, require, to_json
 from sagerec.errors import ArtifactError
 from sagerec.evaluation.per_case import validation_means
 from sagerec.policies.layers import FastDropout, check_shape
@@ -177,6 +177,7 @@ def train_sasrec(
 
     `train` holds the events of `parts`.
     """
+    require(not settings.list_weight, "SASRec reads no slate, which list_weight teaches; expected 0")
     work = working_folder(folder)
     resolved = resolved_settings(model_settings, settings, parts=parts, exclude_history=exclude_history)
     with torch.random.fork_rng(devices=[0] if torch.cuda.is_available() else []):

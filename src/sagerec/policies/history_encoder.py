@@ -39,8 +39,8 @@ class Context(NamedTuple):
 class HistoryEncoder(Policy[Context, PrefixT]):
     """The half of a policy that reads. Calls: see `sagerec.policies.protocol.Policy`."""
 
-    reads_slate = True
-    """Whether the items of a slate are read as if the user had taken them; else they are only not written again."""
+    slate_mark: nn.Parameter | None
+    """(D,) what is added to an item that stands in the slate and was not taken, where the policy tells them apart."""
     encoder: nn.ModuleList
     """Layers with the call of `sagerec.policies.layers.Layer`."""
     encoder_norm: nn.LayerNorm
@@ -91,6 +91,11 @@ class HistoryEncoder(Policy[Context, PrefixT]):
         """Embeddings (…, D) of item indices (…) as the encoder reads them."""
         raise NotImplementedError
 
+    def embed_slate(self, items: Tensor) -> Tensor:
+        """Embeddings (…, D) of items (…) of a slate."""
+        x = self.embed_items(items)
+        return x if self.slate_mark is None else x + self.slate_mark
+
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """Take trained weights, grown to the catalogue of today."""
         self.load_state_dict(grow_weights(weights, self))
@@ -134,7 +139,7 @@ class HistoryEncoder(Policy[Context, PrefixT]):
         own = torch.eye(slates, dtype=torch.bool, device=items.device).expand(batch, -1, -1)
         visible = torch.cat([context.visible, own], dim=2)
         positions = context.positions[:, None].expand(-1, slates)
-        x = self.embed_items(items)
+        x = self.embed_slate(items)
         caches = []
         for layer, cache in zip(self.encoder, context.caches, strict=True):
             x, grown = layer(x, positions=positions, cache=cache, mask=visible.unsqueeze(1))
@@ -151,7 +156,7 @@ class HistoryEncoder(Policy[Context, PrefixT]):
         seen = context.visible[:, :1].expand(-1, len(order), -1)
         visible = torch.cat([seen, own.expand(batch, -1, -1)], dim=2)
         positions = context.positions[:, None] + order % places
-        x = self.embed_items(slates.flatten(1))
+        x = self.embed_slate(slates.flatten(1))
         for layer, cache in zip(self.encoder, context.caches, strict=True):
             x, _ = layer(x, positions=positions, cache=cache, mask=visible.unsqueeze(1))
         hidden = torch.cat([context.hidden[:, :1], self.encoder_norm(x)], dim=1)

@@ -36,7 +36,7 @@ from sagerec.actions.filters import NO_ITEM, levels
 from sagerec.actions.groups import group_logsumexp
 from sagerec.actions.space import ActionSpace
 from sagerec.actions.trie import ROOT, Children, Trie
-from sagerec.config import at_least, between
+from sagerec.config import at_least, between, require
 from sagerec.policies.history_encoder import Context, HistoryEncoder
 from sagerec.policies.layers import FastDropout, SimilarityLayer, check_shape
 from sagerec.policies.protocol import ItemTable
@@ -75,6 +75,8 @@ class ItemScoresSettings:
     reads_slate: bool = False
     """Read the items of a slate like a history while writing on; else they are only left out from then on, and the
     slate of most probable items is the beam list."""
+    slate_mark: bool = False
+    """Add a vector of its own to the items of a slate that is read, which tells them from the history."""
     popularity_tilt: float = 1.0
     """How much more rare items count than the log has them: every score is less this times log(1 + the item's training
     events, at most `tilt_events`)."""
@@ -82,6 +84,7 @@ class ItemScoresSettings:
     """Training events from which on an item is not rare."""
 
     def __post_init__(self) -> None:
+        require(self.reads_slate or not self.slate_mark, "slate_mark is on; expected reads_slate on with it")
         check_shape(self, encoder_layers=at_least(1, 128), popularity_tilt=between(0, 10), tilt_events=at_least(0))
 
 
@@ -184,6 +187,7 @@ class ItemScores(HistoryEncoder[Prefix]):
             for _ in range(settings.encoder_layers)
         )
         self.encoder_norm = nn.LayerNorm(settings.width)
+        self.slate_mark = nn.Parameter(torch.zeros(settings.width)) if settings.slate_mark else None
         self.dropout = FastDropout(settings.dropout)
         self.register_buffer("popularity", torch.zeros(space.n_items))
         leaves, first = leaf_order(space.trie)

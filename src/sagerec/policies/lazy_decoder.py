@@ -54,6 +54,8 @@ class LazyDecoderSettings:
     """Add a linear map of the item's content vector to its code embeddings."""
     item_embedding: bool = False
     """Add an embedding of the item's own to its code embeddings."""
+    slate_mark: bool = False
+    """Add a vector of its own to the items of the slate, which tells them from the history."""
 
     def __post_init__(self) -> None:
         layers = at_least(1, 128)
@@ -81,6 +83,7 @@ class LazyDecoder(HistoryEncoder[Prefix]):
         self.embed_by(space, width, content=settings.content, item_embedding=settings.item_embedding)
         sizes = self.level_sizes
         self.level_begins = [sum(sizes[:level]) for level in range(len(sizes))]
+        self.slate_mark = nn.Parameter(torch.zeros(width)) if settings.slate_mark else None
         self.n_first_codes = len(space.trie.children(torch.tensor([ROOT], device=self.codes.device)).token)
         self.prefix_codes = nn.Embedding(sum(sizes), width)
         self.level_embedding = nn.Parameter(torch.empty(len(sizes), width))

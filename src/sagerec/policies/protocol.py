@@ -38,6 +38,9 @@ class Policy(nn.Module, Generic[ContextT, PrefixT]):
         """Whether lists and log-probabilities are computed in static shapes: on a GPU, and where they are compiled."""
         return bool(self.widths) and wants_static(self.device)
 
+    reads_slate = True
+    """Whether what it writes next hangs on the items of the slate, other than that they are not written again."""
+
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device

@@ -55,6 +55,8 @@ class PolicySettings:
     """Add an embedding of the item's own (item-scores on, lazy-decoder off)."""
     reads_slate: bool | None = None
     """Read the items of a slate like a history while writing on, else only leave them out (item-scores off)."""
+    slate_mark: bool | None = None
+    """Add a vector of its own to the items of a slate that is read, which `--train.list-weight` teaches (off)."""
     popularity_tilt: float | None = None
     """How much more rare items count than the log has them: every score is less this times log(1 + the item's training
     events, at most `tilt_events`) (item-scores 1)."""

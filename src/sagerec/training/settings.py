@@ -51,6 +51,11 @@ class TrainSettings:
     """Batches are of sequences of like length, which pads least; else of any."""
     clip_norm: float = 1.0
     """Largest norm of the gradient."""
+    list_weight: float = 0.0
+    """Weight of a loss on target lists (`training.target_lists`), in nats an item, beside the one on the next item: for
+    policies that read the slate."""
+    list_variety: float = 0.5
+    """Nats that the teacher's list takes off an item for each one of its coarse cluster before it."""
     validate_every: int = 2
     """Epochs between validations; 0 never validates and keeps the last weights."""
     validation_users: int = 30_000
@@ -79,6 +84,8 @@ class TrainSettings:
             warmup_share=between(0, 1, below=True),
             final_rate_share=between(0, 1),
             clip_norm=above(0),
+            list_weight=at_least(0, 1000),
+            list_variety=at_least(0, 1000),
             validate_every=at_least(0),
             validation_users=at_least(1),
             patience=at_least(1),

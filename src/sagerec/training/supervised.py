@@ -10,20 +10,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from sagerec.actions.clusters import coarse_clusters
 from sagerec.actions.space import ActionSpace
 from sagerec.artifacts import write_artifact
 from sagerec.catalogue.audit import write_events_used
 from sagerec.catalogue.splits import Cases, Sequences
-from sagerec.config import to_json
+from sagerec.config import require, to_json
 from sagerec.evaluation.per_case import validation_means
 from sagerec.policies.protocol import AnyPolicy
 from sagerec.policies.registry import describe_policy, make_policy, write_weights
 from sagerec.training import parallel, sharding
 from sagerec.training.batches import make_windows
 from sagerec.training.checkpoints import fingerprint, working_folder
-from sagerec.training.loop import fit, stage_device, validation_sample
+from sagerec.training.loop import Loss, fit, stage_device, validation_sample
 from sagerec.training.settings import TrainSettings
+from sagerec.training.target_lists import list_loss
 from sagerec.training.tracking import keep_records
 from sagerec.training.validation import VALIDATION_K, validation_lists
 
@@ -65,7 +68,7 @@ def train_policy(
             work,
             make_windows(train, policy.max_items),
             settings,
-            loss=policy.next_item_loss,
+            loss=supervised_loss(policy, settings, repeats=not exclude),
             n_targets=policy.n_targets,
             validate=None if cases is None else lambda: validate(policy, cases, exclude_history=exclude),
             fingerprint=fingerprint(resolved, made_from),
@@ -83,6 +86,22 @@ def train_policy(
         shutil.rmtree(work)
     parallel.share_from_first(None)  # no rank goes on before the artefact is there
     return policy
+
+
+def supervised_loss(policy: AnyPolicy, settings: TrainSettings, *, repeats: bool) -> Loss:
+    """The next-item loss, with that on target lists where it has a weight. Raises: SettingsError."""
+    if not settings.list_weight:
+        return policy.next_item_loss
+    require(policy.reads_slate, "list_weight is for policies that read the slate; expected --policy.reads-slate")
+    cluster = torch.from_numpy(coarse_clusters(policy.space)).to(policy.device)
+    variety = settings.list_variety
+
+    def both(items: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
+        with torch.autocast(policy.device.type, enabled=False):
+            lists = list_loss(policy, items, targets, counted, cluster, variety=variety, repeats=repeats)
+        return policy.next_item_loss(items, targets, counted) + settings.list_weight * lists
+
+    return both
 
 
 def validate(policy: AnyPolicy, cases: Cases, *, exclude_history: bool) -> dict[str, float]:
