@@ -25,7 +25,7 @@ from sagerec.policies.softmax import full_softmax_loss
 from sagerec.training.feedback import Feedback
 from sagerec.training.loop import make_optimizer
 from sagerec.training.rounds import Stage, roll_round, slate_loss, update
-from sagerec.training.settings import AlignSettings
+from sagerec.training.settings import AlignSettings, ComputeSettings
 from tests import test_filters, test_item_scores
 from tests.test_objectives import batch
 from tests.test_policy import N, histories, small_policy
@@ -277,7 +277,7 @@ def move(policy: Any) -> None:
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
 
 
-def stage(kind: str, folder: Path, **change: Any) -> Stage:
+def stage(kind: str, folder: Path, *, micro_users: int = 0, **change: Any) -> Stage:
     """An alignment of a small policy on made-up events, rewarded for hits."""
     policy, reference = (KINDS[kind]() for _ in range(2))
     events = np.random.default_rng(0).integers(0, N, (8, 6)).astype(np.int32)
@@ -303,6 +303,7 @@ def stage(kind: str, folder: Path, **change: Any) -> Stage:
         feedback=Feedback(cases),
         work=folder,
         longest=3 * settings.k,
+        compute=ComputeSettings(micro_users),
     )
 
 

@@ -27,7 +27,7 @@ from sagerec.run.additions import add_items
 from sagerec.run.folder import open_run
 from sagerec.run.stages import RunSettings
 from sagerec.training import parallel
-from sagerec.training.settings import AlignSettings, TrainSettings
+from sagerec.training.settings import AlignSettings, ComputeSettings, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -211,12 +211,14 @@ class Align:
     """Run folder, made with --split.reserve event (or users)."""
     align: Annotated[AlignSettings, FLAT] = field(default_factory=AlignSettings)
     """How it is aligned."""
+    compute: Annotated[ComputeSettings, FLAT] = field(default_factory=ComputeSettings)
+    """How it is computed."""
     name: str | None = None
     """The aligned policy becomes RUN/policy-NAME; the objective's name if not given."""
 
     def __call__(self) -> None:
         run = open_run(self.run)
-        name = pipeline.align(run, self.align, name=self.name)
+        name = pipeline.align(run, self.align, name=self.name, compute=self.compute)
         if parallel.rank() == 0:
             write_plots(run.folder / name)
             print_alignment(run, name)

@@ -56,7 +56,7 @@ from sagerec.training import parallel
 from sagerec.training.alignment import align_policy
 from sagerec.training.checkpoints import discard_finished
 from sagerec.training.loop import stage_device
-from sagerec.training.settings import AlignSettings, TrainSettings
+from sagerec.training.settings import AS_USUAL, AlignSettings, ComputeSettings, TrainSettings
 from sagerec.training.supervised import train_policy
 
 logger = logging.getLogger(__name__)
@@ -269,7 +269,7 @@ def _has_all_at_once(run: Run) -> bool:
     return bool(trained[0] == trained[1] and wanted.settings["policy"] == there.settings["policy"])
 
 
-def align(run: Run, settings: AlignSettings, *, name: str | None = None) -> str:
+def align(run: Run, settings: AlignSettings, *, name: str | None = None, compute: ComputeSettings = AS_USUAL) -> str:
     """The alignment stage of a run, to RUN/policy-NAME (the objective's name, if not given).
 
     Returns the name of the artefact. Raises: SettingsError for a name that is taken; ArtifactError where the policy
@@ -290,7 +290,7 @@ def align(run: Run, settings: AlignSettings, *, name: str | None = None) -> str:
         train_all_at_once(run, settings_of(trained["policy"]), how)
     start, made_from = aligned_from(run, settings)
     policy_settings = run.manifest(start).settings["policy"]
-    resolved = {"policy": policy_settings, "align": settings.what()}
+    resolved = {"policy": policy_settings, "align": settings.what(), **compute.what()}
     with making(folder, "policy", made_from=made_from, settings=resolved, seed=settings.seed) as needed:
         if needed:
             space = run.space()
@@ -307,6 +307,7 @@ def align(run: Run, settings: AlignSettings, *, name: str | None = None) -> str:
                 store=run.store(),
                 policy_settings=policy_settings,
                 made_from=made_from,
+                compute=compute,
             )
     return folder.name
 

@@ -57,7 +57,14 @@ from sagerec.training.feedback import gather_facts, gather_feedback, to_device
 from sagerec.training.layout import most_choices
 from sagerec.training.loop import make_optimizer, stage_device
 from sagerec.training.rounds import Stage, roll_round, update
-from sagerec.training.settings import STORE_METRICS, AlignSettings, parse_criterion, rollout_of
+from sagerec.training.settings import (
+    AS_USUAL,
+    STORE_METRICS,
+    AlignSettings,
+    ComputeSettings,
+    parse_criterion,
+    rollout_of,
+)
 from sagerec.training.soundness import check_kept
 from sagerec.training.tracking import keep_records, open_trackers
 from sagerec.training.validation import VALIDATION_K, validation_lists
@@ -106,6 +113,7 @@ def align_policy(
     store: SimulatedStore | None = None,
     policy_settings: dict[str, Any],
     made_from: dict[str, str],
+    compute: ComputeSettings = AS_USUAL,
 ) -> AnyPolicy:
     """Run the stage on the events of the part `align` and write its artefact to `folder`.
 
@@ -116,7 +124,8 @@ def align_policy(
     TrainingError where loss, gradient or weights are not finite, or what would be kept is lost.
     """
     work = working_folder(folder)
-    resolved = {"policy": policy_settings, "align": settings.what()}
+    compute.check(settings.row)
+    resolved = {"policy": policy_settings, "align": settings.what(), **compute.what()}
     depends = fingerprint(resolved, made_from)
     cases = split.cases(data, "align")
     if len(cases) == 0:
@@ -149,6 +158,7 @@ def align_policy(
         rewards=weights,
         longest=start.space.longest if free else settings.k * most_choices(start.space),
         replay=make_windows(known, start.max_items) if settings.replay_weight else None,
+        compute=compute,
     )
     validation = split.cases(data, "valid").sample(settings.validation_users, np.random.default_rng(settings.seed))
     cold = learnt_counts(data, split) <= settings.cold_max_count

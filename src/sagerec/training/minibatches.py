@@ -17,7 +17,7 @@ from sagerec.policies.protocol import AnyPolicy
 from sagerec.training.batches import Windows
 from sagerec.training.feedback import Feedback
 from sagerec.training.layout import Layout
-from sagerec.training.settings import AlignSettings
+from sagerec.training.settings import AS_USUAL, AlignSettings, ComputeSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,8 @@ class Stage:
     """Free tokens that a unit of K items can have, at most: the constant of the aggregation "constant"."""
     replay: Windows | None = None
     """Training sequences for the replay, None without one."""
+    compute: ComputeSettings = AS_USUAL
+    """In which pieces and how exactly."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,7 +124,7 @@ def roll_round(stage: Stage, batches: Sequence[np.ndarray], number: int) -> tupl
     policy.eval()
     # The divergence is logged of the first minibatch, and of all where the loss holds it.
     gathered_reference = nullcontext() if stage.reference is None else sharding.gathered(stage.reference)
-    with autocast(settings.precision, policy.device), sharding.gathered(policy), gathered_reference:
+    with autocast(stage.compute.precision, policy.device), sharding.gathered(policy), gathered_reference:
         contexts, rolled = roll_together(stage, batches, generator)
         for i, c in enumerate(contexts if stage.reference is not None else []):
             if i == 0 or settings.kl_weight > 0:
@@ -350,8 +350,8 @@ def update(stage: Stage, batch: Minibatch, step: int, total_steps: int) -> dict[
     stage.optimizer.zero_grad()
     logged: dict[str, Tensor] = {}
     with sharding.gathered(policy):
-        for piece in pieces(batch, settings.micro_users):
-            with autocast(settings.precision, policy.device):
+        for piece in pieces(batch, stage.compute.micro_users):
+            with autocast(stage.compute.precision, policy.device):
                 loss, found = losses(stage, piece, step, whole=batch)
             if loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -364,8 +364,8 @@ def update(stage: Stage, batch: Minibatch, step: int, total_steps: int) -> dict[
     if figures.pop(UNSOUND, 0.0) or not math.isfinite(figures["gradient_norm"] + figures["loss"]):
         path = save_batch(stage, batch, step)
         try:
-            with autocast(settings.precision, policy.device), sharding.gathered(policy):
-                for piece in pieces(batch, settings.micro_users):
+            with autocast(stage.compute.precision, policy.device), sharding.gathered(policy):
+                for piece in pieces(batch, stage.compute.micro_users):
                     losses(stage, piece, step, whole=batch, check=True)
         except NumericalError as error:
             raise TrainingError(

@@ -147,11 +147,6 @@ class AlignSettings:
     """Contexts that are rolled out at a time, for round_users / batch_users x passes updates, the staleness."""
     batch_users: int = 128
     """Contexts of an update."""
-    micro_users: int = 0
-    """Contexts of an update that pass the policy at a time, whose gradients add up to the update's: memory for so many.
-    0 takes all together."""
-    precision: Literal["auto", "float32", "bfloat16"] = "float32"
-    """Precision of the matrix products; auto is bfloat16 where the hardware computes it natively."""
     passes: int = 1
     """Times that each round's rollouts are gone through."""
     learning_rate: float = 4e-4
@@ -195,7 +190,7 @@ class AlignSettings:
         check_fields(
             self,
             **dict.fromkeys(counts, at_least(1, MOST_COUNT)),
-            **dict.fromkeys(("max_contexts", "cold_max_count", "micro_users"), at_least(0, MOST_COUNT)),
+            **dict.fromkeys(("max_contexts", "cold_max_count"), at_least(0, MOST_COUNT)),
             **dict.fromkeys(("learning_rate", "clip_norm"), above(0, MOST_WEIGHT)),
             **dict.fromkeys(("weight_decay", "replay_weight", *LOSS_WEIGHTS), at_least(0, MOST_WEIGHT)),
             validations=at_least(0, MOST_VALIDATIONS),
@@ -217,11 +212,6 @@ class AlignSettings:
         require(
             self.top_p == 1 or rollout.n_beams < self.slates,
             "top_p is set, and all slates come from beam search; set beam_slates below slates to sample some",
-        )
-        require(
-            not (self.micro_users and row.needs_spread),
-            f"micro_users is {self.micro_users}, and {self.objective} needs the spread of all ratios of an update; "
-            "expected 0",
         )
         require(
             self.slates >= 2 or not row.compares,
@@ -247,11 +237,7 @@ class AlignSettings:
         A reward module stands with the SHA-256 of its source, so that a changed one is another setting.
         """
         values = to_json(self.resolved()) | {"reward_module": self.reward_sources}
-        added = {
-            name for name in ("micro_users", "precision") if values[name] == _DEFAULTS[name]
-        }  # as before they were
-        unsaid = {"device", "track", "checkpoint_every"} | added
-        return {name: value for name, value in values.items() if name not in unsaid}
+        return {name: value for name, value in values.items() if name not in ("device", "track", "checkpoint_every")}
 
     @property
     def reward_sources(self) -> dict[str, str]:
@@ -278,6 +264,35 @@ def rollout_of(settings: AlignSettings, policy: AnyPolicy) -> RolloutSettings:
 
 
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in fields(AlignSettings)}
+
+
+@dataclass(frozen=True, slots=True)
+class ComputeSettings:
+    """How an alignment is computed: no more than rounding hangs on it."""
+
+    micro_users: int = 0
+    """Contexts of an update that pass the policy at a time, whose gradients add up to the update's: memory for so many.
+    0 takes all together."""
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"
+    """Precision of the matrix products; auto is bfloat16 where the hardware computes it natively."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, micro_users=at_least(0, MOST_COUNT))
+
+    def check(self, row: Objective) -> None:
+        """Raises: SettingsError where the objective cannot be computed so."""
+        require(
+            not (self.micro_users and row.needs_spread),
+            f"micro_users is {self.micro_users}, and {row.name} needs the spread of an update's ratios; expected 0",
+        )
+
+    def what(self) -> dict[str, Any]:
+        """What an artefact records, as JSON: nothing of the defaults."""
+        return {} if self == AS_USUAL else {"compute": to_json(self)}
+
+
+AS_USUAL = ComputeSettings()
+"""All contexts of an update at once, in float32."""
 
 
 def unread_by(row: Objective) -> set[str]:
