@@ -1,9 +1,15 @@
 """Target lists: variety and joining by hand, the loss on what is left by the formula, and that it is learnt."""
 
+from dataclasses import fields
+from typing import Any
+
 import pytest
 import torch
 
+from sagerec.config import from_json, to_json
 from sagerec.errors import SettingsError
+from sagerec.policies.item_scores import ItemScoresSettings
+from sagerec.policies.lazy_decoder import LazyDecoderSettings
 from sagerec.training.settings import TrainSettings
 from sagerec.training.supervised import supervised_loss
 from sagerec.training.target_lists import cut, join_lists, list_loss, rerank, rest_loss
@@ -81,3 +87,10 @@ def test_a_policy_that_reads_no_slate_is_refused() -> None:
         supervised_loss(small_policy(), settings, repeats=False)
     with pytest.raises(SettingsError, match="slate_mark is on; expected reads_slate on with it"):
         small_policy(slate_mark=True)
+
+
+@pytest.mark.parametrize("kind", [ItemScoresSettings, LazyDecoderSettings, TrainSettings])
+def test_what_was_written_before_these_settings_is_read(kind: type[Any]) -> None:
+    older = {k: v for k, v in to_json(kind()).items() if k not in ("slate_mark", "list_weight", "list_variety")}
+    assert len(older) < len(fields(kind))
+    assert from_json(kind, older) == kind()

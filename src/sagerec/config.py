@@ -19,8 +19,19 @@ def to_json(settings: Any) -> dict[str, Any]:
     }
 
 
+ADDED = "added"
+"""Key of a field's metadata: the setting came later than files which hold the others."""
+
+
+def added(default: Any) -> Any:
+    """The default of a setting that came later than files which hold the others."""
+    return dataclasses.field(default=default, metadata={ADDED: True})
+
+
 def from_json(cls: type[S], values: dict[str, Any]) -> S:
     """Read a settings dataclass back.
+
+    A setting that was `added` takes its default where older files lack it.
 
     Raises: SettingsError for a key that the dataclass does not have, or one that is missing.
     """
@@ -28,7 +39,8 @@ def from_json(cls: type[S], values: dict[str, Any]) -> S:
     unknown = sorted(set(values) - set(names))
     if unknown:
         raise SettingsError(f"{cls.__name__}: unknown setting {unknown[0]!r}; expected some of {', '.join(names)}")
-    missing = [name for name in names if name not in values]
+    later = {field.name for field in dataclasses.fields(cls) if ADDED in field.metadata}  # type: ignore[arg-type]
+    missing = [name for name in names if name not in values and name not in later]
     if missing:
         raise SettingsError(f"{cls.__name__}: setting {missing[0]!r} is missing; expected all of {', '.join(names)}")
     try:

@@ -36,7 +36,7 @@ from sagerec.actions.filters import NO_ITEM, levels
 from sagerec.actions.groups import group_logsumexp
 from sagerec.actions.space import ActionSpace
 from sagerec.actions.trie import ROOT, Children, Trie
-from sagerec.config import at_least, between, require
+from sagerec.config import added, at_least, between, require
 from sagerec.policies.history_encoder import Context, HistoryEncoder
 from sagerec.policies.layers import FastDropout, SimilarityLayer, check_shape
 from sagerec.policies.protocol import ItemTable
@@ -75,7 +75,7 @@ class ItemScoresSettings:
     reads_slate: bool = False
     """Read the items of a slate like a history while writing on; else they are only left out from then on, and the
     slate of most probable items is the beam list."""
-    slate_mark: bool = False
+    slate_mark: bool = added(False)
     """Add a vector of its own to the items of a slate that is read, which tells them from the history."""
     popularity_tilt: float = 1.0
     """How much more rare items count than the log has them: every score is less this times log(1 + the item's training

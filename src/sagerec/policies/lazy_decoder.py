@@ -22,7 +22,7 @@ from sagerec.actions.dense import list_children, node_at
 from sagerec.actions.groups import group_log_softmax
 from sagerec.actions.space import ActionSpace
 from sagerec.actions.trie import ROOT, Children
-from sagerec.config import at_least
+from sagerec.config import added, at_least
 from sagerec.policies.history_encoder import Context, HistoryEncoder
 from sagerec.policies.layers import FastDropout, KeyValue, Layer, check_shape
 
@@ -54,7 +54,7 @@ class LazyDecoderSettings:
     """Add a linear map of the item's content vector to its code embeddings."""
     item_embedding: bool = False
     """Add an embedding of the item's own to its code embeddings."""
-    slate_mark: bool = False
+    slate_mark: bool = added(False)
     """Add a vector of its own to the items of the slate, which tells them from the history."""
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from tyro.conf import UseAppendAction
 
 from sagerec.actions.clusters import ClusterKind
-from sagerec.config import above, at_least, between, check_fields, require, to_json
+from sagerec.config import above, added, at_least, between, check_fields, require, to_json
 from sagerec.decoding.rollouts import RolloutSettings
 from sagerec.objectives.rewards import MOST_WEIGHT, parse_rewards
 from sagerec.objectives.table import Objective, find_objective
@@ -51,10 +51,10 @@ class TrainSettings:
     """Batches are of sequences of like length, which pads least; else of any."""
     clip_norm: float = 1.0
     """Largest norm of the gradient."""
-    list_weight: float = 0.0
+    list_weight: float = added(0.0)
     """Weight of a loss on target lists (`training.target_lists`), in nats an item, beside the one on the next item: for
     policies that read the slate."""
-    list_variety: float = 0.5
+    list_variety: float = added(0.5)
     """Nats that the teacher's list takes off an item for each one of its coarse cluster before it."""
     validate_every: int = 2
     """Epochs between validations; 0 never validates and keeps the last weights."""
