@@ -8,19 +8,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from sagerec.actions.filters import Filters, make_filter
 from sagerec.actions.groups import group_log_softmax
 from sagerec.actions.semantic_ids.quantisers import separate
 from sagerec.actions.space import ActionSpace, make_space
 from sagerec.actions.trie import ROOT
 from sagerec.decoding.beam import exact_lists
 from sagerec.decoding.slates import Slates, slate_logprobs, write_slates
-from sagerec.errors import SettingsError
+from sagerec.errors import NumericalError, SettingsError
 from sagerec.policies import item_scores
 from sagerec.policies.history_encoder import grow_weights
 from sagerec.policies.item_scores import ItemScores, ItemScoresSettings, leaf_order
 from sagerec.policies.lazy_decoder import LazyDecoderSettings
+from sagerec.policies.protocol import AnyPolicy
 from sagerec.policies.registry import PolicySettings, describe_policy
 from tests.test_policy import N, assert_append_equals_encoding_anew, histories
+from tests.test_policy import small_policy as decoder_policy
 
 
 def small_space(*, variable_length: bool = False, shared: bool = False) -> ActionSpace:
@@ -323,3 +326,34 @@ def test_what_a_frozen_policy_keeps_moves_with_its_weights() -> None:
     policy.to("meta")
     assert policy.frozen is not None
     assert {kept.device.type for kept in policy.frozen} == {"meta"}
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize("k", [5, N + 10])
+def test_lists_of_weights_that_are_not_numbers_are_refused(k: int, filtered: bool) -> None:
+    """They were proven exact, and held the items of the first codes or none."""
+    policies: list[AnyPolicy] = [small_policy(), decoder_policy()]
+    for policy in policies:
+        filters = None
+        if filtered:
+            one = make_filter(policy.space, torch.arange(N) % 2 == 0)
+            filters = Filters((one,), torch.zeros(5, dtype=torch.int64))
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter.fill_(math.nan)
+        with pytest.raises(NumericalError, match="of 5 users are not numbers; expected finite weights"):
+            exact_lists(policy, *histories(), k=k, beams=k, filters=filters)
+
+
+def test_items_left_out_of_slates_count_once() -> None:
+    """One that is named 59 times, or 15 that share nine of 16 sequences, leave room for a slate."""
+    items, lengths = torch.tensor([[3, 3]]), torch.tensor([2])
+    again = write_slates(small_policy(), items, lengths, k=5, slates=2, excluded=torch.full((1, 59), 3)).items
+    assert all(len(set(slate) - {3}) == 5 for slate in again[0].tolist())
+    shared, out = small_policy(shared=True), np.arange(15)
+    left = set(shared.space.listed_as(np.arange(N)).tolist()) - set(shared.space.listed_as(out).tolist())
+    excluded = torch.from_numpy(out)[None]
+    found = write_slates(shared, items, lengths, k=len(left), slates=1, excluded=excluded).items
+    assert sorted(found.flatten().tolist()) == sorted(left)
+    with pytest.raises(SettingsError, match="expected a smaller slate"):
+        write_slates(shared, items, lengths, k=len(left) + 1, slates=1, excluded=excluded)

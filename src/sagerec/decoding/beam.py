@@ -23,7 +23,7 @@ from sagerec.actions.groups import group_log_softmax, pad_groups
 from sagerec.actions.legal import NO_ITEM, bar
 from sagerec.actions.trie import ROOT
 from sagerec.decoding.static_beam import static_lists
-from sagerec.errors import SettingsError
+from sagerec.errors import NumericalError, SettingsError
 from sagerec.policies.protocol import ContextT, ItemTable, Policy, PrefixT
 
 BLOCK = 64
@@ -91,13 +91,14 @@ def beam_lists(
             totals = totals.masked_fill(~barred.leaves_free(user, states, children), -math.inf)
         owner, listed = user[children.parent], None
         if least is not None:
-            listed = (totals >= least[owner] - ROUNDING).nonzero()[:, 0]
+            listed = (~(totals < least[owner] - ROUNDING)).nonzero()[:, 0]  # what is no number stays
             totals, owner = totals[listed], owner[listed]
         # One more than the beams, to know the best prefix that is dropped.
         rows, position = pad_groups(totals, owner, n_users, -math.inf)
         child_at = torch.zeros(rows.numel(), dtype=torch.int64, device=device)
         child_at[position] = torch.arange(len(totals), device=device)
         best, place = rows.topk(min(beams + 1, rows.shape[1]), dim=1)
+        pruned = pruned.masked_fill(best[:, 0].isnan(), math.nan)  # which stands before all numbers and proves nothing
         if best.shape[1] > beams:
             pruned = torch.maximum(pruned, best[:, beams])
             best, place = best[:, :beams], place[:, :beams]
@@ -171,6 +172,8 @@ def exact_lists(
     `excluded` and `filters` as of `beam_lists`: what they leave out takes no place. As many users are decoded together
     as the policy says (`most_users`). Those whose list is not proven are decoded again: with all prefixes that their
     K-th item so far does not beat, which proves the list, or with twice the beams while fewer than K are found.
+
+    Raises: NumericalError where log-probabilities are not numbers, unless `widen` is off.
     """
     if len(items) > policy.most_users:
         parts = []
@@ -183,6 +186,8 @@ def exact_lists(
     context, beams = policy.encode(items, lengths), max(beams, k)
     lists = beam_lists(policy, context, len(items), k=k, beams=beams, excluded=excluded, filters=filters)
     while widen and len(users := (~lists.exact).nonzero()[:, 0]):
+        if beams >= policy.space.n_sequences:  # nothing was dropped
+            raise NumericalError(f"log-probabilities of {len(users)} users are not numbers; expected finite weights")
         least = lists.logprobs[users, -1]
         beams = max(k, policy.space.n_sequences) if bool((least > -math.inf).all()) else 2 * beams
         own = policy.of_users(context, users)
@@ -205,6 +210,7 @@ def best_of(
 ) -> BeamLists:
     """The K highest scores (B, n) of sequences that are not left out, with their shares of the softmax over all."""
     logprobs = table.scores.log_softmax(dim=1)
+    sound = ~logprobs[:, 0].isnan()  # one score that is no number, or infinite, makes all shares of a row none
     if filters is not None:
         leaf = policy.space.leaf(table.items)
         closed = torch.stack([one.open[leaf] == 0 for one in filters.filters])
@@ -218,7 +224,7 @@ def best_of(
     items = table.items[place.clamp(max=n - 1)].masked_fill(best == -math.inf, NO_ITEM)
     missing = k - best.shape[1]
     items, best = F.pad(items, (0, missing), value=NO_ITEM), F.pad(best, (0, missing), value=-math.inf)
-    return BeamLists(items, best, best.new_ones(len(best), dtype=torch.bool))
+    return BeamLists(items, best, sound)
 
 
 def highest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:

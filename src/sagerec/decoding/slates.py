@@ -101,6 +101,8 @@ def write_slates(
     batch, device, space = len(items), policy.device, policy.space
     out = torch.full((batch, 0), NO_ITEM, device=device) if excluded is None else excluded
     most = int((out >= 0).sum(dim=1).max()) if out.numel() else 0
+    if k + most > space.n_sequences:  # of which some may stand twice, or share their sequences
+        most = max(len(torch.unique(space.leaf(row[row >= 0]))) for row in out) if len(out) else 0
     if k + most > space.n_sequences:
         raise SettingsError(
             f"k is {k} with {most} excluded items, and the catalogue has {space.n_sequences}; expected a smaller slate"

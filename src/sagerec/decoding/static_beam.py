@@ -68,7 +68,7 @@ def beam_step(
     left = open_children(policy.space, table, states, depth, spent=spent, rows=rows, filters=filters)
     totals = (beam.scores.flatten()[:, None] + steps).masked_fill(~left, -math.inf).view(n_users, -1)
     best, place = totals.topk(min(beams + 1, totals.shape[1]), dim=1)
-    pruned = beam.pruned
+    pruned = beam.pruned.masked_fill(best[:, 0].isnan(), math.nan)  # stands before all numbers and proves nothing
     if best.shape[1] > beams:
         pruned, best, place = torch.maximum(pruned, best[:, beams]), best[:, :beams], place[:, :beams]
     node = table.children.node.view(n_users, -1).gather(1, place)
