@@ -357,3 +357,11 @@ def test_items_left_out_of_slates_count_once() -> None:
     assert sorted(found.flatten().tolist()) == sorted(left)
     with pytest.raises(SettingsError, match="expected a smaller slate"):
         write_slates(shared, items, lengths, k=len(left) + 1, slates=1, excluded=excluded)
+
+
+def test_slates_of_weights_that_are_not_numbers_are_refused() -> None:
+    policy = small_policy()
+    with torch.no_grad():
+        policy.item_codes.weight.fill_(torch.nan)
+        with pytest.raises(NumericalError, match="slates are not numbers; expected finite weights"):
+            write_slates(policy, *histories(), k=2, slates=3)

@@ -24,7 +24,7 @@ from sagerec.actions.groups import group_log_softmax, pad_groups
 from sagerec.actions.legal import NO_ITEM, Barred, bar, items_left
 from sagerec.actions.trie import ROOT
 from sagerec.decoding.beam import beam_lists
-from sagerec.errors import SettingsError
+from sagerec.errors import NumericalError, SettingsError
 from sagerec.policies.protocol import ContextT, Policy, PrefixT, items_before, states_before
 
 LEAST_BEAMS = 20
@@ -181,6 +181,8 @@ def _write_item(
     steps: list[FreeTokens] = []
     while len(states):
         table, first = _legal_table(policy, prefix, states, barred, source, temperature, at_root=not steps)
+        if bool(table.isnan().any()):
+            raise NumericalError("log-probabilities of slates are not numbers; expected finite weights")
         place, left = _draw(table, left, top_p)
         free = _has_choice(table)
         steps.append(FreeTokens(table.gather(1, place)[free].flatten(), slot[free].flatten()))
