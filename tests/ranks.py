@@ -91,6 +91,7 @@ def run_stage(stage: str, folder: Path, *, stop: bool = False) -> None:
         raise StoppedError
 
     with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(nn.functional, "relu", nn.functional.gelu)  # one has a kink, where rounding becomes a step
         for module in (loop, alignment):
             patched.setattr(module, "make_optimizer", plain_steps)
             if stop:
