@@ -1,6 +1,7 @@
 """The study: statistics by hand and on planted data, and a small one that is stopped and goes on."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from scipy import sparse, stats
 
 from sagerec.baselines.sasrec import SasRecSettings
-from sagerec.catalogue.splits import Cases
+from sagerec.catalogue.splits import Cases, SplitSettings
 from sagerec.cli import main
 from sagerec.cli.tables import print_study
 from sagerec.errors import SettingsError
@@ -38,12 +39,12 @@ from sagerec.report.cells import how_computed
 from sagerec.report.markdown import BY_HAND
 from sagerec.report.material import gather
 from sagerec.run.folder import open_run
-from sagerec.run.stages import read_lists
+from sagerec.run.stages import prepare, read_lists
 from sagerec.study import CompareSettings, StudySettings, run_study
 from sagerec.study.design import NOTES, comparisons
 from sagerec.study.jobs import grid, read_trials, row_jobs
 from sagerec.study.starts import seeded
-from sagerec.study.study import criterion_on_test
+from sagerec.study.study import criterion_on_test, rows_beside
 from tests.conftest import ENVIRONMENT, SMALL_RUN, SMALL_TRAIN
 from tests.test_alignment import QUICK
 
@@ -381,6 +382,26 @@ def test_a_study_that_is_killed_goes_on_to_the_same_table(
     monkeypatch.setattr("sagerec.study.workers._finished", None)
     again = run_study(store_folder, out, SMALL_STUDY)
     assert {k: v for k, v in again.items() if k != "date"} == {k: v for k, v in record.items() if k != "date"}
+    # Another study of the same events beside it: its rows under its name, each compared with its namesake; a twin.
+    shutil.copytree(out, tmp_path / "twin")
+    beside = replace(SMALL_STUDY, study=replace(SMALL_STUDY.study, beside=str(tmp_path / "twin")))
+    found = {row["name"]: row for row in run_study(store_folder, out, beside)["rows"]}
+    assert list(found) == [*names, *(f"{name} (twin)" for name in names[:6])]
+    for name in names:
+        rivals = rows[name]["against"]
+        assert list(found[name]["against"]) == [*rivals, *([f"{name} (twin)"] if name in names[:6] else [])]
+        assert {r: t["recall@10"]["p_value"] for r, t in found[name]["against"].items() if r in rivals} == {
+            rival: test["recall@10"]["p_value"] for rival, test in rivals.items()
+        }
+    assert found["sage (twin)"]["kind"] == "beside"
+    assert found["sage (twin)"]["metrics"].keys() == rows["sage"]["metrics"].keys()
+    assert found["sage (twin)"]["by_seed"] == rows["sage"]["by_seed"]
+    twins = found["sage"]["against"]["sage (twin)"]
+    assert {test["difference"] for test in twins.values()} == {0.0}
+    assert {test["verdict"] for test in twins.values()} == {"no difference"}
+    other = prepare(store_folder, tmp_path / "other", SplitSettings())
+    with pytest.raises(SettingsError, match="twin, a study of other events or of another split; expected one of"):
+        rows_beside(str(tmp_path / "twin"), other)
 
 
 def test_results_are_tables_of_the_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

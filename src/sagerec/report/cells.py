@@ -4,6 +4,7 @@ A cell is text without markup. `docs/metrics.md` defines the metrics and the tes
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from sagerec.evaluation.tests import NO_DIFFERENCE, ONE_SEED
@@ -125,19 +126,22 @@ def how_computed(record: Mapping[str, Any]) -> list[str]:
     judged = sum(test.get("p_holm") is not None for test in tests)
     pairs = sum(map(len, against))
     references = " and ".join(name for name in (CONTROL, ALL_AT_ONCE) if any(name in rivals for rivals in against))
-    own_starts = record.get("settings", {}).get("study", {}).get("share_start") is False
+    study = record.get("settings", {}).get("study", {})
+    own_starts = study.get("share_start") is False
     seeds = (
         "Each seed has Semantic IDs, a supervised policy and alignments of its own. Between trained rows it is a block."
         if own_starts
         else "Seeds are those of the alignment."
     )
+    other = study.get("beside")
+    namesakes = f", each with its namesake of {Path(other).resolve().name}, whose seeds are others" if other else ""
     return [
         "Values are means over seeds, entropies in bits. Their 95 % intervals cover the choice of test users alone, "
         "all cases of a user drawn together: bootstrap, for coverage the jackknife over groups of users.",
         f"Compared were {pairs} pairs of rows, named before the study ran: each row with {references or CONTROL}, "
-        f"{OURS} with its rivals, each ablation with {OURS}. A difference is of the same cases in pairs; its error "
-        "joins that over users and that over seeds (pooled over the rows that have several), with Student's t and "
-        f"Satterthwaite's degrees of freedom. {seeds}",
+        f"{OURS} with its rivals, each ablation with {OURS}{namesakes}. A difference is of the same cases in pairs; "
+        "its error joins that over users and that over seeds (pooled over the rows that have several), with Student's "
+        f"t and Satterthwaite's degrees of freedom. {seeds}",
         f"{judged} differences have a p, corrected by Holm over all {judged}; a verdict is one below .05.",
         f'"{ONE_SEED}": {len(tests) - judged} differences involve a trained row of one seed, which cannot say how much '
         "another seed would change: they get no p and no verdict, and their interval covers users alone.",

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from sagerec.baselines.sasrec import TUNED, SasRecSettings
 from sagerec.baselines.tuning import BaselineName, sasrec_grid
-from sagerec.config import at_least, check_fields, require
+from sagerec.config import added, at_least, check_fields, require
 from sagerec.objectives.rewards import parse_rewards
 from sagerec.objectives.table import find_objective
 from sagerec.run.folder import ALL_AT_ONCE
@@ -58,6 +59,11 @@ def comparisons(rows: Sequence[str]) -> list[tuple[str, str]]:
     return pairs
 
 
+def name_beside(row: str, study: str | None) -> str:
+    """What a row of the study in that folder is called in the table of another."""
+    return row if study is None else f"{row} ({Path(study).resolve().name})"
+
+
 @dataclass(frozen=True, slots=True)
 class StudySettings:
     """What is compared, and how."""
@@ -82,6 +88,9 @@ class StudySettings:
     """Jobs at a time, each with its share of the cores; on several GPUs, each on the next."""
     bootstrap_samples: int = 2000
     """Resamples of the users."""
+    beside: str | None = added(None)
+    """Folder of a finished study of the same events, such as one of the other action space: its rows stand beside
+    these, measured by the same yardstick, and each row is compared with its namesake there."""
 
     def __post_init__(self) -> None:
         for name in ("objectives", "single", "ablations"):

@@ -13,12 +13,12 @@ import torch
 
 from sagerec import artifacts
 from sagerec.baselines.tuning import evaluate_baseline, sasrec_trials
-from sagerec.config import to_json
+from sagerec.config import from_json, require, to_json
 from sagerec.evaluation.per_case import make_yardstick
 from sagerec.evaluation.tests import block_variances, differences, judge, measure, seed_variances, summarise
-from sagerec.files import locked, write_record
+from sagerec.files import locked, read_record, write_record
 from sagerec.run import stages as pipeline
-from sagerec.run.folder import ALL_AT_ONCE, Run
+from sagerec.run.folder import ALL_AT_ONCE, Run, open_run
 from sagerec.run.stages import RunSettings, read_lists
 from sagerec.study.design import (
     CONTROL,
@@ -27,7 +27,9 @@ from sagerec.study.design import (
     START,
     STUDY,
     CompareSettings,
+    StudySettings,
     comparisons,
+    name_beside,
 )
 from sagerec.study.jobs import chosen_point, chosen_settings, do_jobs, read_trials, row_jobs, tuning_jobs
 from sagerec.study.starts import POLICIES, make_runs
@@ -83,10 +85,12 @@ def describe_study(
         run.data, run.split, run.space(), cold_max_count=evaluated.cold_max_count, store=run.store()
     )
     assert yardstick.cold is not None
-    # Row -> run and name of each of its seeds; those that share a start are all in the first run.
-    sources = {START: [(own, "") for own in runs], ALL_AT_ONCE: [(own, f"-{ALL_AT_ONCE}") for own in runs]}
-    sources |= {o: [(runs[s % len(runs)], f"-{o}-s{s}") for s in range(n)] for o, n in study.rows().items()}
+    sources = row_sources(runs, study)
+    others = rows_beside(study.beside, run)
+    namesakes = [(row, rival) for row in sources if (rival := name_beside(row, study.beside)) in others]
     sources |= {name: [(run, f"-{name}")] for name in study.baselines}
+    own_rows = list(sources)
+    sources |= others
     found = {
         name: measure(
             [read_lists(*source) for source in each],
@@ -98,7 +102,7 @@ def describe_study(
         for name, each in sources.items()
     }
     kinds = {CONTROL: "control", START: "start", ALL_AT_ONCE: "reference"} | dict.fromkeys(study.baselines, "baseline")
-    kinds |= dict.fromkeys(study.ablation_rows, "ablation")
+    kinds |= dict.fromkeys(study.ablation_rows, "ablation") | dict.fromkeys(others, "beside")
     weights = parse_criterion(aligned.criterion)
     start = found[START if aligned.start == "supervised" else ALL_AT_ONCE].by_seed
     starts = [dict(zip(start, v, strict=True)) for v in seed_by_seed(start)]
@@ -118,10 +122,15 @@ def describe_study(
             rows[name]["seconds"] = [own.manifest(f"policy{s}").sizes["seconds"] for own, s in sources[name]]
         if name in study.rows():
             rows[name]["settings"] = to_json(chosen_settings(folder, name, study, settings.align).resolved())
-    pairs, seeds = comparisons(list(found)), seed_variances(list(found.values()))
-    blocks = None if study.share_start else block_variances(list(found.values()))
+    own = [found[name] for name in own_rows]
+    seeds, blocks = seed_variances(own), None if study.share_start else block_variances(own)
+    pairs = comparisons(own_rows)
     for name, rival in pairs:
         rows[name]["against"][rival] = differences(found[name], found[rival], seeds, seed=0, blocks=blocks)
+    for name, rival in namesakes:  # seeds of two studies share no start
+        both = seed_variances([found[name], found[rival]])
+        rows[name]["against"][rival] = differences(found[name], found[rival], both, seed=0)
+    pairs += namesakes
     tests = [test for name, rival in pairs for test in rows[name]["against"][rival].values()]
     judged = judge(tests)
     trials = [
@@ -158,6 +167,29 @@ def describe_study(
         "hardware": hardware(),
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def row_sources(runs: Sequence[Run], study: StudySettings) -> dict[str, list[tuple[Run, str]]]:
+    """Row with a policy -> run and suffix of each of its seeds; those that share a start are all in the first run."""
+    found = {START: [(own, "") for own in runs], ALL_AT_ONCE: [(own, f"-{ALL_AT_ONCE}") for own in runs]}
+    return found | {o: [(runs[s % len(runs)], f"-{o}-s{s}") for s in range(n)] for o, n in study.rows().items()}
+
+
+def rows_beside(beside: str | None, run: Run) -> dict[str, list[tuple[Run, str]]]:
+    """The same of the finished study that stands beside one with that run, if any, by the names it has there.
+
+    Raises: SettingsError where it is of other events; ArtifactError where it is not finished.
+    """
+    if beside is None:
+        return {}
+    folder = Path(beside)
+    study = from_json(StudySettings, read_record(folder / STUDY)["settings"]["study"])
+    runs = [open_run(folder / study.run_of(seed)) for seed in range(study.n_starts)]
+    require(
+        all(own.hashes("dataset", "split") == run.hashes("dataset", "split") for own in runs),
+        f"beside is {folder}, a study of other events or of another split; expected one of the same",
+    )
+    return {name_beside(name, beside): each for name, each in row_sources(runs, study).items()}
 
 
 def criterion_on_test(
