@@ -21,6 +21,7 @@ from sagerec.catalogue.splits import Sequences
 from sagerec.errors import DatasetError, MissingExtraError
 
 HASH_FEATURES = 2**18
+CHUNK_PAIRS = 2**22
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,14 +163,17 @@ def embed_collaborative(train: Sequences, n_items: int, *, dimensions: int, wind
     Levy and Goldberg, "Neural word embedding as implicit matrix factorization" (2014). `train` must be the
     training sequences: the audit checks that it is.
     """
-    matrix = cooccurrence(train, n_items, window).tocoo()
-    totals = np.bincount(matrix.row, weights=matrix.data, minlength=n_items)
-    information = np.log(matrix.data * totals.sum() / (totals[matrix.row] * totals[matrix.col]))
-    keep = information > 0
-    positive = sparse.csr_matrix(
-        (information[keep].astype(np.float32), (matrix.row[keep], matrix.col[keep])), shape=matrix.shape
-    )
-    return _reduce(positive, dimensions, seed)[0]
+    matrix = cooccurrence(train, n_items, window)
+    row = np.repeat(np.arange(n_items, dtype=np.int32), np.diff(matrix.indptr))
+    totals = np.bincount(row, weights=matrix.data, minlength=n_items)
+    total = totals.sum()
+    for begin in range(0, len(row), CHUNK_PAIRS):  # in place: of a large catalogue the pairs fill the memory
+        part = slice(begin, begin + CHUNK_PAIRS)
+        expected = totals[row[part]] * totals[matrix.indices[part]]
+        matrix.data[part] = np.log(matrix.data[part] * total / expected).clip(min=0)
+    del row
+    matrix.eliminate_zeros()
+    return _reduce(matrix, dimensions, seed)[0]
 
 
 def embed_sentences(texts: list[str], model: str, *, device: str | None = None) -> np.ndarray:
