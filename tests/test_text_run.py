@@ -23,9 +23,10 @@ from sagerec.policies.protocol import AnyPolicy, Policy
 from sagerec.policies.registry import PolicySettings, read_policy
 from sagerec.policies.registry import inputs as policy_inputs
 from sagerec.policies.small_lm import SmallLMSettings, new_language_model, shape_of
+from sagerec.report.material import gather
 from sagerec.report.model_card import export_model
 from sagerec.run.folder import Run, open_run
-from sagerec.run.stages import RunSettings, align, audit, evaluate, make_actions, prepare, run_all, zero_shot
+from sagerec.run.stages import RunSettings, align, audit, evaluate, make_actions, prepare, run_all, train, zero_shot
 from sagerec.study import CompareSettings, StudySettings, run_study
 from tests.conftest import SMALL_IDS, SMALL_TRAIN
 from tests.test_alignment import QUICK
@@ -92,6 +93,14 @@ def test_free_writing_is_measured(text_run: Run) -> None:
     assert ((exact == nearest) | (exact < 0)).all()
     report = evaluate(text_run, replace(MEASURED, lists="free", split="valid"), device="cpu")
     assert report["metrics"]["invalid_rate@5"]["value"] == pytest.approx((exact < 0).mean(), abs=0.2)
+    # On test it is a report of its own, beside that of the lists with the trie.
+    made = evaluate(text_run, MEASURED, device="cpu")
+    free = evaluate(text_run, replace(MEASURED, lists="free"), device="cpu")
+    assert free["metrics"]["invalid_rate@5"]["value"] > made["metrics"]["invalid_rate@5"]["value"] == 0
+    assert text_run.report("evaluation")["metrics"] == made["metrics"]
+    rows = {row.name: row for row in gather(text_run.folder).rows}
+    assert (rows["supervised"].kind, rows["supervised+free"].kind) == ("start", "start")
+    assert list(rows["supervised+free"].against) == ["supervised"]
     legal_only: AnyPolicy = Policy()
     with pytest.raises(SettingsError, match="writes nothing else than items"):
         legal_only.write_freely(torch.zeros(1, 1), torch.ones(1), k=1, beams=1)
@@ -226,3 +235,17 @@ def test_without_the_extra_the_first_error_names_it(monkeypatch: pytest.MonkeyPa
     for call in calls:
         with pytest.raises(MissingExtraError, match=r'pip install "sagerec\[lm\]"'):
             call()
+
+
+def test_a_model_without_a_tokenizer_is_refused(store_folder: Path, model: Path, tmp_path: Path) -> None:
+    """Of such a folder transformers makes a tokenizer that writes nothing: titles and new codes are refused alike."""
+    bare = shutil.copytree(model, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*", "vocab*", "merges*"))
+    run, said = (
+        prepare(store_folder, tmp_path / "run", SplitSettings()),
+        r"bare', whose tokenizer .*; expected a folder",
+    )
+    with pytest.raises(SettingsError, match=said):
+        make_actions(run, TitleSettings(model=str(bare)))
+    make_actions(run, SMALL_IDS)
+    with pytest.raises(SettingsError, match=said):
+        train(run, PolicySettings(kind="causal-lm", model=str(bare)), SMALL_TRAIN)

@@ -111,12 +111,19 @@ def load_tokenizer(model: str) -> Any:
     except ImportError as error:
         raise MissingExtraError('language models need transformers: pip install "sagerec[lm]"') from error
     try:
-        return AutoTokenizer.from_pretrained(model, local_files_only=Path(model).is_dir())
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=Path(model).is_dir())
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise SettingsError(
             f"model is {model!r}, whose tokenizer cannot be read ({first_line(error)}); expected a folder with a "
             "Hugging Face language model (sagerec lm new makes one), or the name of one where the hub is at hand"
         ) from error
+    # Of a folder without one transformers makes a tokenizer that knows no token.
+    require(
+        bool(tokenizer("a title", add_special_tokens=False)["input_ids"]),
+        f"model is {model!r}, whose tokenizer writes nothing; expected a folder with tokenizer.json, or what else its "
+        "tokenizer is kept in, beside the weights",
+    )
+    return tokenizer
 
 
 def end_token(tokenizer: Any) -> int:

@@ -102,7 +102,8 @@ def stale_study(folder: Path) -> str | None:
 
 def stem(name: str) -> str:
     """What the report of a shown name is called: the other way of `shown_name`."""
-    return "evaluation" if name == START else f"evaluation-{name}"
+    system, plus, lists = name.partition("+")
+    return f"{'evaluation' if system == START else f'evaluation-{system}'}{plus}{lists}"
 
 
 def gather(folder: Path) -> Material:
@@ -156,8 +157,9 @@ def shown_k(study: Mapping[str, Any], reports: Mapping[str, dict[str, Any]]) -> 
 
 
 def shown_name(stem: str) -> str:
-    """`evaluation-sage` or `policy-sage` as `sage`, the plain ones as `supervised`."""
-    return stem.partition("-")[2] or START
+    """`evaluation-sage` or `policy-sage` as `sage`, the plain ones as `supervised`; `+free` stays."""
+    system, plus, lists = stem.partition("+")
+    return f"{system.partition('-')[2] or START}{plus}{lists}"
 
 
 def read_reports(run: Run, notes: list[str]) -> dict[str, dict[str, Any]]:
@@ -223,9 +225,10 @@ def run_rows(run: Run, reports: Mapping[str, dict[str, Any]], aligned: list[Alig
     against = differences_to_start(run, reports, k)
     rows = []
     for name, report in reports.items():
-        kind = "aligned" if f"policy-{name}" in run.aligned() else "other"
-        kind = dict.fromkeys(get_args(BaselineName), "baseline").get(name, kind)
-        kind = {START: "start", ALL_AT_ONCE: "reference"}.get(name, kind)
+        system = name.partition("+")[0]
+        kind = "aligned" if f"policy-{system}" in run.aligned() else "other"
+        kind = dict.fromkeys(get_args(BaselineName), "baseline").get(system, kind)
+        kind = {START: "start", ALL_AT_ONCE: "reference"}.get(system, kind)
         seed = seeds.get(name)
         rows.append(Row(name, kind, report["metrics"], () if seed is None else (seed,), against.get(name, {})))
     kinds, drawn = ("start", "reference", "aligned", "baseline", "other"), list(seeds)

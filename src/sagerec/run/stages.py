@@ -313,7 +313,7 @@ def align(run: Run, settings: AlignSettings, *, name: str | None = None, compute
 
 
 def evaluate(run: Run, settings: EvaluateSettings, *, name: str = "policy", device: str = "auto") -> dict[str, Any]:
-    """Evaluate a policy of the run; writes and returns its report.
+    """Evaluate a policy of the run; writes and returns its report, which is another for free writing: `…+free.json`.
 
     Raises: ArtifactError for a stale policy; SettingsError for lists longer than the catalogue.
     """
@@ -338,8 +338,8 @@ def evaluate(run: Run, settings: EvaluateSettings, *, name: str = "policy", devi
             )
         return found, float(exact.mean())
 
-    suffix = "" if name == "policy" else name.removeprefix("policy")
-    return report_lists(run, f"evaluation{suffix}", settings, lists, space, run.hashes(name, run.actions), of_ids=True)
+    stem = f"evaluation{name.removeprefix('policy')}{f'+{settings.lists}' if settings.lists in FREE else ''}"
+    return report_lists(run, stem, settings, lists, space, run.hashes(name, run.actions), of_ids=True)
 
 
 def report_lists(

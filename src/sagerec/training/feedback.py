@@ -46,7 +46,7 @@ def gather_facts(
     bits = np.log2(counts.sum() + len(counts)) - np.log2(counts + 1.0)
     return Facts(
         cold=torch.from_numpy(counts <= cold_max_count),
-        novelty=torch.from_numpy((bits / bits.max()).astype(np.float32)),
+        novelty=torch.from_numpy((bits / (bits.max() or 1.0)).astype(np.float32)),  # of one item all is known
         clusters=membership(item_clusters(data, space, clusters)),
         vectors=None if space.vectors is None else torch.from_numpy(unit_rows(space.vectors)),
         categories=_categories(data, space) if data.has_categories() else None,
