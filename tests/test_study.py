@@ -20,7 +20,7 @@ from sagerec.baselines.sasrec import SasRecSettings
 from sagerec.catalogue.splits import Cases, SplitSettings
 from sagerec.cli import main
 from sagerec.cli.tables import print_study
-from sagerec.errors import SettingsError
+from sagerec.errors import ArtifactError, SagerecError, SettingsError
 from sagerec.evaluation.evaluate import EvaluateSettings
 from sagerec.evaluation.per_case import Values, Yardstick, make_yardstick
 from sagerec.evaluation.tests import (
@@ -39,12 +39,12 @@ from sagerec.report.cells import how_computed
 from sagerec.report.markdown import BY_HAND
 from sagerec.report.material import gather
 from sagerec.run.folder import open_run
-from sagerec.run.stages import prepare, read_lists
+from sagerec.run.stages import evaluate, read_lists
 from sagerec.study import CompareSettings, StudySettings, run_study
 from sagerec.study.design import NOTES, comparisons
 from sagerec.study.jobs import grid, read_trials, row_jobs
 from sagerec.study.starts import seeded
-from sagerec.study.study import criterion_on_test, rows_beside
+from sagerec.study.study import criterion_on_test
 from tests.conftest import ENVIRONMENT, SMALL_RUN, SMALL_TRAIN
 from tests.test_alignment import QUICK
 
@@ -385,7 +385,9 @@ def test_a_study_that_is_killed_goes_on_to_the_same_table(
     # Another study of the same events beside it: its rows under its name, each compared with its namesake; a twin.
     shutil.copytree(out, tmp_path / "twin")
     beside = replace(SMALL_STUDY, study=replace(SMALL_STUDY.study, beside=str(tmp_path / "twin")))
-    found = {row["name"]: row for row in run_study(store_folder, out, beside)["rows"]}
+    record = run_study(store_folder, out, beside)
+    assert record["beside"]["hashes"] == read_record(tmp_path / "twin" / "study.json")["hashes"]
+    found = {row["name"]: row for row in record["rows"]}
     assert list(found) == [*names, *(f"{name} (twin)" for name in names[:6])]
     for name in names:
         rivals = rows[name]["against"]
@@ -399,9 +401,29 @@ def test_a_study_that_is_killed_goes_on_to_the_same_table(
     twins = found["sage"]["against"]["sage (twin)"]
     assert {test["difference"] for test in twins.values()} == {0.0}
     assert {test["verdict"] for test in twins.values()} == {"no difference"}
-    other = prepare(store_folder, tmp_path / "other", SplitSettings())
-    with pytest.raises(SettingsError, match="twin, a study of other events or of another split; expected one of"):
-        rows_beside(str(tmp_path / "twin"), other)
+    # What cannot stand beside is refused before anything is trained.
+    given = replace(SMALL_STUDY, study=replace(SMALL_STUDY.study, beside=str(tmp_path / "twin")))
+    free = replace(given.run, evaluate=replace(given.run.evaluate, history="keep"))
+    for wrong, said in (
+        (
+            replace(given, run=replace(given.run, split=SplitSettings(reserve="users"))),
+            "twin, a study of other events or",
+        ),
+        (replace(given, run=free), "history auto; expected split test, lists beam, history keep"),
+        (replace(given, study=replace(given.study, share_start=True)), "leave out --share-start"),
+        (
+            replace(given, study=replace(given.study, beside=str(tmp_path / "new"))),
+            "the study itself; expected another",
+        ),
+        (replace(given, study=replace(given.study, beside=str(tmp_path / "none"))), "study.json is missing; expected"),
+    ):
+        with pytest.raises(SagerecError, match=said):
+            run_study(store_folder, tmp_path / "new", wrong)
+        assert not list((tmp_path / "new").glob("run*/policy"))
+        shutil.rmtree(tmp_path / "new", ignore_errors=True)
+    evaluate(open_run(tmp_path / "twin" / "run-s1"), EvaluateSettings(k=(10,), beams=11), name="policy-sage-s1")
+    with pytest.raises(ArtifactError, match=r"evaluation-sage-s1.json is not what the table of .*twin was made of"):
+        run_study(store_folder, out, given)
 
 
 def test_results_are_tables_of_the_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

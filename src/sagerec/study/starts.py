@@ -1,6 +1,5 @@
 """The runs of a study, one a seed: the same data and split, with Semantic IDs and supervised policies of its own."""
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -40,19 +39,21 @@ def seeded(settings: RunSettings, seed: int) -> RunSettings:
 
 
 def make_runs(dataset: Path, folder: Path, settings: RunSettings, study: StudySettings) -> list[Run]:
-    """The runs of all seeds with their policies, made where they are missing.
+    """The runs of all seeds as far as their action spaces, made where they are missing.
 
     Raises: SettingsError where the split reserves nothing, or items share Semantic IDs; ArtifactError where two runs do
     not hold the same events.
     """
-    names = [study.run_of(seed) for seed in range(study.n_starts)]
-    made = {name: seeded(settings, seed) for seed, name in enumerate(names)}
-    runs = [_prepare(dataset, folder / name, own) for name, own in made.items()]
+    runs = [_prepare(dataset, folder / name, own) for name, own in run_settings_of(settings, study).items()]
     for run in runs[1:]:
         if run.hashes("dataset", "split") != runs[0].hashes("dataset", "split"):
             raise ArtifactError(f"{run.folder} and {runs[0].folder} hold other events; remove the former")
-    _train(folder, [Start(name, policy, own) for name, own in made.items() for policy in POLICIES], study.processes)
     return runs
+
+
+def run_settings_of(settings: RunSettings, study: StudySettings) -> dict[str, RunSettings]:
+    """Folder of each seed's run, in the study -> its settings."""
+    return {study.run_of(seed): seeded(settings, seed) for seed in range(study.n_starts)}
 
 
 def _prepare(dataset: Path, out: Path, settings: RunSettings) -> Run:
@@ -68,17 +69,18 @@ def _prepare(dataset: Path, out: Path, settings: RunSettings) -> Run:
     return run
 
 
-def _train(folder: Path, starts: Sequence[Start], processes: int) -> None:
-    """Train and evaluate, `processes` at a time; what is there is looked at here."""
+def train_starts(folder: Path, settings: RunSettings, study: StudySettings) -> None:
+    """Train and evaluate the policies of all runs, `processes` at a time; what is there is looked at here."""
     tasks = []
-    for start in starts:
+    made = run_settings_of(settings, study)
+    for start in [Start(name, policy, own) for name, own in made.items() for policy in POLICIES]:
         settings = start.settings
         if pipeline.is_trained(open_run(folder / start.run), start.policy, settings.policy, settings.train):
             do_start(folder, start, torch.get_num_threads(), settings.train.device)
         else:
             tasks.append((partial(do_start, folder, start), settings.train.device))
     if tasks:
-        do_tasks(tasks, processes)
+        do_tasks(tasks, study.processes)
 
 
 def do_start(folder: Path, start: Start, threads: int, device: str) -> str:

@@ -13,13 +13,14 @@ import torch
 
 from sagerec import artifacts
 from sagerec.baselines.tuning import evaluate_baseline, sasrec_trials
-from sagerec.config import from_json, require, to_json
+from sagerec.config import to_json
 from sagerec.evaluation.per_case import make_yardstick
 from sagerec.evaluation.tests import block_variances, differences, judge, measure, seed_variances, summarise
-from sagerec.files import locked, read_record, write_record
+from sagerec.files import locked, write_record
 from sagerec.run import stages as pipeline
-from sagerec.run.folder import ALL_AT_ONCE, Run, open_run
+from sagerec.run.folder import ALL_AT_ONCE, Run
 from sagerec.run.stages import RunSettings, read_lists
+from sagerec.study.beside import read_beside, row_sources
 from sagerec.study.design import (
     CONTROL,
     DETERMINISTIC,
@@ -27,12 +28,11 @@ from sagerec.study.design import (
     START,
     STUDY,
     CompareSettings,
-    StudySettings,
     comparisons,
     name_beside,
 )
 from sagerec.study.jobs import chosen_point, chosen_settings, do_jobs, read_trials, row_jobs, tuning_jobs
-from sagerec.study.starts import POLICIES, make_runs
+from sagerec.study.starts import POLICIES, make_runs, train_starts
 from sagerec.training.alignment import criterion_value
 from sagerec.training.settings import parse_criterion
 
@@ -53,7 +53,11 @@ def _run_study(dataset: Path, folder: Path, settings: CompareSettings) -> dict[s
     run_settings, study = settings.run, settings.study
     if run_settings.split.reserve == "none":
         run_settings = replace(run_settings, split=replace(run_settings.split, reserve="event"))
+    beside = read_beside(settings, folder)
     runs = make_runs(dataset, folder, run_settings, study)
+    if beside is not None:
+        beside.check_events(runs[0])
+    train_starts(folder, run_settings, study)
     for baseline in study.baselines:
         tuned: dict[str, Any] = {
             "model": settings.sasrec,
@@ -86,7 +90,8 @@ def describe_study(
     )
     assert yardstick.cold is not None
     sources = row_sources(runs, study)
-    others = rows_beside(study.beside, run)
+    beside = read_beside(settings, folder)
+    others = {} if beside is None else beside.sources
     namesakes = [(row, rival) for row in sources if (rival := name_beside(row, study.beside)) in others]
     sources |= {name: [(run, f"-{name}")] for name in study.baselines}
     own_rows = list(sources)
@@ -153,6 +158,7 @@ def describe_study(
         "comparisons": [list(pair) for pair in pairs],
         "tests": judged,
         "one_seed": len(tests) - judged,
+        **({} if beside is None else {"beside": beside.made}),
         "settings": {
             "study": to_json(study),
             "align": to_json(aligned) | {"reward_module": aligned.reward_sources},
@@ -167,29 +173,6 @@ def describe_study(
         "hardware": hardware(),
         "date": datetime.now(UTC).date().isoformat(),
     }
-
-
-def row_sources(runs: Sequence[Run], study: StudySettings) -> dict[str, list[tuple[Run, str]]]:
-    """Row with a policy -> run and suffix of each of its seeds; those that share a start are all in the first run."""
-    found = {START: [(own, "") for own in runs], ALL_AT_ONCE: [(own, f"-{ALL_AT_ONCE}") for own in runs]}
-    return found | {o: [(runs[s % len(runs)], f"-{o}-s{s}") for s in range(n)] for o, n in study.rows().items()}
-
-
-def rows_beside(beside: str | None, run: Run) -> dict[str, list[tuple[Run, str]]]:
-    """The same of the finished study that stands beside one with that run, if any, by the names it has there.
-
-    Raises: SettingsError where it is of other events; ArtifactError where it is not finished.
-    """
-    if beside is None:
-        return {}
-    folder = Path(beside)
-    study = from_json(StudySettings, read_record(folder / STUDY)["settings"]["study"])
-    runs = [open_run(folder / study.run_of(seed)) for seed in range(study.n_starts)]
-    require(
-        all(own.hashes("dataset", "split") == run.hashes("dataset", "split") for own in runs),
-        f"beside is {folder}, a study of other events or of another split; expected one of the same",
-    )
-    return {name_beside(name, beside): each for name, each in row_sources(runs, study).items()}
 
 
 def criterion_on_test(
