@@ -119,12 +119,15 @@ def write_artifact(
 
     `sizes` may still be filled inside the `with` block; it is read when the block ends.
 
-    Raises: ArtifactError where `target` is a file, or a folder of other things: only artefacts are replaced.
+    Raises: ArtifactError where `target` is a file, a folder of other things or an artefact of another kind: only
+    artefacts are replaced, by such as themselves.
     """
     if target.exists() and not (target / MANIFEST).is_file() and not (target.is_dir() and not any(target.iterdir())):
         raise ArtifactError(
             f"{target} exists and is not an artefact of sagerec, so it is left alone; give another place or remove it"
         )
+    if (held := _kind(target)) not in (None, kind):
+        raise ArtifactError(f"{target} holds a {held}, which a {kind} would replace; give another place or remove it")
     with replace_folder(target) as fresh:
         yield fresh
         stamps = _stamps(fresh)
@@ -143,6 +146,15 @@ def write_artifact(
         values = json.loads(json.dumps(asdict(manifest)))
         values["hashes"]["manifest"] = digest(values)
         write_json(fresh / MANIFEST, values)
+
+
+def _kind(folder: Path) -> str | None:
+    """The kind that the manifest of a folder gives, None where it gives none."""
+    try:
+        found = read_json(folder / MANIFEST)
+    except ArtifactError:
+        return None
+    return str(found["kind"]) if isinstance(found, dict) and "kind" in found else None
 
 
 def read_manifest(folder: Path, kind: str) -> Manifest:

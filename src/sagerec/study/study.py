@@ -20,7 +20,7 @@ from sagerec.files import locked, write_record
 from sagerec.run import stages as pipeline
 from sagerec.run.folder import ALL_AT_ONCE, Run
 from sagerec.run.stages import RunSettings, read_lists
-from sagerec.study.beside import read_beside, row_sources
+from sagerec.study.beside import Sources, read_beside, row_sources
 from sagerec.study.design import (
     CONTROL,
     DETERMINISTIC,
@@ -32,7 +32,7 @@ from sagerec.study.design import (
     name_beside,
 )
 from sagerec.study.jobs import chosen_point, chosen_settings, do_jobs, read_trials, row_jobs, tuning_jobs
-from sagerec.study.starts import POLICIES, make_runs, train_starts
+from sagerec.study.starts import make_runs, train_starts
 from sagerec.training.alignment import criterion_value
 from sagerec.training.settings import parse_criterion
 
@@ -89,11 +89,11 @@ def describe_study(
         run.data, run.split, run.space(), cold_max_count=evaluated.cold_max_count, store=run.store()
     )
     assert yardstick.cold is not None
-    sources = row_sources(runs, study)
+    policies = row_sources(runs, study)
     beside = read_beside(settings, folder)
     others = {} if beside is None else beside.sources
-    namesakes = [(row, rival) for row in sources if (rival := name_beside(row, study.beside)) in others]
-    sources |= {name: [(run, f"-{name}")] for name in study.baselines}
+    namesakes = [(row, rival) for row in policies if (rival := name_beside(row, study.beside)) in others]
+    sources = policies | {name: [(run, f"-{name}")] for name in study.baselines}
     own_rows = list(sources)
     sources |= others
     found = {
@@ -167,12 +167,19 @@ def describe_study(
             "sasrec_train": to_json(settings.sasrec_train),
             **{name: to_json(getattr(run_settings, name)) for name in STAGES},
         },
-        "hashes": run.hashes("dataset", "split", run.actions, *POLICIES)
-        | {own.folder.name: own.hashes(own.actions, *POLICIES) for own in runs[1:]},
+        "hashes": hashes_of(runs, policies),
         "versions": artifacts.package_versions(),
         "hardware": hardware(),
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def hashes_of(runs: Sequence[Run], policies: Sources) -> dict[str, Any]:
+    """Content hashes of what the rows were measured on: of the first run, and under its name of each other."""
+    used = {own.folder: [f"policy{s}" for each in policies.values() for o, s in each if o is own] for own in runs}
+    first, *others = runs
+    found: dict[str, Any] = first.hashes("dataset", "split", first.actions, *used[first.folder])
+    return found | {own.folder.name: own.hashes(own.actions, *used[own.folder]) for own in others}
 
 
 def criterion_on_test(
