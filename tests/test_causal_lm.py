@@ -23,7 +23,7 @@ from sagerec.decoding.slates import slate_logprobs, write_slates
 from sagerec.errors import SettingsError
 from sagerec.policies.causal_lm import CausalLM, CausalLMSettings
 from sagerec.policies.free_writing import Readings, search_freely
-from sagerec.policies.language import make_language, only_rows, read_language, readable_positions
+from sagerec.policies.language import make_language, only_rows, prompt, read_language, readable_positions
 from sagerec.policies.language_tasks import tasks_loss
 from sagerec.policies.packing import share_rows
 from sagerec.policies.protocol import Policy
@@ -199,6 +199,7 @@ def test_old_history_is_dropped_by_whole_items(models: Path) -> None:
     loss = policy.next_item_loss(whole, torch.tensor([[3, 5, 9]]), torch.ones(1, 3, dtype=torch.bool))
     kept = [naive_logprob(policy, [3], [], 5), naive_logprob(policy, [3, 5], [], 9)]
     assert float(loss.detach()) == pytest.approx(-np.mean(kept), abs=1e-4)
+    assert float(policy.n_targets(whole, torch.tensor([[3, 5, 9]]), torch.ones(1, 3, dtype=torch.bool))) == 2
 
 
 @torch.no_grad()
@@ -239,6 +240,50 @@ def test_free_titles_are_those_that_end_first_and_are_most_probable(models: Path
             ended += [pair for pair in longer if pair[1][-1] == end]
             live = [pair for pair in longer if pair[1][-1] != end]
         assert found[user] == [text for _, text in sorted(ended, key=lambda pair: -pair[0])[:6]]
+
+
+def test_a_text_that_ends_early_waits_for_one_that_may_be_more_probable(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By hand: the end at once has .4; another token .6, after which the end has .9: .54 in all, the best of one."""
+    policy = policy_of(models / "llama")
+    end = titles(models / "llama").end
+    other, calls = end + 1, iter((0.4, 0.9))
+
+    def by_hand(language: Any, hidden: Tensor) -> Tensor:
+        found = torch.full((len(hidden), policy.language.head()[0].shape[0]), -30.0)
+        share = next(calls)
+        found[:, end], found[:, other] = np.log(share), np.log(1 - share)
+        return found
+
+    monkeypatch.setattr("sagerec.policies.free_writing.vocabulary_logprobs", by_hand)
+    assert search_freely(policy, ITEMS[:1], LENGTHS[:1], k=1, beams=2) == [[[other, end]]]
+
+
+def test_an_instruction_is_a_turn_of_the_chat_template(models: Path) -> None:
+    """The template writes what begins a text itself; without one it is put before the instruction's line."""
+    tokenizer = load_tokenizer(str(models / "llama"))
+    tokenizer.bos_token = tokenizer.eos_token
+    begin, said = tokenizer.bos_token_id, tokenizer("red soap", add_special_tokens=False)["input_ids"]
+    line = tokenizer("red soap\n", add_special_tokens=False)["input_ids"]
+    assert prompt(tokenizer, "red soap").tolist() == [begin, *line]
+    assert prompt(tokenizer, "").tolist() == [begin]
+    tokenizer.chat_template = "{{ bos_token }}{% for turn in messages %}{{ turn['content'] }}{% endfor %}"
+    assert prompt(tokenizer, "red soap").tolist() == [begin, *said]
+    assert prompt(tokenizer, "").tolist() == [begin]
+
+
+@torch.no_grad()
+def test_as_many_positions_are_read_as_the_model_has(models: Path) -> None:
+    policy = policy_of(models / "llama")
+    states = policy.encode(ITEMS[:1], LENGTHS[:1])
+    read = len(policy.prefix) + sum(len(policy.space.sequence(item)) for item in HISTORIES[0])
+    one = torch.zeros(1, dtype=torch.int64)
+    policy.language.max_positions = read + 1
+    policy.read_tokens(states, one, one)
+    policy.language.max_positions = read
+    with pytest.raises(SettingsError, match=f"have {read + 1} tokens"):
+        policy.read_tokens(states, one, one)
 
 
 @pytest.mark.parametrize("codes", [False, True])

@@ -402,6 +402,17 @@ def test_a_study_that_is_killed_goes_on_to_the_same_table(
     twins = found["sage"]["against"]["sage (twin)"]
     assert {test["difference"] for test in twins.values()} == {0.0}
     assert {test["verdict"] for test in twins.values()} == {"no difference"}
+    # Their seeds share no start: the variance is that of the two rows, and no block.
+    twin_runs = [open_run(tmp_path / "twin" / name) for name in ("run", "run-s1")]
+    own, other = (
+        measure([read_lists(run, f"-sage-s{s}") for s, run in enumerate(each)], cases, yardstick, runs[0].data.n_items)
+        for each in (runs, twin_runs)
+    )
+    expected = differences(own, other, seed_variances([own, other]), seed=0)
+    assert {name: (test["low"], test["high"]) for name, test in twins.items()} == {
+        name: (test["low"], test["high"]) for name, test in expected.items()
+    }
+    assert any(test["high"] > 0 for test in twins.values())
     # What cannot stand beside is refused before anything is trained.
     given = replace(SMALL_STUDY, study=replace(SMALL_STUDY.study, beside=str(tmp_path / "twin")))
     free = replace(given.run, evaluate=replace(given.run.evaluate, history="keep"))

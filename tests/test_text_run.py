@@ -249,3 +249,25 @@ def test_a_model_without_a_tokenizer_is_refused(store_folder: Path, model: Path,
     make_actions(run, SMALL_IDS)
     with pytest.raises(SettingsError, match=said):
         train(run, PolicySettings(kind="causal-lm", model=str(bare)), SMALL_TRAIN)
+
+
+def test_a_model_is_found_from_anywhere_and_not_exchanged(
+    store_folder: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A relative folder is kept by its full path; all events at once are learnt from the model that the policy had."""
+    shutil.copytree(model, tmp_path / "lm")
+    monkeypatch.chdir(tmp_path)
+    settings = settings_of(Path("lm"))
+    run_all(store_folder, tmp_path / "run", settings)
+    run = open_run(tmp_path / "run")
+    assert run.manifest("policy").settings["policy"]["model"] == str(tmp_path / "lm")
+    assert TitleSettings(model="lm").model == str(tmp_path / "lm")
+    assert TitleSettings(model="some/name").model == "some/name"
+    monkeypatch.chdir("/")
+    shutil.rmtree(tmp_path / "lm")
+    other = replace(SMALL_LM, seed=7)
+    new_language_model(tmp_path / "lm", read_dataset(store_folder).texts(), other)
+    with pytest.raises(ArtifactError, match="made from another model than the one that stands there today"):
+        align(run, replace(QUICK, start="all-at-once"), name="mixed")
+    assert not (run.folder / "policy-all-at-once").exists()
+    align(run, replace(QUICK, start="supervised"), name="own")

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from itertools import product
+from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -26,6 +27,11 @@ ADDED = "added"
 def added(default: Any) -> Any:
     """The default of a setting that came later than files which hold the others."""
     return dataclasses.field(default=default, metadata={ADDED: True})
+
+
+def full_path(name: str) -> str:
+    """The full path of a folder that is there, so that it is found from anywhere; any other name as it is."""
+    return str(Path(name).absolute()) if name and Path(name).is_dir() else name
 
 
 def from_json(cls: type[S], values: dict[str, Any]) -> S:

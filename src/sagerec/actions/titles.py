@@ -26,7 +26,7 @@ from sagerec.artifacts import UNREADABLE, hash_file, read_manifest, write_artifa
 from sagerec.catalogue.audit import write_events_used
 from sagerec.catalogue.dataset import CATEGORIES, ITEM_ID, TITLE, Dataset
 from sagerec.catalogue.splits import Sequences
-from sagerec.config import between, check_fields, require, to_json
+from sagerec.config import between, check_fields, full_path, require, to_json
 from sagerec.errors import ArtifactError, DatasetError, MissingExtraError, SettingsError
 
 KIND = "text"
@@ -56,6 +56,7 @@ class TitleSettings:
 
     def __post_init__(self) -> None:
         check_fields(self, max_tokens=between(1, 1024))
+        object.__setattr__(self, "model", full_path(self.model))
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sagerec.actions.space import ActionSpace
 from sagerec.actions.trie import ROOT, Children
-from sagerec.config import at_least, between, check_fields
+from sagerec.config import at_least, between, check_fields, full_path
 from sagerec.errors import SettingsError
 from sagerec.policies.free_writing import Readings, sample_freely, score_freely, search_freely
 from sagerec.policies.language import LanguageModel
@@ -80,6 +80,7 @@ class CausalLMSettings:
             free_weight=at_least(0),
             title_weight=at_least(0),
         )
+        object.__setattr__(self, "model", full_path(self.model))
 
 
 class States(NamedTuple):

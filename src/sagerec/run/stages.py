@@ -264,6 +264,8 @@ def _has_all_at_once(run: Run) -> bool:
     if not (run.folder / name).is_dir() or run.stale(name) is not None:
         return False
     wanted, there = (run.manifest(each) for each in ("policy", name))
+    if wanted.made_from.get("model") != there.made_from.get("model"):
+        return False
     elsewhere = dict.fromkeys(("device", "track"))
     trained = [each.settings["train"] | elsewhere for each in (wanted, there)]
     return bool(trained[0] == trained[1] and wanted.settings["policy"] == there.settings["policy"])
@@ -285,7 +287,14 @@ def align(run: Run, settings: AlignSettings, *, name: str | None = None, compute
             parallel.launched() == 1,
             "several processes need the policy that they start from: sagerec train RUN --all-at-once",
         )
-        trained = run.manifest("policy").settings
+        made_from, trained = run.manifest("policy").made_from, run.manifest("policy").settings
+        for what, content in _inputs(run, settings_of(trained["policy"])).items():
+            if made_from.get(what) != content:
+                raise ArtifactError(
+                    f"{run.folder}/policy was made from another {what} than the one that stands there today, from "
+                    f"which policy-{ALL_AT_ONCE} would be made; put the {what} back, train anew (sagerec train), or "
+                    "start from the policy alone: --start supervised"
+                )
         how = replace(from_json(TrainSettings, trained["train"]), device=settings.device, track=())
         train_all_at_once(run, settings_of(trained["policy"]), how)
     start, made_from = aligned_from(run, settings)
