@@ -8,7 +8,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from sagerec.errors import ArtifactError
 from sagerec.files import (
@@ -66,6 +68,18 @@ def test_a_file_survives_a_kill_before_every_operation(tmp_path: Path) -> None:
         assert read_record(path)["a"] in (1, 2)
         write_record(path, {"a": 3})
         assert leftovers(tmp_path) == []
+
+
+def test_a_folder_is_readable_as_its_umask_has_it(tmp_path: Path) -> None:
+    """Weights are for whoever may read the folder: the library that writes them gives them to their owner alone."""
+    before = os.umask(0o027)
+    try:
+        with replace_folder(tmp_path / "out") as fresh:
+            (fresh / "in").mkdir()
+            save_file({"w": np.zeros(2)}, fresh / "in" / "w.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out" / "in" / "w.safetensors").stat().st_mode & 0o777 == 0o640
 
 
 def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:

@@ -123,6 +123,10 @@ def replace_folder(target: Path) -> Iterator[Path]:
         try:
             fresh.mkdir()
             yield fresh
+            readable = fresh.stat().st_mode & 0o666  # safetensors are written for their owner alone
+            for path in fresh.rglob("*"):
+                if path.is_file() and not path.is_symlink():
+                    path.chmod(readable)
             if target.exists():
                 target.replace(old)
             fresh.replace(target)

@@ -230,7 +230,8 @@ def run_rows(run: Run, reports: Mapping[str, dict[str, Any]], aligned: list[Alig
         kind = dict.fromkeys(get_args(BaselineName), "baseline").get(system, kind)
         kind = {START: "start", ALL_AT_ONCE: "reference"}.get(system, kind)
         seed = seeds.get(name)
-        rows.append(Row(name, kind, report["metrics"], () if seed is None else (seed,), against.get(name, {})))
+        note = "slates, one item written after another" if report["settings"].get("lists") == "slate" else ""
+        rows.append(Row(name, kind, report["metrics"], () if seed is None else (seed,), against.get(name, {}), note))
     kinds, drawn = ("start", "reference", "aligned", "baseline", "other"), list(seeds)
     order = {name: place for place, name in enumerate(drawn)}
     return sorted(rows, key=lambda row: (kinds.index(row.kind), order.get(row.name, len(drawn))))
