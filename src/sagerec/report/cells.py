@@ -134,7 +134,11 @@ def how_computed(record: Mapping[str, Any]) -> list[str]:
         else "Seeds are those of the alignment."
     )
     other = study.get("beside")
-    namesakes = f", each with its namesake of {Path(other).resolve().name}, whose seeds are others" if other else ""
+    namesakes = (
+        f"; beside it, each row with its namesake of {Path(other).resolve().name}, whose seeds are others"
+        if other
+        else ""
+    )
     return [
         "Values are means over seeds, entropies in bits. Their 95 % intervals cover the choice of test users alone, "
         "all cases of a user drawn together: bootstrap, for coverage the jackknife over groups of users.",
