@@ -158,6 +158,22 @@ def test_a_supervised_step_is_one_graph(kind: str, ends: bool) -> None:
 
 
 @kinds
+def test_rows_without_a_place_that_counts_add_nothing(kind: str) -> None:
+    """Many such rows beside others, as a replay may draw them, and none that counts: 0 with a gradient of 0."""
+    policy = KINDS[kind]().eval()
+    items, lengths = histories(1)
+    counted = torch.arange(items.shape[1]) < lengths[:, None]
+    many, empty = torch.cat([items, *[items] * 20]), torch.zeros_like(torch.cat([counted] * 20))
+    for call in (policy.next_item_loss, traced(policy.next_item_loss)):
+        alone, beside = call(items, items, counted), call(many, many, torch.cat([counted, empty]))
+        torch.testing.assert_close(beside, alone, rtol=1e-5, atol=1e-5)
+        nothing = call(items, items, torch.zeros_like(counted))
+        assert float(nothing.detach()) == 0
+        grads = torch.autograd.grad(nothing, list(policy.parameters()), allow_unused=True)
+        assert all(grad is None or not bool(grad.any()) for grad in grads)
+
+
+@kinds
 def test_dropout_is_traced_too(kind: str) -> None:
     policy = KINDS[kind]().train()
     items, lengths = histories(1)

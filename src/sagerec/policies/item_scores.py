@@ -126,6 +126,8 @@ def left_out_at(gone: Tensor, row: Tensor, first: Tensor, size: Tensor) -> Tenso
     """
     owner, column = (gone >= 0).nonzero(as_tuple=True)
     place = gone[owner, column]
+    if not len(first):
+        return first
     width = int((first + size).max())  # one more than any place that is listed
     key, wanted = row * width + first, owner * width + place
     node = (torch.searchsorted(key, wanted, right=True) - 1).clamp(min=0)
@@ -405,8 +407,12 @@ class ItemScores(HistoryEncoder[Prefix]):
             return full_softmax_loss(encoded.flatten(0, 1), scored, places, counted.flatten())
         # A row is read as far as its last counted place.
         lengths = (counted * torch.arange(1, items.shape[1] + 1, device=items.device)).amax(dim=1)
+        order = lengths.argsort(stable=True)
+        order = order[lengths[order] > 0]
+        if not len(order):
+            return vectors.sum() * 0.0
         states, wanted = [], []
-        for rows in torch.split(lengths.argsort(stable=True), ENCODED_ROWS):
+        for rows in torch.split(order, ENCODED_ROWS):
             longest = int(lengths[rows].max())
             places = counted[rows, :longest]
             encoded, _ = self.encode_embedded(self.dropout(F.embedding(items[rows, :longest], vectors)))

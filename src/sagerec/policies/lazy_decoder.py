@@ -189,7 +189,9 @@ class LazyDecoder(HistoryEncoder[Prefix]):
         if self.has_static_shapes:
             nats = -self._static_logprobs(states.flatten(0, 1), targets.flatten())
             return (nats * counted.flatten()).sum() / counted.sum().clamp(min=1)
-        return -self.target_logprobs(states[counted], targets[counted]).sum(dim=1).mean()
+        nats = -self.target_logprobs(states[counted], targets[counted]).sum(dim=1)
+        # Where none is counted, or one item leaves no choice, there is a gradient too: 0.
+        return (nats.mean() if len(nats) else nats.sum()) + states.sum() * 0.0
 
     def target_logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Log-probabilities (P, L) in nats of the codes of items `targets` (P,) after encoder states (P, D).

@@ -193,7 +193,7 @@ class Policy(nn.Module, Generic[ContextT, PrefixT]):
 
     def next_item_loss(self, items: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
         """Mean over counted places of -log P(target | items up to it) in nats an item, with gradient; of P as it is
-        trained, before what a policy adds to it on purpose (a popularity tilt).
+        trained, before what a policy adds to it on purpose (a popularity tilt). 0 where none is counted.
 
         Args: items, targets (B, T) item indices; counted (B, T) bool. Each token is normalised over the legal ones.
         """
