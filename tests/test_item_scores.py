@@ -199,7 +199,7 @@ def test_slates_are_scored_in_one_pass_as_they_are_written(reads_slate: bool) ->
 @pytest.mark.parametrize("n", [2, 3])
 def test_the_last_item_of_a_catalogue_is_no_choice(n: int, reads_slate: bool) -> None:
     """All items share their first code, and a slate has all of them: for the last, no code is left to choose."""
-    space = make_space(np.array([[0, last] for last in range(n)], dtype=np.int32))
+    space = make_space(np.array([[0, 0, last] for last in range(n)], dtype=np.int32))
     settings = ItemScoresSettings(width=8, heads=2, content=False, reads_slate=reads_slate)
     policy, items, lengths = ItemScores(settings, space).eval(), torch.tensor([[0], [1]]), torch.tensor([1, 1])
     written = write_slates(policy, items, lengths, k=n, slates=2, generator=torch.Generator().manual_seed(0))
