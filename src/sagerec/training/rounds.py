@@ -194,12 +194,18 @@ def k3(new: Tensor, reference: Tensor, counted: Tensor, total: Tensor | None = N
 
 
 def losses(
-    stage: Stage, batch: Minibatch, step: int, *, whole: Minibatch | None = None, check: bool = False
+    stage: Stage,
+    batch: Minibatch,
+    step: int,
+    *,
+    whole: Minibatch | None = None,
+    number: int = 0,
+    check: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The rank's part of the loss of a minibatch, and detached figures, `unsound` among them: whether anything is out
     of range. With `check` that is a NumericalError.
 
-    Of a piece of the minibatch `whole` it is that piece's part; the first has the replay.
+    Of a piece of the minibatch `whole`, its `number`-th, it is that piece's part; the first has the replay.
     """
     whole = batch if whole is None else whole
     settings, policy, contexts = stage.settings, stage.policy, batch.contexts
@@ -208,8 +214,8 @@ def losses(
     if batch.rollouts is not None:
         policy.eval()
         total, logged = slate_loss(stage, batch, settings.row, whole=whole, check=check)
-    # Dropout hangs on seed, update and rank alone, so that a resumed run draws the same masks.
-    torch.manual_seed(settings.seed * 7_368_787 + step + parallel.rank() * 1_000_000_007)
+    # Dropout hangs on seed, update, piece and rank alone, so that a resumed run draws the same masks.
+    torch.manual_seed(settings.seed * 7_368_787 + step + number * 15_485_863 + parallel.rank() * 1_000_000_007)
     policy.train()
     if weight := 1.0 if settings.row.trains_on_targets else settings.sft_weight:
         # One target a context, after its last item; the rank's part of the mean over all targets.
@@ -222,7 +228,7 @@ def losses(
         sft = sft * parallel.share_of(n_all)
         total = total + weight * sft
         logged["sft_loss_nats"] = sft.detach()
-    if stage.replay is not None and (batch is whole or contexts.index[0] == whole.contexts.index[0]):
+    if stage.replay is not None and number == 0:
         replayed = replay_loss(policy, stage.replay, step, settings)
         total = total + settings.replay_weight * replayed
         logged["replay_loss_nats"] = replayed.detach()
@@ -350,9 +356,9 @@ def update(stage: Stage, batch: Minibatch, step: int, total_steps: int) -> dict[
     stage.optimizer.zero_grad()
     logged: dict[str, Tensor] = {}
     with sharding.gathered(policy):
-        for piece in pieces(batch, stage.compute.micro_users):
+        for number, piece in enumerate(pieces(batch, stage.compute.micro_users)):
             with autocast(stage.compute.precision, policy.device):
-                loss, found = losses(stage, piece, step, whole=batch)
+                loss, found = losses(stage, piece, step, whole=batch, number=number)
             if loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]
             share = 1.0 if piece is batch else len(piece.contexts.index) / len(batch.contexts.index)
@@ -365,8 +371,8 @@ def update(stage: Stage, batch: Minibatch, step: int, total_steps: int) -> dict[
         path = save_batch(stage, batch, step)
         try:
             with autocast(stage.compute.precision, policy.device), sharding.gathered(policy):
-                for piece in pieces(batch, stage.compute.micro_users):
-                    losses(stage, piece, step, whole=batch, check=True)
+                for number, piece in enumerate(pieces(batch, stage.compute.micro_users)):
+                    losses(stage, piece, step, whole=batch, number=number, check=True)
         except NumericalError as error:
             raise TrainingError(
                 f"update {step}: {error}; the batch is saved in {path}. "
