@@ -173,6 +173,49 @@ def test_rows_without_a_place_that_counts_add_nothing(kind: str) -> None:
         assert all(grad is None or not bool(grad.any()) for grad in grads)
 
 
+@pytest.mark.parametrize("beams", [2, 3, 5, 8, 13])
+def test_static_lists_are_proven_where_ragged_ones_are(beams: int) -> None:
+    """One pass of few beams: the same lists, and the same of them proven; some are, and some are not."""
+    proven = []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        policy = small_policy().eval()
+        with torch.no_grad():
+            policy.head.mul_(1 + 4 * seed)
+        items, lengths = histories(seed)
+        context = policy.encode(items, lengths)
+        ragged = beam_lists(policy, context, len(items), k=2, beams=beams)
+        found, logprobs, exact = static_lists(
+            policy, context, len(items), k=2, beams=beams, excluded=None, filters=None
+        )
+        assert torch.equal(exact, ragged.exact)
+        torch.testing.assert_close(logprobs, ragged.logprobs, rtol=1e-4, atol=1e-4)
+        assert torch.equal(found[exact], ragged.items[exact])
+        proven += exact.tolist()
+    assert any(proven)
+    assert beams > 8 or not all(proven)
+
+
+def test_static_lists_are_widened_no_further_than_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the beams until each list is proven, and the lists of the ragged search: a table has a place for each."""
+    policy = small_policy().eval()
+    items, lengths = histories(1)
+    ragged = exact_lists(policy, items, lengths, k=3, beams=3)
+    asked: list[int] = []
+
+    def counted(*given: Any, beams: int, **named: Any) -> Any:
+        asked.append(beams)
+        return static_lists(*given, beams=beams, **named)
+
+    monkeypatch.setattr("sagerec.decoding.beam.static_lists", counted)
+    monkeypatch.setattr(type(policy), "has_static_shapes", True)
+    found = exact_lists(policy, items, lengths, k=3, beams=3)
+    assert torch.equal(found.items, ragged.items)
+    assert bool(found.exact.all())
+    assert len(asked) > 1
+    assert asked == [3 * 2**number for number in range(len(asked))]
+
+
 @kinds
 def test_dropout_is_traced_too(kind: str) -> None:
     policy = KINDS[kind]().train()

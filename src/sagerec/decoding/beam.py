@@ -171,7 +171,8 @@ def exact_lists(
 
     `excluded` and `filters` as of `beam_lists`: what they leave out takes no place. As many users are decoded together
     as the policy says (`most_users`). Those whose list is not proven are decoded again: with all prefixes that their
-    K-th item so far does not beat, which proves the list, or with twice the beams while fewer than K are found.
+    K-th item so far does not beat, which proves the list, or with twice the beams while fewer than K are found, and in
+    static shapes.
 
     Raises: NumericalError where log-probabilities are not numbers, unless `widen` is off.
     """
@@ -189,7 +190,9 @@ def exact_lists(
         if beams >= policy.space.n_sequences:  # nothing was dropped
             raise NumericalError(f"log-probabilities of {len(users)} users are not numbers; expected finite weights")
         least = lists.logprobs[users, -1]
-        beams = max(k, policy.space.n_sequences) if bool((least > -math.inf).all()) else 2 * beams
+        # In static shapes a table has a place for each beam, used or not.
+        follows_all = bool((least > -math.inf).all()) and not policy.has_static_shapes
+        beams = max(k, policy.space.n_sequences) if follows_all else 2 * beams
         own = policy.of_users(context, users)
         again = beam_lists(
             policy,
