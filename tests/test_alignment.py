@@ -1,6 +1,7 @@
 """The alignment stage on planted data: rewards rise, a spoilt policy recovers, runs resume, ranks agree."""
 
 import json
+import logging
 import shutil
 import signal
 import subprocess
@@ -163,6 +164,13 @@ def test_fewer_events_can_be_used(run: Run) -> None:
     assert sizes["updates"] == 2
     found = next(finding for finding in audit(run) if finding.stage == "policy-few")
     assert found.counts["align"] == 40
+
+
+def test_a_reward_that_cannot_vary_is_named(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    """Of a policy that writes items alone every slate is valid."""
+    with caplog.at_level(logging.WARNING):
+        align(run, replace(QUICK, reward=("validity=1", "hit=1"), max_contexts=20, epochs=1, validations=0))
+    assert "the reward validity is 1 for every slate" in caplog.text
 
 
 def test_the_record_says_what_happened(run: Run) -> None:

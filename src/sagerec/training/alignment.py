@@ -142,6 +142,8 @@ def align_policy(
     free = rollout_of(settings, start).writing == "free"
     device = stage_device(settings.device)
     weights = parse_rewards(settings.reward) if settings.reward else {}  # the control has none
+    if "validity" in weights and not free:
+        logger.warning("the reward validity is 1 for every slate, and teaches nothing: this policy writes items alone")
     facts = gather_facts(data, split, start.space, clusters=settings.clusters, cold_max_count=settings.cold_max_count)
     train, known = split.sequences(data, "train"), split.sequences(data, "train", "align")
     kept = sharding.whole_copy(start)
