@@ -13,8 +13,9 @@ import polars as pl
 from sagerec.catalogue.dataset import CATEGORIES
 from sagerec.catalogue.splits import learnt_counts
 from sagerec.evaluation.metrics import first_rank
-from sagerec.report.material import START, Material, stem
+from sagerec.report.material import Material, stem
 from sagerec.run.folder import Run
+from sagerec.study.design import START
 
 HISTORY, PLACES, POLICIES = 8, 10, 3
 PER_GROUP = 4

@@ -15,8 +15,8 @@ from sagerec.errors import ArtifactError
 from sagerec.files import read_record, refuse_other, write_text
 from sagerec.report import cells
 from sagerec.report.drawing import MARKERS, PALETTE, STYLE
-from sagerec.report.material import stale_study
 from sagerec.study import STUDY
+from sagerec.study.folder import stale_study
 
 DRAWN = "<!-- Drawn by `sagerec results`. -->\n"
 """At the end of a plot, by which it is known."""

@@ -21,12 +21,9 @@ from sagerec.evaluation.tests import differences, measure, seed_variances
 from sagerec.files import read_record
 from sagerec.report.drawing import MOST_SERIES, Style
 from sagerec.run.folder import ALL_AT_ONCE, Run, open_run
+from sagerec.study.design import START, STUDY
+from sagerec.study.folder import SEED, run_folders, stale_study
 from sagerec.training.tracking import METRICS, read_metrics
-
-STUDY, RUN = "study.json", "run"
-START = "supervised"
-"""What the policy is called that alignment starts from."""
-SEED = re.compile(r"-s\d+$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +33,7 @@ class Row:
     name: str
     """What was measured."""
     kind: str
-    """start, reference, aligned, baseline, other; in a study control, objective, ablation, baseline."""
+    """start, reference, aligned, baseline, other; in a study also control, objective, ablation, beside."""
     metrics: dict[str, dict[str, float]]
     """Metric -> value, low, high, and seed_std where there are several seeds."""
     seeds: tuple[int, ...] = ()
@@ -91,15 +88,6 @@ class Material:
         return self.styles.get(name, Style(MOST_SERIES - 1))
 
 
-def stale_study(folder: Path) -> str | None:
-    """Why the study.json of a folder is not of the runs in it; None where it is, or no run is there."""
-    hashes = read_record(folder / STUDY).get("hashes", {})
-    for path in run_folders(folder):
-        if old := open_run(path).outdated(hashes if path.name == RUN else hashes.get(path.name, {})):
-            return f"{folder / STUDY} is of an earlier {' and '.join(old)}; make it again with: sagerec compare"
-    return None
-
-
 def stem(name: str) -> str:
     """What the report of a shown name is called: the other way of `shown_name`."""
     system, plus, lists = name.partition("+")
@@ -136,13 +124,6 @@ def gather(folder: Path) -> Material:
     names += [str(trial.get("objective")) for trial in study.get("trials", [])]
     styles = {name: Style(number) for number, name in enumerate(dict.fromkeys(names)) if number < MOST_SERIES}
     return Material(folder, study, run, rows, reports, aligned, styles, notes, k)
-
-
-def run_folders(study: Path) -> list[Path]:
-    """The runs of a study, that of seed 0 first."""
-    found = {int(path.name.rpartition("-s")[2]): path for path in study.glob(f"{RUN}-s*") if SEED.search(path.name)}
-    folders = [study / RUN, *(found[seed] for seed in sorted(found))]
-    return [path for path in folders if (path / "dataset").is_dir()]
 
 
 def shown_k(study: Mapping[str, Any], reports: Mapping[str, dict[str, Any]]) -> int:
@@ -229,7 +210,7 @@ def run_rows(run: Run, reports: Mapping[str, dict[str, Any]], aligned: list[Alig
         kind = "aligned" if f"policy-{system}" in run.aligned() else "other"
         kind = dict.fromkeys(get_args(BaselineName), "baseline").get(system, kind)
         kind = {START: "start", ALL_AT_ONCE: "reference"}.get(system, kind)
-        seed = seeds.get(name)
+        seed = seeds.get(system)
         note = "slates, one item written after another" if report["settings"].get("lists") == "slate" else ""
         rows.append(Row(name, kind, report["metrics"], () if seed is None else (seed,), against.get(name, {}), note))
     kinds, drawn = ("start", "reference", "aligned", "baseline", "other"), list(seeds)

@@ -287,16 +287,17 @@ def align(run: Run, settings: AlignSettings, *, name: str | None = None, compute
             parallel.launched() == 1,
             "several processes need the policy that they start from: sagerec train RUN --all-at-once",
         )
-        made_from, trained = run.manifest("policy").made_from, run.manifest("policy").settings
-        for what, content in _inputs(run, settings_of(trained["policy"])).items():
-            if made_from.get(what) != content:
+        supervised = run.manifest("policy")
+        trained, shape = supervised.settings, settings_of(supervised.settings["policy"])
+        for what, content in _inputs(run, shape).items():
+            if supervised.made_from.get(what) != content:
                 raise ArtifactError(
                     f"{run.folder}/policy was made from another {what} than the one that stands there today, from "
                     f"which policy-{ALL_AT_ONCE} would be made; put the {what} back, train anew (sagerec train), or "
                     "start from the policy alone: --start supervised"
                 )
         how = replace(from_json(TrainSettings, trained["train"]), device=settings.device, track=())
-        train_all_at_once(run, settings_of(trained["policy"]), how)
+        train_all_at_once(run, shape, how)
     start, made_from = aligned_from(run, settings)
     policy_settings = run.manifest(start).settings["policy"]
     resolved = {"policy": policy_settings, "align": settings.what(), **compute.what()}

@@ -9,7 +9,8 @@ from sagerec.config import from_json, require, to_json
 from sagerec.errors import ArtifactError
 from sagerec.files import read_record
 from sagerec.run.folder import ALL_AT_ONCE, Run, check_name, open_run
-from sagerec.study.design import RUN, START, STUDY, CompareSettings, StudySettings, name_beside
+from sagerec.study.design import START, STUDY, CompareSettings, StudySettings, name_beside
+from sagerec.study.folder import stale_study
 
 SAME_LISTS = ("split", "lists", "history")
 """Settings of evaluation that make lists comparable."""
@@ -68,15 +69,13 @@ def read_beside(settings: CompareSettings, own: Path) -> Beside | None:
         f"beside is {folder}, whose lists are of {', '.join(f'{name} {theirs[name]}' for name in SAME_LISTS)}; "
         f"expected {', '.join(f'{name} {ours[name]}' for name in SAME_LISTS)}",
     )
-    runs, hashes = [open_run(folder / study.run_of(seed)) for seed in range(study.n_starts)], record["hashes"]
-    sources = row_sources(runs, study)
+    if (stale := stale_study(folder)) is not None:
+        raise ArtifactError(stale)
+    sources = row_sources([open_run(folder / study.run_of(seed)) for seed in range(study.n_starts)], study)
     reports = [(run, run.report(f"evaluation{suffix}")) for each in sources.values() for run, suffix in each]
-    if any(run.outdated(hashes if run.folder.name == RUN else hashes.get(run.folder.name, {})) for run in runs) or any(
-        report["settings"] != theirs or run.outdated(report["made_from"], grown=False) for run, report in reports
-    ):
+    if any(report["settings"] != theirs or run.outdated(report["made_from"], grown=False) for run, report in reports):
         raise ArtifactError(
-            f"the policies or lists of {folder} are not those that its table was made of; make it again with: sagerec "
-            "compare"
+            f"the lists of {folder} are not those that its table was made of; make it again with: sagerec compare"
         )
-    made = {"folder": str(folder.resolve()), "hashes": hashes, "date": record["date"]}
+    made = {"folder": str(folder.resolve()), "hashes": record["hashes"], "date": record["date"]}
     return Beside(folder, {name_beside(name, str(folder)): each for name, each in sources.items()}, made)

@@ -22,6 +22,7 @@ from sagerec.errors import DatasetError, MissingExtraError
 
 HASH_FEATURES = 2**18
 CHUNK_PAIRS = 2**22
+"""Pairs of co-occurring items that are weighed at a time."""
 
 
 @dataclass(frozen=True, slots=True)
