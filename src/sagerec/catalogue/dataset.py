@@ -1,4 +1,5 @@
-"""The canonical dataset folder: `interactions.parquet` and `items.parquet`, validated on reading.
+"""The canonical dataset folder: `interactions.parquet`, `items.parquet`, and `users.parquet` where users have profiles;
+validated on reading.
 
 First stage of the pipeline. Inside, users and items are indices (0 … U-1, 0 … N-1); outside they are the ids of
 the files, and `IdMap` is the one place that translates. Events stand in one order everywhere: by user, then by
@@ -8,7 +9,7 @@ Shapes: E events, U users, N items.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from safetensors.numpy import save_file
 from sagerec.artifacts import MANIFEST, UNREADABLE, read_manifest, write_artifact
 from sagerec.errors import DatasetError
 
-INTERACTIONS, ITEMS = "interactions.parquet", "items.parquet"
+INTERACTIONS, ITEMS, USERS = "interactions.parquet", "items.parquet", "users.parquet"
 SOURCE = "source.json"
 """In a run's copy of a dataset, the manifest that the original had."""
 USER_ID, ITEM_ID, TIMESTAMP, SPLIT = "user_id", "item_id", "timestamp", "split"
-TITLE, CATEGORIES = "title", "categories"
+TITLE, CATEGORIES, PROFILE = "title", "categories", "profile"
 TEXT_COLUMNS = (TITLE, "brand", "text", "description")
 """Columns of `items.parquet` that describe an item in words, in the order in which they are joined."""
 FEEDBACK_COLUMNS = (
@@ -104,6 +105,8 @@ class Dataset:
     """(E,) int32 user index of each event, ascending."""
     user_offsets: np.ndarray
     """(U + 1,) int64: the events of user u are rows user_offsets[u] … user_offsets[u + 1] - 1."""
+    profiles: pl.Series | None = field(default=None, kw_only=True)
+    """(U,) who each user is, in words, "" of whom nothing is known; None where `users.parquet` has none."""
 
     @property
     def n_items(self) -> int:
@@ -225,6 +228,17 @@ def require_no_null(table: pl.DataFrame, column: str, path: Path) -> None:
         )
 
 
+def require_distinct(table: pl.DataFrame, column: str, path: Path, what: str) -> None:
+    """Raise DatasetError, with the first row, where an id of `what` stands twice in `column`."""
+    duplicated = table[column].is_duplicated()
+    if duplicated.any():
+        row = int(duplicated.arg_max() or 0)
+        raise DatasetError(
+            f"{path}: column {column!r} holds {table[column][row]!r} more than once, first in row {row} (from 0). "
+            f"Keep one row {'an' if what == 'item' else 'a'} {what}"
+        )
+
+
 def check_items(items: pl.DataFrame, path: Path) -> pl.DataFrame:
     """The items table in canonical types, an empty text a null.
 
@@ -232,13 +246,7 @@ def check_items(items: pl.DataFrame, path: Path) -> pl.DataFrame:
     """
     require_columns(items, (ITEM_ID, TITLE), path)
     items = as_ids(items, ITEM_ID, path)
-    duplicated = items[ITEM_ID].is_duplicated()
-    if duplicated.any():
-        row = int(duplicated.arg_max() or 0)
-        raise DatasetError(
-            f"{path}: column 'item_id' holds {items[ITEM_ID][row]!r} more than once, first in row {row} (from 0). "
-            "Keep one row an item"
-        )
+    require_distinct(items, ITEM_ID, path, "item")
     for column in TEXT_COLUMNS:
         if column in items.columns:
             if items.schema[column] not in (pl.String, pl.Null):
@@ -306,9 +314,33 @@ def read_dataset(folder: str | Path) -> Dataset:
     try:
         items = check_items(read_table(folder / ITEMS), folder / ITEMS)
         events = check_interactions(read_table(folder / INTERACTIONS), folder / INTERACTIONS)
-        return assemble(items, events, folder / INTERACTIONS)
+        data = assemble(items, events, folder / INTERACTIONS)
+        return replace(data, profiles=read_profiles(folder / USERS, data.user_ids))
     except UNREADABLE as error:  # a damaged file may be read, and break only what is made of it
         raise DatasetError(f"{folder} holds a damaged table ({error}); write it again") from error
+
+
+def read_profiles(path: Path, user_ids: IdMap) -> pl.Series | None:
+    """(U,) the profiles of the users in a table with `user_id` and `profile`, "" of those that it lacks; None where
+    there is no such table, or it has no profiles. Users that the log lacks are left out.
+
+    Raises: DatasetError naming file, column and row of the first fault.
+    """
+    if not path.is_file():
+        return None
+    table = read_table(path)
+    if PROFILE not in table.columns:
+        return None
+    require_columns(table, (USER_ID,), path)
+    table = as_ids(table, USER_ID, path)
+    if table.schema[PROFILE] != pl.Null and not is_text(table.schema[PROFILE]):
+        raise DatasetError(f"{path}: column 'profile' has type {table.schema[PROFILE]}, expected text. Cast it")
+    require_distinct(table, USER_ID, path, "user")
+    known = pl.DataFrame(user_ids.ids.alias(USER_ID))
+    found = known.join(
+        table.select(USER_ID, pl.col(PROFILE).cast(pl.String)), on=USER_ID, how="left", maintain_order="left"
+    )
+    return found[PROFILE].fill_null("")
 
 
 def files_in(folder: Path) -> list[Path]:

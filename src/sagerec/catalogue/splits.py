@@ -7,7 +7,7 @@ answer). Both carry the rows of the events that they hold, so that the audit can
 Shapes: E events, S sequences, n cases.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -64,6 +64,8 @@ class Sequences:
     """(S,) int32 user index of each sequence."""
     rows: np.ndarray
     """(E',) int64 row of each event in `Dataset.events`."""
+    profiles: pl.Series | None = field(default=None, kw_only=True)
+    """(U,) who each user of the log is, as of `Dataset`."""
 
     def __len__(self) -> int:
         return len(self.users)
@@ -93,6 +95,8 @@ class Cases:
     """(n,) int64 row at which the user's history begins."""
     event_items: np.ndarray
     """(E,) int32 items of all events; the history of case j is event_items[starts[j]:rows[j]]."""
+    profiles: pl.Series | None = field(default=None, kw_only=True)
+    """(U,) who each user of the log is, as of `Dataset`."""
 
     def __len__(self) -> int:
         return len(self.users)
@@ -124,8 +128,12 @@ class Cases:
         """At most `size` of the cases, drawn without replacement, in the order of the log."""
         if len(self) <= size:
             return self
-        index = np.sort(rng.choice(len(self), size=size, replace=False))
-        return Cases(self.users[index], self.targets[index], self.rows[index], self.starts[index], self.event_items)
+        return self.take(np.sort(rng.choice(len(self), size=size, replace=False)))
+
+    def take(self, index: np.ndarray | slice) -> "Cases":
+        """Some of the cases."""
+        parts = {name: getattr(self, name)[index] for name in ("users", "targets", "rows", "starts")}
+        return replace(self, **parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +163,7 @@ class Split:
             offsets=np.append(first, len(rows)).astype(np.int64),
             users=users[first],
             rows=rows.astype(np.int64),
+            profiles=data.profiles,
         )
 
     def cases(self, data: Dataset, part: Part) -> Cases:
@@ -168,6 +177,7 @@ class Split:
             rows=rows.astype(np.int64),
             starts=starts,
             event_items=data.event_items,
+            profiles=data.profiles,
         )
 
 

@@ -195,6 +195,8 @@ class Recommend:
     history: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Item ids, the oldest first, separated by commas; may be given several times. What is an id as it stands, comma
     and all, is taken as one."""
+    profile: str = ""
+    """Who the user is, in words, for a policy that reads profiles."""
     k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 10
     """Items to print."""
     slate: bool = False
@@ -207,7 +209,7 @@ class Recommend:
     """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
     users: Path | None = None
     """Parquet file with user_id and history (a list of item ids, the oldest first), or user_id alone for users of the
-    run's log; their lists go to --out, and a stopped call goes on."""
+    run's log, and maybe profile; their lists go to --out, and a stopped call goes on."""
     out: Path | None = None
     """Parquet file for the lists of --users."""
 
@@ -215,8 +217,8 @@ class Recommend:
         check_fields(self, k=at_least(1))
         require((self.users is None) == (self.out is None), "--users and --out go together; give both, or neither")
         require(
-            self.users is None or not (self.history or self.slate),
-            "--users is given with --history or --slate; expected one or the other",
+            self.users is None or not (self.history or self.slate or self.profile),
+            "--users is given with --history, --profile or --slate; expected one or the other",
         )
 
     def __call__(self) -> None:
@@ -238,7 +240,9 @@ class Recommend:
             return
         recommender = load(self.run, policy=self.policy, device=self.device)
         history = [item for given in self.history for item in named_items(given, recommender.item_ids)]
-        found = recommender.recommend(history, k=self.k, exclude_history=not self.keep_history, slate=self.slate)
+        found = recommender.recommend(
+            history, k=self.k, exclude_history=not self.keep_history, slate=self.slate, profile=self.profile
+        )
         table = Table()
         for column, justify in (("rank", "right"), ("item_id", "left"), ("title", "left"), ("score", "right")):
             table.add_column(column, justify=justify)  # type: ignore[arg-type]

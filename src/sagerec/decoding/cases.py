@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from sagerec.actions.legal import NO_ITEM
+from sagerec.catalogue.profiles import after_words
 from sagerec.catalogue.splits import Cases
 from sagerec.decoding.beam import exact_lists
 from sagerec.decoding.slates import write_slates
@@ -17,6 +18,17 @@ from sagerec.policies.protocol import AnyPolicy
 
 BATCH_CASES = (512, 4096)
 """Cases of a batch on a CPU and on a GPU."""
+
+
+def read_histories(policy: AnyPolicy, cases: Cases, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What a policy reads of the cases `index` (b,): the latest items, after who the user is where it reads that.
+
+    Returns: histories (b, T) int64 padded with 0 on the right, and lengths (b,) int64.
+    """
+    history, lengths = cases.histories(index, policy.max_items)
+    if cases.profiles is None or not policy.reads_profiles:
+        return history, lengths
+    return after_words(policy.profile_words(cases.profiles.gather(cases.users[index]).to_list()), history, lengths)
 
 
 def list_cases(
@@ -46,7 +58,7 @@ def list_cases(
     batch_size = min(batch_size or BATCH_CASES[policy.device.type == "cuda"], policy.most_users)
     for begin in range(0, len(cases), batch_size):
         index = order[begin : begin + batch_size]
-        history, length = cases.histories(index, policy.max_items)
+        history, length = read_histories(policy, cases, index)
         items = torch.from_numpy(history).to(policy.device)
         lengths = torch.from_numpy(length).to(policy.device)
         excluded = None

@@ -1,9 +1,9 @@
 """A Hugging Face causal language model as a policy: items are written as titles, or as Semantic IDs in its vocabulary.
 
-The model reads an instruction and then the history, one item after another as its own tokens, and what comes next is
-the next item: a history, a slate and a training sequence are one kind of text. Logits are computed only after prefixes
-where the trie leaves a choice and only for the legal tokens, over which they are normalised; never a row of the whole
-vocabulary. Old history is dropped item by item where it does not fit.
+The model reads an instruction, who the user is where it is told, and then the history, one item after another as its
+own tokens, and what comes next is the next item: a history, a slate and a training sequence are one kind of text.
+Logits are computed only after prefixes where the trie leaves a choice and only for the legal tokens, over which they
+are normalised; never a row of the whole vocabulary. Old history is dropped item by item where it does not fit.
 
 What is read is a state: keys and values of a user's columns, and which of them each state sees (`packing`). A context
 is read once for its beams and slates, in writing and in the loss; slates that begin alike share what they begin with.
@@ -25,10 +25,11 @@ from torch.utils.checkpoint import checkpoint
 
 from sagerec.actions.space import ActionSpace
 from sagerec.actions.trie import ROOT, Children
-from sagerec.config import at_least, between, check_fields, full_path
+from sagerec.catalogue.profiles import as_words, is_word, token_of
+from sagerec.config import added, at_least, between, check_fields, full_path
 from sagerec.errors import SettingsError
 from sagerec.policies.free_writing import Readings, sample_freely, score_freely, search_freely
-from sagerec.policies.language import LanguageModel
+from sagerec.policies.language import LanguageModel, prompt_of_user
 from sagerec.policies.language_tasks import tasks_loss
 from sagerec.policies.layers import FastDropout
 from sagerec.policies.packing import Rows, Tree, chains, lay_out, mask, share_rows, slate_tree, table, ways
@@ -50,7 +51,7 @@ class CausalLMSettings:
     max_items: int = 20
     """History items read, the latest ones."""
     max_tokens: int = 512
-    """Tokens of instruction, history and next item together, at most: old items are dropped whole."""
+    """Tokens of instruction, profile, history and next item together, at most: old items are dropped whole."""
     dropout: float = 0.0
     """Dropout on token embeddings and final states, rounded to 1/256, beside what the model has of its own."""
     micro_tokens: int = 16384
@@ -68,6 +69,8 @@ class CausalLMSettings:
     free_weight: float = 0.0
     """Weight of a next-token loss over the whole vocabulary beside the one over legal tokens, in nats an item: without
     it the model knows nothing of what is no item, and cannot write without the trie."""
+    profile_tokens: int = added(0)
+    """Tokens of a user's profile (`users.parquet`) that it reads between instruction and history, at most; 0: none."""
 
     def __post_init__(self) -> None:
         check_fields(
@@ -79,6 +82,7 @@ class CausalLMSettings:
             lora_rank=at_least(1, 4096),
             free_weight=at_least(0),
             title_weight=at_least(0),
+            profile_tokens=between(0, 10_000),
         )
         object.__setattr__(self, "model", full_path(self.model))
 
@@ -122,6 +126,7 @@ class CausalLM(Policy[States, States]):
 
     base: Tensor
     prefix: Tensor
+    before_profile: Tensor
     root_tokens: Tensor
 
     def __init__(self, settings: CausalLMSettings, space: ActionSpace, language: LanguageModel) -> None:
@@ -136,11 +141,17 @@ class CausalLM(Policy[States, States]):
         self.register_buffer("prefix", language.prefix, persistent=False)
         root = space.trie.children(torch.full((1,), ROOT, device=space.device)).token
         self.register_buffer("root_tokens", root + language.base[0], persistent=False)
-        self.budget = min(settings.max_tokens, language.max_positions) - len(self.prefix) - space.longest
+        self.longest_prompt = len(self.prefix)
+        if settings.profile_tokens:
+            head, self.after_profile = prompt_of_user(language.tokenizer, settings.instruction)
+            self.register_buffer("before_profile", head, persistent=False)
+            of_user = len(head) + settings.profile_tokens + len(self.after_profile)
+            self.longest_prompt = max(self.longest_prompt, of_user)
+        self.budget = min(settings.max_tokens, language.max_positions) - self.longest_prompt - space.longest
         if self.budget < space.longest:
             raise SettingsError(
                 f"max_tokens is {settings.max_tokens}, and the model reads {language.max_positions}; expected at least "
-                f"{len(self.prefix) + 2 * space.longest}: the instruction and two of the longest items"
+                f"{self.longest_prompt + 2 * space.longest}: the instruction, a profile and two of the longest items"
             )
         language.tie(self)
         self.title_tokens: list[list[int]] = []
@@ -150,8 +161,21 @@ class CausalLM(Policy[States, States]):
     def most_users(self) -> int:
         """Users that are read at a time."""
         return max(
-            1, self.settings.micro_tokens // (len(self.prefix) + min(self.budget, self.max_items * self.space.longest))
+            1,
+            self.settings.micro_tokens // (self.longest_prompt + min(self.budget, self.max_items * self.space.longest)),
         )
+
+    @property
+    def reads_profiles(self) -> bool:
+        """Whether it reads who its users are; see the protocol."""
+        return self.settings.profile_tokens > 0
+
+    def profile_words(self, profiles: Sequence[str]) -> list[list[int]]:
+        """What it reads of profiles; see the protocol."""
+        if not self.reads_profiles:
+            return super().profile_words(profiles)
+        found = self.language.profiles(profiles, self.settings.profile_tokens)
+        return [as_words([*own, *self.after_profile]) if own else [] for own in found]
 
     def blocks(self) -> list[nn.Module]:
         """The model's layers; none where a part is trained, whose gradients are held back in whole tensors."""
@@ -175,25 +199,51 @@ class CausalLM(Policy[States, States]):
         token = self.space.trie.token[paths.node].long() + self.base[paths.depth]
         return token, torch.bincount(paths.owner, minlength=len(items))
 
+    def _read(self, entries: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of items and words (n,)."""
+        if not self.reads_profiles:
+            return self._tokens(entries)
+        says = is_word(entries)
+        token, count = self._tokens(entries[~says])
+        whole = torch.ones_like(entries)
+        whole[~says] = count
+        said = says.repeat_interleave(whole)
+        found = torch.empty_like(said, dtype=token.dtype)
+        found[said], found[~said] = token_of(entries[says]), token
+        return found, whole
+
     def _text(self, items: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Instruction and histories (B, T) with lengths (B,) as tokens (M,) user by user; each one's user (M,), and
-        place (M,) in the history, -1 in the instruction. The oldest items that do not fit are left out.
+        place (M,) in the history, -1 in instruction and profile. The oldest items that do not fit are left out.
         """
-        batch, device = len(items), items.device
+        device = items.device
         there = torch.arange(items.shape[1], device=device) < lengths[:, None]
         there &= self._fits(items, there)
         user, place = there.nonzero(as_tuple=True)
-        token, count = self._tokens(items[user, place])
-        head = len(self.prefix)
-        users = torch.cat([torch.arange(batch, device=device).repeat_interleave(head), user.repeat_interleave(count)])
+        token, count = self._read(items[user, place])
+        place = place.masked_fill(is_word(items[user, place]), -1)
+        owner, begun = self._beginnings(items, there)
+        users = torch.cat([owner, user.repeat_interleave(count)])
         order = users.argsort(stable=True)
-        places = torch.cat([torch.full((batch * head,), -1, device=device), place.repeat_interleave(count)])
-        return torch.cat([self.prefix.repeat(batch), token])[order], users[order], places[order]
+        places = torch.cat([torch.full_like(owner, -1), place.repeat_interleave(count)])
+        return torch.cat([begun, token])[order], users[order], places[order]
+
+    def _beginnings(self, items: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+        """What histories (B, T) begin with: each token's user (M,), and it (M,)."""
+        every = torch.arange(len(items), device=items.device)
+        if not self.reads_profiles:
+            return every.repeat_interleave(len(self.prefix)), self.prefix.repeat(len(items))
+        known = is_word(items[:, :1]).any(dim=1) & there[:, :1].any(dim=1)
+        parts = [(every[~known], self.prefix), (every[known], self.before_profile)]
+        return (
+            torch.cat([users.repeat_interleave(len(given)) for users, given in parts]),
+            torch.cat([given.repeat(len(users)) for users, given in parts]),
+        )
 
     def _fits(self, items: Tensor, there: Tensor) -> Tensor:
-        """(B, T) bool: the places from which on the items (B, T) that are there fit."""
-        sizes = torch.where(there, self.space.lengths(items), 0)
-        return sizes.flip(1).cumsum(1).flip(1) <= self.budget
+        """(B, T) bool: the places from which on the items (B, T) that are there fit; words do."""
+        sizes = torch.where(there & (items >= 0), self.space.lengths(items.clamp(min=0)), 0)
+        return (sizes.flip(1).cumsum(1).flip(1) <= self.budget) | is_word(items)
 
     def forward(
         self, rows: Rows, tokens: Tensor, position: Tensor, seen: Tensor | None, read: KeyValues
@@ -400,9 +450,9 @@ class CausalLM(Policy[States, States]):
         assert bool((targets[:, :-1] == items[:, 1:])[follows].all()), "a row of training is one text"
         whole, ends, there = self._texts(items, targets, counted)
         rows = (ends > 0).nonzero()[:, 0]
-        width = torch.where(there, self.space.lengths(whole), 0).sum(dim=1)
+        width = torch.where(there & (whole >= 0), self.space.lengths(whole.clamp(min=0)), 0).sum(dim=1)
         total, n_targets = torch.zeros((), device=items.device), 0
-        for own in self._pieces(rows, width[rows] + len(self.prefix)):
+        for own in self._pieces(rows, width[rows] + self.longest_prompt):
             loss, n = self._piecewise(self._text_loss, whole[own], ends[own] + 1, counted[own])
             total, n_targets = total + loss, n_targets + n
         loss = total / max(n_targets, 1)

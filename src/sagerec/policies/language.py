@@ -27,6 +27,8 @@ LENGTH_DEPENDENT = ("dynamic", "longrope")
 """Rotary scalings that change where a text passes the length that the model was trained on."""
 CAPS = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 """Settings of other output layers than a linear map, maybe softly capped."""
+PROFILE = "<profile>"
+"""Stands for a user's profile while a chat template is cut at its place."""
 ADAPTER = "lora_"
 """In the names of adapters' weights."""
 
@@ -87,6 +89,12 @@ class LanguageModel:
         if self.end is None:
             return tuple(text)
         return normalise(self.tokenizer.decode(text[:-1] if text[-1] == self.end else text))
+
+    def profiles(self, texts: Sequence[str], longest: int) -> list[list[int]]:
+        """Vocabulary ids of profiles: each one line, of at most `longest` tokens, of which none is special."""
+        lines, special = [" ".join(text.split()) for text in texts], set(self.tokenizer.all_special_ids)
+        encoded = self.tokenizer(lines, add_special_tokens=False, verbose=False)["input_ids"] if lines else []
+        return [[token for token in own if token not in special][:longest] for own in encoded]
 
     def embedding(self) -> Any:
         """The module that embeds tokens."""
@@ -257,6 +265,29 @@ def prompt(tokenizer: Any, instruction: str) -> Tensor:
         if tokenizer.bos_token_id is not None:
             found = [tokenizer.bos_token_id, *found]
     return torch.tensor(found, dtype=torch.int64)
+
+
+def prompt_of_user(tokenizer: Any, instruction: str) -> tuple[Tensor, list[int]]:
+    """The tokens before a user's profile and those between it and the history: of the user's turn where there is a chat
+    template and an instruction, else the instruction, and a line end.
+
+    Raises: SettingsError where a chat template does not repeat what it is given.
+    """
+    before, after = f"{instruction}\n" if instruction else "", "\n"
+    templated = bool(instruction and getattr(tokenizer, "chat_template", None))
+    if templated:
+        turns = [{"role": "user", "content": f"{instruction}\n{PROFILE}"}]
+        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        if text.count(PROFILE) != 1:
+            raise SettingsError(
+                "the model's chat template does not say once what it is given, so that it has no place for a profile; "
+                "expected no instruction, or another model"
+            )
+        before, after = text.split(PROFILE)
+    head, tail = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after))
+    if not templated and tokenizer.bos_token_id is not None:
+        head = [tokenizer.bos_token_id, *head]
+    return torch.tensor(head, dtype=torch.int64), tail
 
 
 @contextmanager

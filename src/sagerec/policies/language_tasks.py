@@ -44,7 +44,7 @@ def tasks_loss(policy: "CausalLM", items: Tensor, targets: Tensor, counted: Tens
         places = counted[row].nonzero()[:, 0]
         if len(places):
             last = int(places[-1])
-            words = [[*titles[i], *line] for i in items[row, max(0, last + 1 - RECENT) : last + 1].tolist()]
+            words = [[*titles[i], *line] for i in items[row, max(0, last + 1 - RECENT) : last + 1].tolist() if i >= 0]
             given.append([*ask[AFTER], *(token for title in words for token in title)])
             said.append(ids[int(targets[row, last])])
             named.append(int(targets[row, last]))

@@ -77,12 +77,26 @@ class Policy(nn.Module, Generic[ContextT, PrefixT]):
         """Compute once what hangs on the weights alone, for serving: they will not change any more."""
 
     @property
+    def reads_profiles(self) -> bool:
+        """Whether it reads who its users are."""
+        return False
+
+    def profile_words(self, profiles: Sequence[str]) -> list[list[int]]:
+        """What it reads of profiles (n,): words, which stand in a history before its items, each a number of at most
+        FIRST_WORD (`catalogue.profiles`). Nothing of an empty one, and of all where it reads none.
+        """
+        return [[] for _ in profiles]
+
+    @property
     def writes_freely(self) -> bool:
         """Whether it can write without the trie."""
         return False
 
     def encode(self, items: Tensor, lengths: Tensor, *, slates: int = 1) -> ContextT:
-        """Read histories (B, T) of item indices, padded on the right, with lengths (B,), once for G = `slates`."""
+        """Read histories (B, T) of item indices, padded on the right, with lengths (B,), once for G = `slates`.
+
+        Those of a policy that reads profiles may begin with `profile_words`, here and wherever it is given histories.
+        """
         raise NotImplementedError
 
     def append(self, context: ContextT, items: Tensor) -> ContextT:

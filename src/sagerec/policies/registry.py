@@ -81,6 +81,8 @@ class PolicySettings:
     """For Semantic IDs in a language model: weight of title -> ID, ID -> title, titles -> next ID (0)."""
     free_weight: float | None = None
     """Weight of a language model's next-token loss over the whole vocabulary beside the one over legal tokens (0)."""
+    profile_tokens: int | None = None
+    """Tokens of a user's profile (users.parquet) that a language model reads before the history, at most (0: none)."""
 
     def __post_init__(self) -> None:
         check_fields(self)

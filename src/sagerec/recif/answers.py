@@ -97,11 +97,6 @@ def make_cases(items: np.ndarray, offsets: np.ndarray) -> Cases:
     )
 
 
-def take(cases: Cases, index: np.ndarray) -> Cases:
-    """Some of the cases."""
-    return Cases(cases.users[index], cases.targets[index], cases.rows[index], cases.starts[index], cases.event_items)
-
-
 def known_histories(histories: Histories, known: KnownItems, *, without_last: bool) -> tuple[Cases, np.ndarray]:
     """The histories in the run's items, those that it does not have left out, and (n,) the item of each's last key.
 
@@ -136,7 +131,7 @@ def constrained_lists(
     pending, width = np.arange(len(cases)), PLACES
     while len(pending):
         lists, _ = list_cases(
-            policy, take(cases, pending), k=width, beams=max(50, width), exclude_history=exclude_history,
+            policy, cases.take(pending), k=width, beams=max(50, width), exclude_history=exclude_history,
             batch_size=BATCH, on_batch=on_batch,
         )  # fmt: skip
         for case, items in zip(pending.tolist(), lists, strict=True):
@@ -265,12 +260,10 @@ class RunPolicy:
             faults[UNANSWERED] += len(task) - len(index)
         rows = task.rows[index].tolist()
         if of_label:
-            for row, p in zip(
-                rows, candidate_probabilities(policy, take(cases, index), candidates[index]), strict=True
-            ):
+            for row, p in zip(rows, candidate_probabilities(policy, cases.take(index), candidates[index]), strict=True):
                 yield Prediction(task.name, row, p_yes=float(p), p_no=1.0 - float(p))
             return
-        chosen = take(cases, index)
+        chosen = cases.take(index)
         if self.free:
             lists = free_lists(policy, chosen, known)
         else:

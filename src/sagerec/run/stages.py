@@ -27,7 +27,7 @@ from sagerec.catalogue.audit import (
     read_events_used,
     write_events_used,
 )
-from sagerec.catalogue.dataset import INTERACTIONS, ITEMS, SOURCE, files_in, has_manifest, read_dataset
+from sagerec.catalogue.dataset import INTERACTIONS, ITEMS, SOURCE, USERS, files_in, has_manifest, read_dataset
 from sagerec.catalogue.splits import Cases, Part, SplitSettings, learnt_counts, make_split, read_split, write_split
 from sagerec.config import from_json, require, to_json
 from sagerec.decoding.cases import list_cases
@@ -110,7 +110,8 @@ def action_settings(actions: str, ids: ActionSettings, text: TitleSettings, mode
 def prepare(dataset: Path, out: Path, settings: SplitSettings) -> Run:
     """Copy a dataset into a run folder and split it."""
     data = read_dataset(dataset)
-    source = artifacts.hash_file(dataset / INTERACTIONS) + artifacts.hash_file(dataset / ITEMS)
+    tables = (INTERACTIONS, ITEMS, *((USERS,) if data.profiles is not None else ()))
+    source = "".join(artifacts.hash_file(dataset / name) for name in tables)
     target = out / "dataset"
     with making(target, "dataset", made_from={"source": source}, settings={}) as needed:
         if needed:

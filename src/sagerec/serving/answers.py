@@ -73,6 +73,9 @@ def resolve(version: Version, query: Query) -> Job:
     if policy not in version.policies:
         raise QueryError(f"policy is {policy[:SHOWN]!r}; expected one of {', '.join(version.policies)}")
 
+    if query.profile and not version.policies[policy].reads_profiles:
+        raise QueryError(f"the policy {policy} reads no profiles; expected none, or another policy")
+
     def known(ids: Sequence[str]) -> list[int]:
         places = catalogue.places
         unknown.update((value, None) for value in ids if value not in places)
@@ -98,7 +101,7 @@ def resolve(version: Version, query: Query) -> Job:
     seed = query.seed
     if seed is None and query.temperature > 0:
         seed = secrets.randbits(53)  # a number that JSON readers keep whole
-    row = Row(np.array(history, dtype=np.int64), np.array(sorted(left_out), dtype=np.int64))
+    row = Row(np.array(history, dtype=np.int64), np.array(sorted(left_out), dtype=np.int64), profile=query.profile)
     return Job(version, policy, row, key, query, seed, list(unknown))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from sagerec.artifacts import UNREADABLE, hash_file
-from sagerec.catalogue.dataset import as_ids, require_columns
+from sagerec.catalogue.dataset import PROFILE, as_ids, is_text, require_columns
 from sagerec.config import at_least, require
 from sagerec.errors import DatasetError
 from sagerec.files import digest, locked, read_json, remove, replace_file, write_json
@@ -41,7 +41,8 @@ def list_users(
     ids of the history the catalogue does not have.
 
     `users` is a Parquet file with user_id and, unless all users are in the run's log, history: a list of item ids, the
-    oldest first. Who has no known item gets an empty list. A stopped call goes on where it was.
+    oldest first. Its column profile says who they are to a policy that reads it, else what the log's dataset says does.
+    Who has no known item gets an empty list. A stopped call goes on where it was.
     Returns: users, how many of them got an empty list, and unknown ids.
 
     Raises: DatasetError for a table of another shape, or a user without a history who is not in the log.
@@ -67,7 +68,8 @@ def list_users(
         with progress_bar("users", total, completed=total - sum(min(PART_USERS, total - at) for at in missing)) as bar:
             for begin in missing:
                 block = pl.scan_parquet(users).slice(begin, PART_USERS).collect()
-                found = _list_block(run, writer, _histories(run, block, users, has_history), k, keep_history)
+                read = _histories(run, block, users, has_history)
+                found = _list_block(run, writer, read, _profiles(run, block, writer), k, keep_history)
                 with replace_file(_part(parts, begin)) as fresh:
                     found.write_parquet(fresh)
                 bar.update(min(begin + PART_USERS, total))
@@ -100,6 +102,8 @@ def _look_at(users: Path) -> tuple[int, bool]:
         raise DatasetError(
             f"{users}: column 'history' has type {schema[HISTORY]}, expected a list of item ids, the oldest first"
         )
+    if PROFILE in schema and schema[PROFILE] != pl.Null and not is_text(schema[PROFILE]):
+        raise DatasetError(f"{users}: column 'profile' has type {schema[PROFILE]}, expected text. Cast it")
     return total, has_history
 
 
@@ -130,8 +134,24 @@ def _histories(run: Run, block: pl.DataFrame, users: Path, has_history: bool) ->
     return [(user, run.data.item_ids.external(taken)) for user, taken in zip(ids, items, strict=True)]
 
 
+def _profiles(run: Run, block: pl.DataFrame, policy: AnyPolicy) -> list[str]:
+    """Who the users of a block are: as it says, else as the run's dataset does; "" where the policy reads none."""
+    if policy.reads_profiles and PROFILE in block.columns:
+        return block[PROFILE].cast(pl.String).fill_null("").to_list()
+    if not policy.reads_profiles or run.data.profiles is None:
+        return [""] * len(block)
+    known = pl.DataFrame([run.data.user_ids.ids.alias(USER), run.data.profiles.alias(PROFILE)])
+    found = block.select(pl.col(USER).cast(pl.String)).join(known, on=USER, how="left", maintain_order="left")
+    return found[PROFILE].fill_null("").to_list()
+
+
 def _list_block(
-    run: Run, policy: AnyPolicy, users: list[tuple[str, list[str]]], k: int, keep_history: bool
+    run: Run,
+    policy: AnyPolicy,
+    users: list[tuple[str, list[str]]],
+    profiles: list[str],
+    k: int,
+    keep_history: bool,
 ) -> pl.DataFrame:
     """The part of some users, in their order; histories of like length are decoded together."""
     known, unknown = [], []
@@ -144,7 +164,7 @@ def _list_block(
     nothing = np.zeros(0, dtype=np.int64)
     for begin in range(0, len(order), BATCH_USERS):
         batch = order[begin : begin + BATCH_USERS]
-        rows = [Row(known[at], nothing if keep_history else np.unique(known[at])) for at in batch]
+        rows = [Row(known[at], nothing if keep_history else np.unique(known[at]), profile=profiles[at]) for at in batch]
         for at, found_row in zip(batch, list_rows(policy, rows, k), strict=True):
             items[at], scores[at] = run.data.item_ids.external(found_row.items), found_row.scores
     return pl.DataFrame([[user for user, _ in users], items, scores, unknown], schema=SCHEMA)

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from sagerec.serving.settings import MAX_IDS, MAX_K, MAX_ROWS, MAX_SLATE
+from sagerec.serving.settings import MAX_IDS, MAX_K, MAX_PROFILE, MAX_ROWS, MAX_SLATE
 
 Id = Annotated[str, Field(min_length=1, max_length=512)]
 Ids = Annotated[list[Id], Field(max_length=MAX_IDS)]
@@ -40,6 +40,9 @@ class Query(Strict):
     """One question; the least is a history."""
 
     history: Annotated[Ids, Field(min_length=1)] = Field(description="Item ids, the oldest first.")
+    profile: Annotated[str, Field(max_length=MAX_PROFILE)] = Field(
+        default="", description="Who the user is, in words, for a policy that reads profiles."
+    )
     k: Annotated[int, Field(ge=1, le=MAX_K)] = Field(default=10, description="Items wanted.")
     policy: Id | None = Field(default=None, description="Which policy of the run; the server's default if not given.")
     exclude_history: bool = Field(default=True, description="Leave out what is in the history.")

@@ -35,6 +35,8 @@ class Row:
     """What may be shown; None for everything."""
     listed: tuple[int, ...] = ()
     """Items that stand for sequences which are in the list already."""
+    profile: str = ""
+    """Who the user is, for a policy that reads it."""
 
 
 class Found(NamedTuple):
@@ -68,7 +70,9 @@ def _pad(rows: Sequence[np.ndarray], fill: int, device: torch.device) -> Tensor:
 
 def _gather(policy: AnyPolicy, rows: Sequence[Row]) -> _Batch:
     space, device = policy.space, policy.device
-    read = [row.history[-policy.max_items :] for row in rows]
+    words = policy.profile_words([row.profile for row in rows])
+    latest = [row.history[-policy.max_items :] for row in rows]
+    read = [np.concatenate([np.array(own, dtype=np.int64), items]) for own, items in zip(words, latest, strict=True)]
     everything = Filter(torch.ones(1, dtype=torch.bool, device=device).expand(space.n_items), space.trie.size)
     numbers: dict[int, int] = {}
     filters: list[Filter] = []

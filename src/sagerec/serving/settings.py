@@ -17,6 +17,8 @@ SHOWN = 60
 """Characters of what was got that an error repeats."""
 MAX_IDS = 10_000
 """Item ids of a history, or of a filter."""
+MAX_PROFILE = 4_000
+"""Characters of a user's profile."""
 MAX_ROWS = 256
 """Queries of one batch request."""
 COLD_EVENTS = 5

@@ -36,6 +36,7 @@ from sagerec.catalogue.dataset import Dataset
 from sagerec.catalogue.simulated_store import SimulatedStore
 from sagerec.catalogue.splits import Cases, Split, learnt_counts
 from sagerec.config import require
+from sagerec.decoding.cases import read_histories
 from sagerec.errors import SettingsError
 from sagerec.evaluation import metrics
 from sagerec.evaluation.per_case import Yardstick, validation_means
@@ -44,7 +45,7 @@ from sagerec.policies.protocol import AnyPolicy
 from sagerec.policies.registry import write_weights
 from sagerec.progress import progress_bar
 from sagerec.training import parallel, sharding
-from sagerec.training.batches import make_windows, shuffled_batches
+from sagerec.training.batches import policy_windows, shuffled_batches
 from sagerec.training.checkpoints import (
     find_checkpoint,
     fingerprint,
@@ -159,7 +160,7 @@ def align_policy(
         work=work,
         rewards=weights,
         longest=start.space.longest if free else settings.k * most_choices(start.space),
-        replay=make_windows(known, start.max_items) if settings.replay_weight else None,
+        replay=policy_windows(start, known) if settings.replay_weight else None,
         compute=compute,
     )
     validation = split.cases(data, "valid").sample(settings.validation_users, np.random.default_rng(settings.seed))
@@ -195,7 +196,7 @@ def sample_loss(stage: Stage, n: int) -> float:
     """Next-item loss of the first n reserved events, in nats an item."""
     policy, cases = stage.policy, stage.cases
     some = np.arange(min(len(cases), n))
-    history, length = cases.histories(some, policy.max_items)
+    history, length = read_histories(policy, cases, some)
     items, lengths = (torch.from_numpy(x).to(policy.device) for x in (history, length))
     targets = torch.from_numpy(policy.space.listed_as(cases.targets[some])).to(policy.device).long()
     last = torch.arange(items.shape[1], device=policy.device) == lengths[:, None] - 1

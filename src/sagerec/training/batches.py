@@ -3,13 +3,16 @@
 Shapes: W windows, B windows of a batch, T items of the longest.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
+from sagerec.catalogue.profiles import after_words
 from sagerec.catalogue.splits import Sequences
 from sagerec.errors import TrainingError
+from sagerec.policies.protocol import AnyPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +25,8 @@ class Windows:
     """(W,) int64 first input of each window."""
     lengths: np.ndarray
     """(W,) int64 number of inputs, which is the number of targets."""
+    words: Sequence[Sequence[int]] = ()
+    """Of each window what stands before its items, of whom they are (`catalogue.profiles`); () where nothing does."""
 
     def __len__(self) -> int:
         return len(self.begins)
@@ -38,7 +43,12 @@ class Windows:
         at = np.where(counted, self.begins[index][:, None] + places, 0)
         inputs = np.where(counted, self.items[at], 0).astype(np.int64)
         targets = np.where(counted, self.items[np.where(counted, at + 1, 0)], 0).astype(np.int64)
-        return inputs, targets, counted
+        if not self.words:
+            return inputs, targets, counted
+        words = [self.words[window] for window in index]
+        blank = [[0] * len(own) for own in words]
+        given, _ = after_words(words, inputs, length)
+        return given, after_words(blank, targets, length)[0], after_words(blank, counted, length)[0]
 
 
 ROUNDED = 8
@@ -78,6 +88,19 @@ def make_windows(sequences: Sequences, max_items: int) -> Windows:
     end = sequences.offsets[sequence] + counts[sequence] - max_items * rank
     begin = np.maximum(sequences.offsets[sequence], end - max_items)
     return Windows(items=sequences.items, begins=begin.astype(np.int64), lengths=(end - begin).astype(np.int64))
+
+
+def policy_windows(policy: AnyPolicy, sequences: Sequences) -> Windows:
+    """The windows that a policy learns sequences from, each after who the user is where it reads that.
+
+    Raises: TrainingError where no sequence has two items.
+    """
+    windows = make_windows(sequences, policy.max_items)
+    if sequences.profiles is None or not policy.reads_profiles:
+        return windows
+    words = policy.profile_words(sequences.profiles.gather(sequences.users).to_list())
+    sequence = sequences.offsets.searchsorted(windows.begins, side="right") - 1
+    return replace(windows, words=[words[own] for own in sequence])
 
 
 def shuffled_batches(lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sagerec.decoding.cases import read_histories
 from sagerec.decoding.rollouts import roll_out, score_slates
 from sagerec.errors import NumericalError, TrainingError
 from sagerec.objectives.loss import (
@@ -50,7 +51,7 @@ REPLAY = 1
 def read_cases(stage: Stage, index: np.ndarray) -> CaseBatch:
     """The rank's share of the cases `index`."""
     own, policy = index[parallel.own_share(len(index))], stage.policy
-    history, length = stage.cases.histories(own, policy.max_items)
+    history, length = read_histories(policy, stage.cases, own)
     items, lengths, targets = on_device(policy.device, history, length, stage.cases.targets[own].astype(np.int64))
     excluded = on_device(policy.device, stage.cases.taken(own))[0] if stage.exclude_history else None
     space = policy.space

@@ -22,7 +22,7 @@ from sagerec.evaluation.per_case import validation_means
 from sagerec.policies.protocol import AnyPolicy
 from sagerec.policies.registry import describe_policy, make_policy, write_weights
 from sagerec.training import parallel, sharding
-from sagerec.training.batches import make_windows
+from sagerec.training.batches import policy_windows
 from sagerec.training.checkpoints import fingerprint, working_folder
 from sagerec.training.loop import Loss, fit, stage_device, validation_sample
 from sagerec.training.settings import TrainSettings
@@ -66,7 +66,7 @@ def train_policy(
         summary = fit(
             policy,
             work,
-            make_windows(train, policy.max_items),
+            policy_windows(policy, train),
             settings,
             loss=supervised_loss(policy, settings, repeats=not exclude),
             n_targets=policy.n_targets,

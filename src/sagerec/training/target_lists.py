@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sagerec.actions.legal import NO_ITEM
+from sagerec.catalogue.profiles import first_item, is_word
 from sagerec.decoding.beam import beam_lists
 from sagerec.decoding.slates import Slates, slate_logprobs
 from sagerec.policies.protocol import AnyPolicy
@@ -49,7 +50,10 @@ def join_lists(events: Tensor, taught: Tensor, *, k: int) -> tuple[Tensor, Tenso
 def cut(items: Tensor, targets: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
     """Lengths (B,) of histories cut at random from windows (B, T), and up to E next events (B, E), -1 = none."""
     most = (counted * torch.arange(1, items.shape[1] + 1, device=items.device)).amax(dim=1)
-    lengths = 1 + (torch.rand(len(items), device=items.device) * most).long().clamp(max=most - 1)
+    first = first_item(items)
+    most_items = most - first
+    kept = 1 + (torch.rand(len(items), device=items.device) * most_items).long().clamp(max=most_items - 1)
+    lengths = first + kept
     place = lengths[:, None] - 1 + torch.arange(NEXT_EVENTS, device=items.device)
     events = targets.gather(1, place.clamp(max=items.shape[1] - 1))
     return lengths, events.masked_fill(place >= most[:, None], NO_ITEM)
@@ -72,7 +76,7 @@ def list_loss(
     lengths, events = cut(items, targets, counted)
     canonical = policy.space.trie.item[policy.space.leaf(events.clamp(min=0))].long()
     events = canonical.masked_fill(events < 0, NO_ITEM)
-    past = torch.arange(items.shape[1], device=items.device) < lengths[:, None]
+    past = (torch.arange(items.shape[1], device=items.device) < lengths[:, None]) & ~is_word(items)
     history = items.masked_fill(~past, NO_ITEM)
     if not repeats:
         had = policy.space.trie.item[policy.space.leaf(history.clamp(min=0))].masked_fill(~past, NO_ITEM)

@@ -17,10 +17,14 @@ VALIDATION_K, VALIDATION_BEAMS = 10, 20
 def validation_lists(policy: AnyPolicy, cases: Cases, *, exclude_history: bool) -> np.ndarray:
     """Beam lists (n, 10) of 20 beams, not widened: for choosing weights, not for reporting; the same on every rank."""
     own = parallel.own_share(len(cases))
-    part = Cases(cases.users[own], cases.targets[own], cases.rows[own], cases.starts[own], cases.event_items)
     with sharding.gathered(policy):
         lists, _ = list_cases(
-            policy, part, k=VALIDATION_K, beams=VALIDATION_BEAMS, widen=False, exclude_history=exclude_history
+            policy,
+            cases.take(own),
+            k=VALIDATION_K,
+            beams=VALIDATION_BEAMS,
+            widen=False,
+            exclude_history=exclude_history,
         )
     found: np.ndarray = parallel.gather_rows(torch.from_numpy(lists).to(policy.device), len(cases)).cpu().numpy()
     return found
