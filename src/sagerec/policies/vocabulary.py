@@ -79,9 +79,14 @@ def token_logprobs(language: "LanguageModel", hidden: Tensor, token: Tensor, tem
     """(M,) log-probabilities of tokens (M,) among all after outputs (M, D), with gradient, in which they are computed
     again.
     """
+    weight, bias = language.head()
+    if torch.is_autocast_enabled(hidden.device.type):  # rounded once, not for every part: weights without gradient are
+        weight = weight.to(torch.get_autocast_dtype(hidden.device.type))
 
     def part(hidden: Tensor, token: Tensor) -> Tensor:
-        return vocabulary_logprobs(language, hidden, temperature).gather(1, token[:, None]).squeeze(1)
+        logits = language.cap(F.linear(hidden, weight, bias).float())
+        logits = logits if temperature == 1 else logits / temperature
+        return -F.cross_entropy(logits, token, reduction="none")
 
     size = rows_at_a_time(language)
     parts = list(zip(torch.split(hidden, size), torch.split(token, size), strict=True))
