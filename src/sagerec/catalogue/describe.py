@@ -58,6 +58,7 @@ def describe(data: Dataset, split: Split, *, cold_max_count: int) -> dict[str, A
     targets = data.event_items[split.mask("test")]
     return {
         "users": data.n_users,
+        **({} if data.profiles is None else {"users_with_profile": int((data.profiles != "").sum())}),
         "items": data.n_items,
         "interactions": data.n_events,
         "density": data.n_events / data.n_users / data.n_items,
