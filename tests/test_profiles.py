@@ -27,7 +27,7 @@ from sagerec.policies.protocol import Policy
 from sagerec.policies.registry import PolicySettings
 from sagerec.policies.small_lm import SmallLMSettings, new_language_model
 from sagerec.run.folder import Run, open_run
-from sagerec.run.stages import align, evaluate, make_actions, prepare, train
+from sagerec.run.stages import align, evaluate, make_actions, prepare, train, zero_shot
 from sagerec.serving.lists import list_users
 from sagerec.training.batches import make_windows, policy_windows
 from sagerec.training.settings import TrainSettings
@@ -301,6 +301,19 @@ def test_profiles_are_part_of_the_dataset(coloured: Run, tmp_path: Path) -> None
         with pytest.raises(DatasetError, match=said) as error:
             read_dataset(folder)
         assert USERS in str(error.value)
+
+
+def test_a_policy_that_reads_profiles_needs_some(coloured: Run, tmp_path: Path) -> None:
+    folder = write_colours(tmp_path / "data")
+    (folder / USERS).unlink()
+    model = str(coloured.folder.parent / "lm")
+    run = prepare(folder, tmp_path / "run", SplitSettings())
+    make_actions(run, TitleSettings(model=model))
+    reader = PolicySettings(kind="causal-lm", model=model, profile_tokens=8)
+    with pytest.raises(SettingsError, match=r"the dataset has none; expected users\.parquet"):
+        train(run, reader, TrainSettings(epochs=1))
+    with pytest.raises(SettingsError, match="the dataset has none"):
+        zero_shot(run, reader)
 
 
 def test_a_policy_that_reads_no_profile_says_so(small_run: Run) -> None:

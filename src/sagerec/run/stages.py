@@ -57,7 +57,7 @@ from sagerec.training.alignment import align_policy
 from sagerec.training.checkpoints import discard_finished
 from sagerec.training.loop import stage_device
 from sagerec.training.settings import AS_USUAL, AlignSettings, ComputeSettings, TrainSettings
-from sagerec.training.supervised import train_policy
+from sagerec.training.supervised import check_profiles, train_policy
 
 logger = logging.getLogger(__name__)
 AUDITED: dict[str, tuple[Part, ...]] = {
@@ -186,6 +186,7 @@ def zero_shot(run: Run, policy_settings: Any) -> None:
     with making(folder, "policy", made_from=made_from, settings=resolved) as needed:
         if needed:
             policy = make_policy(run.space(), policy_settings)
+            check_profiles(policy, run.data.profiles is not None)
             policy.describe(run.data.titles(range(run.data.n_items)))
             sizes = {"parameters": sum(p.numel() for p in policy.parameters()), "seconds": 0.0}
             with artifacts.write_artifact(

@@ -47,7 +47,8 @@ def train_policy(
     `train` must hold training events only (audited). `validation` None, or `validate_every` 0, keeps the last weights.
     `titles` (N,) of the items are told to a policy that reads them.
 
-    Raises: TrainingError for a non-finite loss (the batch is saved) or nothing to train on.
+    Raises: TrainingError for a non-finite loss (the batch is saved) or nothing to train on; SettingsError for a policy
+    that reads profiles where there are none.
     """
     work = working_folder(folder)
     resolved = {"policy": describe_policy(policy_settings), "train": to_json(settings)}
@@ -55,6 +56,7 @@ def train_policy(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
         policy = make_policy(space, policy_settings).move(device)
+        check_profiles(policy, train.profiles is not None)
         counts = np.bincount(train.items, minlength=space.n_items)
         policy.count(torch.from_numpy(counts).float())
         if titles:
@@ -86,6 +88,15 @@ def train_policy(
         shutil.rmtree(work)
     parallel.share_from_first(None)  # no rank goes on before the artefact is there
     return policy
+
+
+def check_profiles(policy: AnyPolicy, are_there: bool) -> None:
+    """Raise SettingsError for a policy that reads profiles where there are none."""
+    require(
+        are_there or not policy.reads_profiles,
+        "the policy is to read profiles, and the dataset has none; expected users.parquet with user_id and profile in "
+        "it, or no --policy.profile-tokens",
+    )
 
 
 def supervised_loss(policy: AnyPolicy, settings: TrainSettings, *, repeats: bool) -> Loss:
