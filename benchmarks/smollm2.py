@@ -29,6 +29,7 @@ from sagerec.actions.semantic_ids.build import SemanticIdSettings
 from sagerec.actions.titles import TitleSettings
 from sagerec.catalogue.dataset import INTERACTIONS, ITEMS, SPLIT, USER_ID
 from sagerec.catalogue.splits import SplitSettings
+from sagerec.errors import SettingsError
 from sagerec.evaluation.evaluate import EvaluateSettings
 from sagerec.files import replace_folder, write_json
 from sagerec.policies.language import quiet
@@ -108,6 +109,8 @@ def draw_users(dataset: Path, out: Path, settings: SmolSettings) -> None:
     events = pl.read_parquet(dataset / INTERACTIONS)
     order = np.random.default_rng(settings.seed).permutation(events[USER_ID].unique().sort().to_numpy()).tolist()
     learnt, measured = (order[: size or None] for size in (settings.users, settings.measured or settings.users))
+    if settings.measured and SPLIT not in events.columns:
+        raise SettingsError(f"measured is {settings.measured}, and {dataset} marks no split; expected 0")
     kept = pl.col(USER_ID).is_in(learnt)
     if settings.measured:
         kept &= pl.col(USER_ID).is_in(measured) | (pl.col(SPLIT) == "train")

@@ -1,5 +1,6 @@
 """Who a user is, in words: what a language model reads between its instruction and the history."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from sagerec.catalogue.dataset import USERS, read_dataset
 from sagerec.catalogue.profiles import after_words
 from sagerec.catalogue.splits import Cases, Sequences, SplitSettings
 from sagerec.cli import main
+from sagerec.cli.data import describe_dataset
 from sagerec.decoding.beam import exact_lists
 from sagerec.decoding.cases import read_histories
 from sagerec.decoding.slates import slate_logprobs, write_slates
 from sagerec.errors import DatasetError, SettingsError
 from sagerec.evaluation.evaluate import EvaluateSettings
 from sagerec.policies.causal_lm import CausalLM
+from sagerec.policies.language_tasks import tasks_loss
 from sagerec.policies.protocol import Policy
 from sagerec.policies.registry import PolicySettings
 from sagerec.policies.small_lm import SmallLMSettings, new_language_model
@@ -31,7 +34,7 @@ from sagerec.run.stages import align, evaluate, make_actions, prepare, train, ze
 from sagerec.serving.lists import list_users
 from sagerec.training.batches import make_windows, policy_windows
 from sagerec.training.settings import TrainSettings
-from sagerec.training.target_lists import cut
+from sagerec.training.target_lists import cut, join_lists, list_loss
 from tests.language_models import save_model
 from tests.test_alignment import QUICK
 from tests.test_causal_lm import HISTORIES, TITLES, policy_of
@@ -114,6 +117,8 @@ def test_a_profile_is_one_line_that_never_costs_more_than_it_may(model: Path) ->
     one, other, none, special = policy.profile_words(
         ["likes  red\nthings ", "likes red things", " \n", "<|endoftext|>"]
     )
+    assert policy.profile_words(["<|endoftext|>likes red things"]) == [one]  # left out first, cut then
+    assert policy.longest_prompt == len(policy.before_profile) + len(one)
     assert one == other
     assert len(one) == 4 + len(policy.after_profile)
     assert none == special == []
@@ -129,6 +134,25 @@ def test_a_profile_is_one_line_that_never_costs_more_than_it_may(model: Path) ->
         policy_of(model, profile_tokens=200, max_tokens=210)
     with pytest.raises(SettingsError, match="profile_tokens"):
         policy_of(model, profile_tokens=-1)
+
+
+def test_a_profile_says_nothing_but_words(model: Path) -> None:
+    """No token that begins a turn or stands for a code, no half of a character, no text that cannot be encoded."""
+    from transformers import AddedToken
+
+    policy = policy_of(model, codes=True, profile_tokens=6)
+    tokenizer = policy.language.tokenizer
+    tokenizer.add_tokens([AddedToken("<|turn|>", special=True), AddedToken("<turn>", special=False)])
+    plain, *others = policy.profile_words(
+        ["a comb", "a<|turn|> comb", "<turn>a comb", "<a_0>a comb<b_1>", "a comb\ud800"]
+    )
+    assert [sorted(own) == sorted(plain) for own in others[:1]] == [True]
+    assert others[1] == others[2] == plain
+    assert len(others[3]) == len(plain) + 1  # a mark in its place
+    (cut,) = policy.profile_words(["é☕é☕é☕é☕"])
+    text = tokenizer.decode([-2 - word for word in cut[: len(cut) - len(policy.after_profile)]])
+    assert text
+    assert "\ufffd" not in text
 
 
 def test_a_template_without_a_place_for_it_is_refused(model: Path, tmp_path: Path) -> None:
@@ -165,15 +189,16 @@ def test_policies_that_read_none_are_given_none() -> None:
         def profile_words(self, profiles: Any) -> list[list[int]]:
             return [[-2 - len(profile)] if profile else [] for profile in profiles]
 
-    who = pl.Series(["abc", ""])
+    who = pl.Series(["nobody", "", "abc"])
     sequences = Sequences(
-        np.arange(7, dtype=np.int32), np.array([0, 4, 7]), np.array([0, 1]), np.arange(7), profiles=who
+        np.arange(7, dtype=np.int32), np.array([0, 4, 7]), np.array([2, 1]), np.arange(7), profiles=who
     )
-    users, rows = np.array([0, 1]), np.array([3, 6])
+    users, rows = np.array([2, 1]), np.array([3, 6])
     cases = Cases(users, np.array([3, 6]), rows, np.array([0, 4]), np.arange(7), profiles=who)
     assert policy_windows(Plain(), sequences).words == ()
     assert read_histories(Plain(), cases, np.arange(2))[0].tolist() == [[1, 2], [4, 5]]
     assert read_histories(Reader(), cases.take(np.array([0])), np.arange(1))[0].tolist() == [[-5, 1, 2]]
+    assert read_histories(Reader(), cases, np.array([1, 0]))[0].tolist() == [[4, 5, 0], [-5, 1, 2]]
     windows = policy_windows(Reader(), sequences)  # each window of a user begins with it
     batch = windows.batch(np.arange(len(windows)))
     assert sorted(map(tuple, batch[0].tolist())) == [(-5, 0, 0), (-5, 1, 2), (4, 5, 0)]
@@ -242,6 +267,68 @@ def test_what_a_profile_tells_is_learnt_aligned_and_served(coloured: Run, tmp_pa
             assert all(title.startswith(colour) for title in found["title"][: 1 if slate else 4])
 
 
+def test_every_history_of_an_alignment_says_whose_it_is(
+    coloured: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rollouts, loss, anchor, replay, checks and validations: none is given a history without the user's own words."""
+    run = open_run(shutil.copytree(coloured.folder, tmp_path / "run"))
+    reader = run.policy(device="cpu")
+    known = {tuple(reader.profile_words([f"likes {colour}"])[0]): colour for colour in COLOURS}
+    asked: list[tuple[str, str]] = []
+
+    def watch(name: str) -> None:
+        plain = getattr(CausalLM, name)
+
+        def watched(self: CausalLM, items: torch.Tensor, *rest: Any, **more: Any) -> Any:
+            for row in items.tolist():
+                words = tuple(entry for entry in row if entry < 0)
+                assert tuple(row[: len(words)]) == words
+                asked.append((name, known[words]))
+            return plain(self, items, *rest, **more)
+
+        monkeypatch.setattr(CausalLM, name, watched)
+
+    for name in ("encode", "next_item_loss", "n_targets", "text_logprobs", "sample_texts"):
+        watch(name)
+    quick = replace(QUICK, start="supervised", epochs=1, replay_weight=1.0, k=2, slates=4)
+    align(run, quick, name="two")
+    align(run, replace(quick, k=1, reward=("validity=1",)), name="free")
+    assert set(asked) == {(name, colour) for name in {name for name, _ in asked} for colour in COLOURS}
+    assert {name for name, _ in asked} >= {"encode", "next_item_loss", "sample_texts", "text_logprobs"}
+
+
+def test_words_are_no_items_to_the_other_losses(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Titles of a history, and target lists, are made of its items alone."""
+    policy = policy_of(model, codes=True, title_weight=1.0, profile_tokens=8)
+    taken = Sequences(np.array([0, 3, 5, 9, 7, 1, 2, 6]), np.array([0, 4, 8]), np.arange(2), np.arange(8))
+    windows = make_windows(taken, 3)
+    told = replace(windows, words=[policy.profile_words(["likes red"])[0]] * len(windows))
+    every = np.arange(len(windows))
+    plain, spoken = ([torch.from_numpy(x) for x in w.batch(every)] for w in (windows, told))
+    torch.testing.assert_close(tasks_loss(policy, *spoken), tasks_loss(policy, *plain))
+    seen: list[Any] = []
+
+    def join(events: torch.Tensor, taught: torch.Tensor, *, k: int) -> Any:
+        seen.append(events)
+        return join_lists(events, taught, k=k)
+
+    def scored(*given: Any, excluded: torch.Tensor) -> torch.Tensor:
+        seen.append(excluded)
+        return torch.zeros(())
+
+    monkeypatch.setattr("sagerec.training.target_lists.join_lists", join)
+    monkeypatch.setattr("sagerec.training.target_lists.rest_loss", scored)
+    cluster = torch.zeros(len(TITLES), dtype=torch.int64)
+    swap = [torch.where(x == 0, 11, torch.where(x == 11, 0, x)) for x in spoken[:2]]  # so that 0 is not always had
+    items, targets = (torch.where(x == 9, 0, s) for x, s in zip(spoken[:2], swap, strict=True))
+    for seed in range(20):
+        torch.manual_seed(seed)
+        list_loss(policy, items, targets, spoken[2], cluster, variety=0.5, repeats=False)
+    events, excluded = seen[::2], seen[1::2]
+    assert all(bool((own >= -1).all()) for own in excluded)
+    assert any(bool((own == 0).any()) for own in events)  # nor does a word stand for the item 0
+
+
 def test_lists_of_users_read_who_they_are(coloured: Run, tmp_path: Path) -> None:
     red = {f"i{item}" for item in range(3, 9)}
     tables = {
@@ -251,11 +338,13 @@ def test_lists_of_users_read_who_they_are(coloured: Run, tmp_path: Path) -> None
         ),
         "strange": pl.DataFrame({"user_id": ["x"], "history": [["i0"]]}),
     }
-    lists = {}
+    lists: dict[str, Any] = {}
+    scores: dict[str, Any] = {}
     for name, table in tables.items():
         table.write_parquet(tmp_path / f"{name}.parquet")
         list_users(coloured, tmp_path / f"{name}.parquet", tmp_path / f"{name}-lists.parquet", k=4, device="cpu")
-        lists[name] = pl.read_parquet(tmp_path / f"{name}-lists.parquet")["items"].to_list()
+        made = pl.read_parquet(tmp_path / f"{name}-lists.parquet")
+        lists[name], scores[name] = made["items"].to_list(), made["scores"].to_list()
     assert [set(own) <= red for own in lists["told"]] == [True, False]
     recommender, data = sagerec.load(coloured.folder, device="cpu"), coloured.data
     for user, found in zip((0, 1), lists["known"], strict=True):
@@ -264,6 +353,12 @@ def test_lists_of_users_read_who_they_are(coloured: Run, tmp_path: Path) -> None
         expected = recommender.recommend(history, k=4, profile=f"likes {COLOURS[user]}")
         assert found == expected["item_id"].to_list() != recommender.recommend(history, k=4)["item_id"].to_list()
     assert lists["strange"] == [recommender.recommend(["i0"], k=4)["item_id"].to_list()]
+    # Of whom the table says nothing, the log's users keep what the dataset says.
+    pl.DataFrame({"user_id": ["u0", "u1"], "profile": [None, "likes red"]}).write_parquet(tmp_path / "some.parquet")
+    list_users(coloured, tmp_path / "some.parquet", tmp_path / "some-lists.parquet", k=4, device="cpu")
+    some = pl.read_parquet(tmp_path / "some-lists.parquet")["scores"].to_list()
+    assert some[0] == pytest.approx(scores["known"][0], abs=1e-5)
+    assert some[1] != pytest.approx(scores["known"][1], abs=1e-2)
     pl.DataFrame({"user_id": ["u0"], "profile": [3]}).write_parquet(tmp_path / "bad.parquet")
     with pytest.raises(DatasetError, match="'profile' has type Int64"):
         list_users(coloured, tmp_path / "bad.parquet", tmp_path / "out.parquet")
@@ -285,6 +380,7 @@ def test_profiles_are_part_of_the_dataset(coloured: Run, tmp_path: Path) -> None
     users = pl.read_parquet(folder / USERS)
     users.filter(pl.col("user_id") != "u3").write_parquet(folder / USERS)
     run = prepare(folder, tmp_path / "run", SplitSettings())
+    assert describe_dataset(run.data)["users_with_profile"] == 299
     assert run.manifest("dataset").content_hash != before
     assert run.data.profiles is not None
     assert dict(zip(run.data.user_ids.ids, run.data.profiles, strict=True))["u3"] == ""
@@ -301,18 +397,23 @@ def test_profiles_are_part_of_the_dataset(coloured: Run, tmp_path: Path) -> None
         with pytest.raises(DatasetError, match=said) as error:
             read_dataset(folder)
         assert USERS in str(error.value)
+    (folder / USERS).unlink()
+    (folder / USERS).mkdir()
+    with pytest.raises(DatasetError, match=USERS):
+        read_dataset(folder)
 
 
 def test_a_policy_that_reads_profiles_needs_some(coloured: Run, tmp_path: Path) -> None:
     folder = write_colours(tmp_path / "data")
-    (folder / USERS).unlink()
+    table = pl.read_parquet(folder / USERS)
+    table.with_columns(user_id="x" + pl.col("user_id")).write_parquet(folder / USERS)  # of nobody in the log
     model = str(coloured.folder.parent / "lm")
     run = prepare(folder, tmp_path / "run", SplitSettings())
     make_actions(run, TitleSettings(model=model))
     reader = PolicySettings(kind="causal-lm", model=model, profile_tokens=8)
-    with pytest.raises(SettingsError, match=r"the dataset has none; expected users\.parquet"):
+    with pytest.raises(SettingsError, match=r"none of its users .* expected users\.parquet"):
         train(run, reader, TrainSettings(epochs=1))
-    with pytest.raises(SettingsError, match="the dataset has none"):
+    with pytest.raises(SettingsError, match="none of its users"):
         zero_shot(run, reader)
 
 

@@ -187,8 +187,7 @@ def write_titles(
     for number, tokens in enumerate(encode(texts)):
         is_cut, tokens = len(tokens) > max_tokens, tokens[:max_tokens]
         counts["cut"] += is_cut
-        while is_cut and tokens and tokenizer.decode(tokens).endswith(HALF):
-            tokens = tokens[:-1]
+        tokens = whole_characters(tokenizer, tokens) if is_cut else tokens
         if not decode(tokens):
             counts["unwritable"] += 1
             tokens = encode([instead[number]])[0]
@@ -211,6 +210,13 @@ def write_titles(
         found.append(tokens)
         written.append(text)
     return found, written, counts
+
+
+def whole_characters(tokenizer: Any, tokens: list[int]) -> list[int]:
+    """Tokens of a text that was cut, without those of a character that is not all there."""
+    while tokens and tokenizer.decode(tokens).endswith(HALF):
+        tokens = tokens[:-1]
+    return tokens
 
 
 def inputs(settings: TitleSettings) -> dict[str, str]:

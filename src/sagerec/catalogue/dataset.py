@@ -326,7 +326,7 @@ def read_profiles(path: Path, user_ids: IdMap) -> pl.Series | None:
 
     Raises: DatasetError naming file, column and row of the first fault.
     """
-    if not path.is_file():
+    if not path.exists() and not path.is_symlink():
         return None
     table = read_table(path)
     if PROFILE not in table.columns:

@@ -340,7 +340,7 @@ class CausalLM(Policy[States, States]):
         users = torch.arange(len(items), device=items.device)
         reach = reach.view(slates.shape)
         sizes = self.space.lengths(slates).flatten(1).sum(dim=1)
-        size = max(1, self.settings.micro_tokens // (int(sizes.max()) + self.budget))
+        size = max(1, self.settings.micro_tokens // (int(sizes.max()) + self.longest_prompt + self.budget))
         starts, prefixes = [], []
         for own in torch.split(users, size):
 
@@ -407,7 +407,8 @@ class CausalLM(Policy[States, States]):
         self, items: Tensor, lengths: Tensor, texts: Tensor, *, temperature: float
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities of texts; see the protocol and `free_writing`."""
-        size = max(1, self.settings.micro_tokens // (texts.shape[1] * texts.shape[2] + self.budget))
+        size = texts.shape[1] * texts.shape[2] + self.longest_prompt + self.budget
+        size = max(1, self.settings.micro_tokens // size)
         pieces = zip(torch.split(items, size), torch.split(lengths, size), torch.split(texts, size), strict=True)
         found = [self._piecewise(partial(score_freely, self, temperature=temperature), *own) for own in pieces]
         return torch.cat([logprobs for logprobs, _ in found]), torch.cat([entropy for _, entropy in found]).mean()

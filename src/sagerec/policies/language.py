@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sagerec.actions.space import ActionSpace
-from sagerec.actions.titles import Titles, first_line, load_tokenizer, normalise
+from sagerec.actions.titles import Titles, first_line, load_tokenizer, normalise, whole_characters
 from sagerec.artifacts import hash_folder
 from sagerec.errors import MissingExtraError, SettingsError
 
@@ -91,10 +91,15 @@ class LanguageModel:
         return normalise(self.tokenizer.decode(text[:-1] if text[-1] == self.end else text))
 
     def profiles(self, texts: Sequence[str], longest: int) -> list[list[int]]:
-        """Vocabulary ids of profiles: each one line, of at most `longest` tokens, of which none is special."""
-        lines, special = [" ".join(text.split()) for text in texts], set(self.tokenizer.all_special_ids)
+        """Vocabulary ids of profiles: each one line, of at most `longest` tokens, never cut inside a character.
+
+        Tokens that were added to the vocabulary, such as those that begin a turn or stand for codes, are left out.
+        """
+        lines = [" ".join(text.encode(errors="replace").decode().split()) for text in texts]
         encoded = self.tokenizer(lines, add_special_tokens=False, verbose=False)["input_ids"] if lines else []
-        return [[token for token in own if token not in special][:longest] for own in encoded]
+        left_out = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder, *self.new_tokens}
+        plain = [[token for token in own if token not in left_out] for own in encoded]
+        return [whole_characters(self.tokenizer, own[:longest]) if len(own) > longest else own for own in plain]
 
     def embedding(self) -> Any:
         """The module that embeds tokens."""
@@ -276,14 +281,17 @@ def prompt_of_user(tokenizer: Any, instruction: str) -> tuple[Tensor, list[int]]
     before, after = f"{instruction}\n" if instruction else "", "\n"
     templated = bool(instruction and getattr(tokenizer, "chat_template", None))
     if templated:
-        turns = [{"role": "user", "content": f"{instruction}\n{PROFILE}"}]
+        mark = PROFILE
+        while mark in instruction:
+            mark = f"<{mark}>"
+        turns = [{"role": "user", "content": f"{instruction}\n{mark}"}]
         text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        if text.count(PROFILE) != 1:
+        if text.count(mark) != 1:
             raise SettingsError(
                 "the model's chat template does not say once what it is given, so that it has no place for a profile; "
                 "expected no instruction, or another model"
             )
-        before, after = text.split(PROFILE)
+        before, after = text.split(mark)
     head, tail = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after))
     if not templated and tokenizer.bos_token_id is not None:
         head = [tokenizer.bos_token_id, *head]

@@ -57,6 +57,7 @@ def model_card(run: Run, name: str) -> str:
     """The card in Markdown: what it recommends from, how it was made, and its metrics with intervals where measured."""
     manifest, data, actions = run.manifest(name), run.manifest("dataset"), run.manifest(run.actions)
     writes = "titles" if run.actions == "text" else "Semantic IDs"
+    reads = "who a user is, in a line of its own, and " if manifest.settings["policy"].get("profile_tokens") else ""
     counts = ", ".join(f"{data.sizes[n]:,} {n}" for n in ("users", "items", "interactions") if n in data.sizes)
     lines = [
         "---",
@@ -67,8 +68,8 @@ def model_card(run: Run, name: str) -> str:
         "",
         f"# {name}",
         "",
-        f"A causal language model that recommends by writing {writes}: it reads a user's items, one after another, and "
-        f"what it writes next is the next item. Made by sagerec {manifest.versions.get('sagerec', '')} on "
+        f"A causal language model that recommends by writing {writes}: it reads {reads}a user's items, one after "
+        f"another, and what it writes next is the next item. Made by sagerec {manifest.versions.get('sagerec', '')} on "
         f"{manifest.created[:10]}.",
         "",
         "## Data",

@@ -186,7 +186,7 @@ def zero_shot(run: Run, policy_settings: Any) -> None:
     with making(folder, "policy", made_from=made_from, settings=resolved) as needed:
         if needed:
             policy = make_policy(run.space(), policy_settings)
-            check_profiles(policy, run.data.profiles is not None)
+            check_profiles(policy, run.data.profiles)
             policy.describe(run.data.titles(range(run.data.n_items)))
             sizes = {"parameters": sum(p.numel() for p in policy.parameters()), "seconds": 0.0}
             with artifacts.write_artifact(

@@ -41,8 +41,8 @@ def list_users(
     ids of the history the catalogue does not have.
 
     `users` is a Parquet file with user_id and, unless all users are in the run's log, history: a list of item ids, the
-    oldest first. Its column profile says who they are to a policy that reads it, else what the log's dataset says does.
-    Who has no known item gets an empty list. A stopped call goes on where it was.
+    oldest first. Its column profile says who they are to a policy that reads that; where it says nothing, the run's
+    dataset does, of users of the log. Who has no known item gets an empty list. A stopped call goes on where it was.
     Returns: users, how many of them got an empty list, and unknown ids.
 
     Raises: DatasetError for a table of another shape, or a user without a history who is not in the log.
@@ -69,7 +69,7 @@ def list_users(
             for begin in missing:
                 block = pl.scan_parquet(users).slice(begin, PART_USERS).collect()
                 read = _histories(run, block, users, has_history)
-                found = _list_block(run, writer, read, _profiles(run, block, writer), k, keep_history)
+                found = _list_block(run, writer, read, _profiles(run, block, writer, users), k, keep_history)
                 with replace_file(_part(parts, begin)) as fresh:
                     found.write_parquet(fresh)
                 bar.update(min(begin + PART_USERS, total))
@@ -102,8 +102,6 @@ def _look_at(users: Path) -> tuple[int, bool]:
         raise DatasetError(
             f"{users}: column 'history' has type {schema[HISTORY]}, expected a list of item ids, the oldest first"
         )
-    if PROFILE in schema and schema[PROFILE] != pl.Null and not is_text(schema[PROFILE]):
-        raise DatasetError(f"{users}: column 'profile' has type {schema[PROFILE]}, expected text. Cast it")
     return total, has_history
 
 
@@ -134,15 +132,22 @@ def _histories(run: Run, block: pl.DataFrame, users: Path, has_history: bool) ->
     return [(user, run.data.item_ids.external(taken)) for user, taken in zip(ids, items, strict=True)]
 
 
-def _profiles(run: Run, block: pl.DataFrame, policy: AnyPolicy) -> list[str]:
-    """Who the users of a block are: as it says, else as the run's dataset does; "" where the policy reads none."""
+def _profiles(run: Run, block: pl.DataFrame, policy: AnyPolicy, users: Path) -> list[str]:
+    """Who the users of a block are: as it says, else as the run's dataset does; "" where the policy reads none.
+
+    Raises: DatasetError for profiles that are no text.
+    """
+    found = pl.Series(PROFILE, [None] * len(block), dtype=pl.String)
     if policy.reads_profiles and PROFILE in block.columns:
-        return block[PROFILE].cast(pl.String).fill_null("").to_list()
-    if not policy.reads_profiles or run.data.profiles is None:
-        return [""] * len(block)
-    known = pl.DataFrame([run.data.user_ids.ids.alias(USER), run.data.profiles.alias(PROFILE)])
-    found = block.select(pl.col(USER).cast(pl.String)).join(known, on=USER, how="left", maintain_order="left")
-    return found[PROFILE].fill_null("").to_list()
+        dtype = block.schema[PROFILE]
+        if dtype != pl.Null and not is_text(dtype):
+            raise DatasetError(f"{users}: column 'profile' has type {dtype}, expected text. Cast it")
+        found = block[PROFILE].cast(pl.String)
+    if policy.reads_profiles and run.data.profiles is not None:
+        known = pl.DataFrame([run.data.user_ids.ids.alias(USER), run.data.profiles.alias(PROFILE)])
+        asked = as_ids(block, USER, users).select(USER)
+        found = found.fill_null(asked.join(known, on=USER, how="left", maintain_order="left")[PROFILE])
+    return found.fill_null("").to_list()
 
 
 def _list_block(

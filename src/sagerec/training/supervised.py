@@ -3,12 +3,14 @@
 Validation targets choose the epoch and are never trained on; the rows of the log that were are saved for the audit.
 """
 
+import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import torch
 from torch import Tensor
 
@@ -29,6 +31,8 @@ from sagerec.training.settings import TrainSettings
 from sagerec.training.target_lists import list_loss
 from sagerec.training.tracking import keep_records
 from sagerec.training.validation import VALIDATION_K, validation_lists
+
+logger = logging.getLogger(__name__)
 
 
 def train_policy(
@@ -56,7 +60,7 @@ def train_policy(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
         policy = make_policy(space, policy_settings).move(device)
-        check_profiles(policy, train.profiles is not None)
+        check_profiles(policy, train.profiles)
         counts = np.bincount(train.items, minlength=space.n_items)
         policy.count(torch.from_numpy(counts).float())
         if titles:
@@ -90,13 +94,17 @@ def train_policy(
     return policy
 
 
-def check_profiles(policy: AnyPolicy, are_there: bool) -> None:
-    """Raise SettingsError for a policy that reads profiles where there are none."""
+def check_profiles(policy: AnyPolicy, profiles: pl.Series | None) -> None:
+    """Say how many users a policy that reads profiles knows. Raises: SettingsError where it is none."""
+    if not policy.reads_profiles:
+        return
+    known = 0 if profiles is None else int((profiles != "").sum())
     require(
-        are_there or not policy.reads_profiles,
-        "the policy is to read profiles, and the dataset has none; expected users.parquet with user_id and profile in "
-        "it, or no --policy.profile-tokens",
+        known > 0,
+        "the policy is to read profiles, and the dataset says of none of its users who they are; expected "
+        "users.parquet with the log's user_id, and profile, or no --policy.profile-tokens",
     )
+    logger.info("profiles of %s of %s users", f"{known:,}", f"{0 if profiles is None else len(profiles):,}")
 
 
 def supervised_loss(policy: AnyPolicy, settings: TrainSettings, *, repeats: bool) -> Loss:
