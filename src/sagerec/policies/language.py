@@ -422,6 +422,6 @@ def _with_adapters(model: Any, rank: int) -> Any:
     except ImportError as error:
         raise MissingExtraError('LoRA needs peft: pip install "sagerec[lm]"') from error
     settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    with torch.random.fork_rng(devices=[]):
+    with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # the same adapters whenever a policy is made or read: they begin with no effect
         return get_peft_model(model, settings)

@@ -40,9 +40,6 @@ class Query(Strict):
     """One question; the least is a history."""
 
     history: Annotated[Ids, Field(min_length=1)] = Field(description="Item ids, the oldest first.")
-    profile: Annotated[str, Field(max_length=MAX_PROFILE)] = Field(
-        default="", description="Who the user is, in words, for a policy that reads profiles."
-    )
     k: Annotated[int, Field(ge=1, le=MAX_K)] = Field(default=10, description="Items wanted.")
     policy: Id | None = Field(default=None, description="Which policy of the run; the server's default if not given.")
     exclude_history: bool = Field(default=True, description="Leave out what is in the history.")
@@ -62,6 +59,9 @@ class Query(Strict):
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(
         default=None,
         description="Of a drawn slate: the same seed, the same slate; the answer names the one that was drawn.",
+    )
+    profile: Annotated[str, Field(max_length=MAX_PROFILE)] = Field(
+        default="", description="Who the user is, in words, for a policy that reads profiles."
     )
 
     @model_validator(mode="after")
