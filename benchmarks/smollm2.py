@@ -164,7 +164,7 @@ def measure(dataset: Path, settings: SmolSettings) -> dict[str, Any]:
 
 def show(record: dict[str, Any]) -> None:
     """Print the table."""
-    console = Console(width=140)
+    console = Console(width=180)
     console.print(machine_line(record), highlight=False)
     shown = table(f"SmolLM2-135M-Instruct, {record['settings']['actions']}", ["row", "lists", *METRICS, "s to make"])
     for row in record["results"]:
