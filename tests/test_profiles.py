@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ from sagerec.training.settings import TrainSettings
 from sagerec.training.target_lists import cut, join_lists, list_loss
 from tests.language_models import save_model
 from tests.test_alignment import QUICK
-from tests.test_causal_lm import HISTORIES, TITLES, policy_of
+from tests.test_causal_lm import HISTORIES, TITLES, naive_logprob, policy_of
 from tests.test_serving import names, start, wait_ready
 
 pytest.importorskip("transformers")
@@ -51,25 +52,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("model") / "qwen3", "qwen3", [*TITLES, *WHO])
 
 
-def naive_logprob(policy: CausalLM, text: str, history: list[int], before: list[int], item: int) -> float:
-    """The twin: log P(item | text, history, before) of one plain pass over the words as they stand."""
-    space, base, tokenizer = policy.space, policy.base.tolist(), policy.language.tokenizer
-
-    def text_of(one: int) -> list[int]:
-        return [token + base[depth] for depth, token in enumerate(space.sequence(one))]
-
+def logprob_after(policy: CausalLM, text: str, history: list[int], before: list[int], item: int) -> float:
+    """The twin: log P(item | text, history, before) of one plain pass, the text's parts between | as they stand."""
+    tokenizer = policy.language.tokenizer
     start = [tokenizer.bos_token_id] if not text.startswith("[") else []
     for part in text.split("|"):
         start += tokenizer(part, add_special_tokens=False)["input_ids"]
-    start += [token for one in [*history, *before] for token in text_of(one)]
-    logits = policy.language.plain()(torch.tensor([start + text_of(item)])).logits[0].float()
-    sequences = {one: space.sequence(one) for one in range(space.n_items) if one not in before}
-    total, own = 0.0, space.sequence(item)
-    for depth, token in enumerate(own):
-        legal = sorted({s[depth] for s in sequences.values() if s[:depth] == own[:depth]})
-        row = logits[len(start) + depth - 1][torch.tensor(legal) + base[depth]]
-        total += float(row.log_softmax(0)[legal.index(token)])
-    return total
+    told: Any = SimpleNamespace(
+        space=policy.space, base=policy.base, language=policy.language, prefix=torch.tensor(start, dtype=torch.int64)
+    )
+    return naive_logprob(told, history, before, item)
 
 
 @pytest.mark.parametrize("codes", [False, True])
@@ -96,19 +88,19 @@ def test_profiles_are_read_as_they_stand(model: Path, tmp_path: Path, instructio
     again = slate_logprobs(policy, history, length, found.items)
     torch.testing.assert_close(again.tokens.logprobs, found.tokens.logprobs, rtol=1e-5, atol=1e-5)
     for user, taken in enumerate(HISTORIES):
-        scores = torch.tensor([naive_logprob(policy, texts[user], taken, [], item) for item in range(len(TITLES))])
+        scores = torch.tensor([logprob_after(policy, texts[user], taken, [], item) for item in range(len(TITLES))])
         torch.testing.assert_close(lists.logprobs[user], scores.topk(5).values, rtol=1e-4, atol=1e-4)
         for slate in range(2):
             own = found.items[user, slate].tolist()
             for place in range(3):
-                expected = naive_logprob(policy, texts[user], taken, own[:place], own[place])
+                expected = logprob_after(policy, texts[user], taken, own[:place], own[place])
                 assert float(found.scores()[user, slate, place]) == pytest.approx(expected, abs=1e-4)
     windows = make_windows(
         Sequences(np.array([0, 3, 5, 9, 7, 1, 2, 6]), np.array([0, 4, 6, 8]), np.arange(3), items), 9
     )
     batch = map(torch.from_numpy, replace(windows, words=policy.profile_words(WHO)).batch(np.arange(3)))
     pairs = [(0, [0], 3), (0, [0, 3], 5), (0, [0, 3, 5], 9), (1, [7], 1), (2, [2], 6)]
-    mean = -np.mean([naive_logprob(policy, texts[user], taken, [], item) for user, taken, item in pairs])
+    mean = -np.mean([logprob_after(policy, texts[user], taken, [], item) for user, taken, item in pairs])
     assert float(policy.next_item_loss(*batch)) == pytest.approx(mean, abs=1e-4)
 
 

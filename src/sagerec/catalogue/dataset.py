@@ -333,14 +333,18 @@ def read_profiles(path: Path, user_ids: IdMap) -> pl.Series | None:
         return None
     require_columns(table, (USER_ID,), path)
     table = as_ids(table, USER_ID, path)
-    if table.schema[PROFILE] != pl.Null and not is_text(table.schema[PROFILE]):
-        raise DatasetError(f"{path}: column 'profile' has type {table.schema[PROFILE]}, expected text. Cast it")
+    said = pl.DataFrame([table[USER_ID], profile_column(table, path)])
     require_distinct(table, USER_ID, path, "user")
     known = pl.DataFrame(user_ids.ids.alias(USER_ID))
-    found = known.join(
-        table.select(USER_ID, pl.col(PROFILE).cast(pl.String)), on=USER_ID, how="left", maintain_order="left"
-    )
-    return found[PROFILE].fill_null("")
+    return known.join(said, on=USER_ID, how="left", maintain_order="left")[PROFILE].fill_null("")
+
+
+def profile_column(table: pl.DataFrame, path: Path) -> pl.Series:
+    """The column `profile` of a table as text. Raises: DatasetError for another type."""
+    dtype = table.schema[PROFILE]
+    if dtype != pl.Null and not is_text(dtype):
+        raise DatasetError(f"{path}: column 'profile' has type {dtype}, expected text. Cast it")
+    return table[PROFILE].cast(pl.String)
 
 
 def files_in(folder: Path) -> list[Path]:

@@ -220,8 +220,9 @@ class CausalLM(Policy[States, States]):
         there = torch.arange(items.shape[1], device=device) < lengths[:, None]
         there &= self._fits(items, there)
         user, place = there.nonzero(as_tuple=True)
-        token, count = self._read(items[user, place])
-        place = place.masked_fill(is_word(items[user, place]), -1)
+        entries = items[user, place]
+        token, count = self._read(entries)
+        place = place.masked_fill(is_word(entries), -1)
         owner, begun = self._beginnings(items, there)
         users = torch.cat([owner, user.repeat_interleave(count)])
         order = users.argsort(stable=True)
@@ -242,8 +243,11 @@ class CausalLM(Policy[States, States]):
 
     def _fits(self, items: Tensor, there: Tensor) -> Tensor:
         """(B, T) bool: the places from which on the items (B, T) that are there fit; words do."""
-        sizes = torch.where(there & (items >= 0), self.space.lengths(items.clamp(min=0)), 0)
-        return (sizes.flip(1).cumsum(1).flip(1) <= self.budget) | is_word(items)
+        return (self._sizes(items, there).flip(1).cumsum(1).flip(1) <= self.budget) | is_word(items)
+
+    def _sizes(self, items: Tensor, there: Tensor) -> Tensor:
+        """(B, T) tokens of the items (B, T) that are there; of words none."""
+        return torch.where(there & (items >= 0), self.space.lengths(items.clamp(min=0)), 0)
 
     def forward(
         self, rows: Rows, tokens: Tensor, position: Tensor, seen: Tensor | None, read: KeyValues
@@ -407,8 +411,8 @@ class CausalLM(Policy[States, States]):
         self, items: Tensor, lengths: Tensor, texts: Tensor, *, temperature: float
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities of texts; see the protocol and `free_writing`."""
-        size = texts.shape[1] * texts.shape[2] + self.longest_prompt + self.budget
-        size = max(1, self.settings.micro_tokens // size)
+        width = texts.shape[1] * texts.shape[2] + self.longest_prompt + self.budget
+        size = max(1, self.settings.micro_tokens // width)
         pieces = zip(torch.split(items, size), torch.split(lengths, size), torch.split(texts, size), strict=True)
         found = [self._piecewise(partial(score_freely, self, temperature=temperature), *own) for own in pieces]
         return torch.cat([logprobs for logprobs, _ in found]), torch.cat([entropy for _, entropy in found]).mean()
@@ -451,7 +455,7 @@ class CausalLM(Policy[States, States]):
         assert bool((targets[:, :-1] == items[:, 1:])[follows].all()), "a row of training is one text"
         whole, ends, there = self._texts(items, targets, counted)
         rows = (ends > 0).nonzero()[:, 0]
-        width = torch.where(there & (whole >= 0), self.space.lengths(whole.clamp(min=0)), 0).sum(dim=1)
+        width = self._sizes(whole, there).sum(dim=1)
         total, n_targets = torch.zeros((), device=items.device), 0
         for own in self._pieces(rows, width[rows] + self.longest_prompt):
             loss, n = self._piecewise(self._text_loss, whole[own], ends[own] + 1, counted[own])

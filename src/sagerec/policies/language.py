@@ -10,7 +10,7 @@ import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +97,13 @@ class LanguageModel:
         """
         lines = [" ".join(text.encode(errors="replace").decode().split()) for text in texts]
         encoded = self.tokenizer(lines, add_special_tokens=False, verbose=False)["input_ids"] if lines else []
-        left_out = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder, *self.new_tokens}
-        plain = [[token for token in own if token not in left_out] for own in encoded]
+        plain = [[token for token in own if token not in self._added] for own in encoded]
         return [whole_characters(self.tokenizer, own[:longest]) if len(own) > longest else own for own in plain]
+
+    @cached_property
+    def _added(self) -> set[int]:
+        """Vocabulary ids of tokens that stand for no text of their own."""
+        return {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder, *self.new_tokens}
 
     def embedding(self) -> Any:
         """The module that embeds tokens."""

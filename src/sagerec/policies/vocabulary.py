@@ -64,10 +64,17 @@ def choices_loss(policy: "CausalLM", hidden: Tensor, paths: Paths) -> Tensor:
     return loss - steps[children.node == paths.node[deeper][children.parent]].sum()
 
 
+def vocabulary_logits(
+    language: "LanguageModel", hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float
+) -> Tensor:
+    """(R, V) float32 logits at a temperature of every token after outputs (R, D), by an output layer (V, D), (V,)."""
+    logits = language.cap(F.linear(hidden, weight, bias).float())
+    return logits if temperature == 1 else logits / temperature
+
+
 def vocabulary_logprobs(language: "LanguageModel", hidden: Tensor, temperature: float = 1.0) -> Tensor:
     """(R, V) log-probabilities of every token after outputs (R, D)."""
-    weight, bias = language.head()
-    return (language.cap(F.linear(hidden, weight, bias).float()) / temperature).log_softmax(dim=1)
+    return vocabulary_logits(language, hidden, *language.head(), temperature).log_softmax(dim=1)
 
 
 def rows_at_a_time(language: "LanguageModel") -> int:
@@ -84,8 +91,7 @@ def token_logprobs(language: "LanguageModel", hidden: Tensor, token: Tensor, tem
         weight = weight.to(torch.get_autocast_dtype(hidden.device.type))
 
     def part(hidden: Tensor, token: Tensor) -> Tensor:
-        logits = language.cap(F.linear(hidden, weight, bias).float())
-        logits = logits if temperature == 1 else logits / temperature
+        logits = vocabulary_logits(language, hidden, weight, bias, temperature)
         return -F.cross_entropy(logits, token, reduction="none")
 
     size = rows_at_a_time(language)

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from sagerec.artifacts import UNREADABLE, hash_file
-from sagerec.catalogue.dataset import PROFILE, as_ids, is_text, require_columns
+from sagerec.catalogue.dataset import PROFILE, as_ids, profile_column, require_columns
 from sagerec.config import at_least, require
 from sagerec.errors import DatasetError
 from sagerec.files import digest, locked, read_json, remove, replace_file, write_json
@@ -137,13 +137,12 @@ def _profiles(run: Run, block: pl.DataFrame, policy: AnyPolicy, users: Path) -> 
 
     Raises: DatasetError for profiles that are no text.
     """
+    if not policy.reads_profiles:
+        return [""] * len(block)
     found = pl.Series(PROFILE, [None] * len(block), dtype=pl.String)
-    if policy.reads_profiles and PROFILE in block.columns:
-        dtype = block.schema[PROFILE]
-        if dtype != pl.Null and not is_text(dtype):
-            raise DatasetError(f"{users}: column 'profile' has type {dtype}, expected text. Cast it")
-        found = block[PROFILE].cast(pl.String)
-    if policy.reads_profiles and run.data.profiles is not None:
+    if PROFILE in block.columns:
+        found = profile_column(block, users)
+    if run.data.profiles is not None:
         known = pl.DataFrame([run.data.user_ids.ids.alias(USER), run.data.profiles.alias(PROFILE)])
         asked = as_ids(block, USER, users).select(USER)
         found = found.fill_null(asked.join(known, on=USER, how="left", maintain_order="left")[PROFILE])
